@@ -1,0 +1,234 @@
+"""The dialogue record: one RLPA episode as token ids, and the token tree that a batch is packed into.
+
+ChatML in ids. The history is a list of ids; what the policy sampled is never decoded and encoded again, only the *new*
+user text is tokenised:
+
+    <|im_start|>system\\n…<|im_end|>\\n<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n   context, turn 1
+    <profile>…</response><|im_end|>                                                                sampled: action
+    \\n<|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n                                       context, turn 2
+
+A turn holds n sampled candidates. The best one continues the dialogue, and all of them are trained on, so that a
+dialogue of T turns is a tree of tokens. `TokenTree` stores each token of it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+SYSTEM_PROMPT = """You are a personal assistant who gets to know the user while talking. In every turn, first write what \
+you have inferred about the user so far, one trait per line, then your reply:
+<profile>
+- trait
+</profile>
+
+<response>
+your reply
+</response>"""
+HISTORY_PROFILES = ("all", "latest")
+
+
+class ChatTokenizer:
+    """Encode text that may hold anything into ids that hold no control token, and lay ChatML seams around it.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>`, `<|im_end|>` and `<|endoftext|>`.
+    Raises:
+        ValueError: the tokenizer lacks one of those three.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+            if tokenizer.token_to_id(name) is None:
+                raise ValueError(f"the tokenizer has no {name}; --ckpt needs a Qwen-2.5 (ChatML) tokenizer.json")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # "<|im_end|>" inside text is eight characters, not a control token
+        self.tokenizer = tokenizer
+        self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+        self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.newline = self.encode("\n")
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ChatTokenizer:
+        """Load `tokenizer.json` from a checkpoint folder; ValueError if it is absent or unreadable."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except ValueError:
+            raise
+        except Exception as error:  # the Rust library raises plain Exception for any malformed file
+            raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text as plain characters: no control token can come out, whatever the text says."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decode ids, control tokens included as their names."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def message(self, role: str, text: str) -> list[int]:
+        """Encode one closed message, `<|im_start|>role\\ntext<|im_end|>\\n`.
+
+        Role and text are encoded in one piece, as in the whole rendered template: a text that begins with a newline
+        would otherwise merge differently.
+        """
+        return [self.im_start, *self.encode(f"{role}\n{text}"), self.im_end, *self.newline]
+
+    def generation_header(self) -> list[int]:
+        """Return the ids after which the policy speaks, `<|im_start|>assistant\\n`."""
+        return [self.im_start, *self.encode("assistant\n")]
+
+    def visible(self, token_ids: Sequence[int]) -> str:
+        """Decode a sampled turn without its closing `<|im_end|>`."""
+        ids = list(token_ids)
+        return self.decode(ids[:-1] if ids and ids[-1] == self.im_end else ids)
+
+    def tokens_until(self, token_ids: Sequence[int], text: str) -> int:
+        """Count the ids needed until the decoded text contains `text`; all of them if it never does."""
+        low, high = 1, len(token_ids)
+        while low < high:  # the decoded prefix only grows, so this can be bisected
+            middle = (low + high) // 2
+            low, high = (low, middle) if text in self.decode(token_ids[:middle]) else (middle + 1, high)
+        return high
+
+
+@dataclass
+class Candidate:
+    """One sampled turn of the policy: ids as sampled, and everything that was thought of it."""
+
+    token_ids: list[int]  # as sampled, the closing <|im_end|> included
+    logprobs: list[float]  # the sampler's, nats, one per id
+    stop_reason: str  # "stop" (sampled <|im_end|>) or "length"
+    text: str = ""
+    profile: list[str] = field(default_factory=list)
+    response: str = ""
+    failure: str | None = None  # why the text could not be parsed; None = format-valid
+    profile_tokens: int = 0  # how many ids make up the profile block: where the Profile Reward is earned
+    profile_reward: float = 0.0
+    response_reward: float = 0.0
+    verdicts: dict[str, bool] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)  # ledger counts of this profile (recall, unsupported lines …)
+    judged: bool = True  # False: the judge failed for good; it is neither trained on nor chosen
+
+
+@dataclass
+class Turn:
+    """One exchange: what the user said, what the policy's candidates answered, and which one went on."""
+
+    user_text: str
+    prompt_ids: list[int]  # everything the policy saw before this turn's first sampled id
+    candidates: list[Candidate] = field(default_factory=list)
+    chosen: int = 0
+
+    @property
+    def winner(self) -> Candidate:
+        return self.candidates[self.chosen]
+
+
+@dataclass
+class Dialogue:
+    """One episode with one persona; `index` is its place in the global rollout batch and seeds its random streams."""
+
+    index: int
+    persona_id: str
+    persona_facts: tuple[str, ...]
+    turns: list[Turn] = field(default_factory=list)
+    dropped: str | None = None  # why simulator or judge gave up; a dropped dialogue is masked out and counted
+
+    def history(self) -> list[tuple[str, str]]:
+        """Return the visible dialogue as ("user" | "assistant", text) pairs: no system prompt, no profile blocks."""
+        said: list[tuple[str, str]] = []
+        for turn in self.turns:
+            said.append(("user", turn.user_text))
+            if turn.candidates:
+                said.append(("assistant", turn.winner.response or turn.winner.text))
+        return said
+
+    def user_texts(self) -> list[str]:
+        """Return what the user has said so far: all that the ledger may count as evidence."""
+        return [turn.user_text for turn in self.turns]
+
+
+def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, history_profile: str = "all") -> Turn:
+    """Append a turn that holds the user's text and the ids the policy will see.
+
+    With history_profile "all" the prompt is the last prompt, the winner's ids as sampled, and the new text: it only
+    ever grows. "latest" (as published) keeps the profile block of the newest reply alone; older replies are rewritten
+    to their bare response, so the prompt does not extend the last one.
+    """
+    if history_profile not in HISTORY_PROFILES:
+        raise ValueError(f"history_profile is {history_profile!r}; --history-profile takes {' or '.join(HISTORY_PROFILES)}")
+    if not dialogue.turns:
+        prompt = tokenizer.message("system", SYSTEM_PROMPT)
+    elif history_profile == "all":
+        prompt = dialogue.turns[-1].prompt_ids + closed(dialogue.turns[-1].winner, tokenizer)
+    else:
+        prompt = tokenizer.message("system", SYSTEM_PROMPT)
+        for turn in dialogue.turns[:-1]:
+            prompt += tokenizer.message("user", turn.user_text)
+            prompt += tokenizer.message("assistant", turn.winner.response or turn.winner.text)
+        last = dialogue.turns[-1]
+        prompt += tokenizer.message("user", last.user_text) + tokenizer.generation_header() + closed(last.winner, tokenizer)
+    prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header()
+    dialogue.turns.append(Turn(user_text, prompt))
+    return dialogue.turns[-1]
+
+
+def closed(candidate: Candidate, tokenizer: ChatTokenizer) -> list[int]:
+    """Return a reply as history: its ids as sampled, `<|im_end|>` added where the sampler ran out of tokens, `\\n`."""
+    end = [] if candidate.token_ids[-1:] == [tokenizer.im_end] else [tokenizer.im_end]
+    return [*candidate.token_ids, *end, *tokenizer.newline]
+
+
+class TokenTree:
+    """A prefix tree of token ids: every distinct token of a dialogue's prompts and candidates is stored once.
+
+    Node i has an id, a parent (−1 for the first token) and a position (its depth). Rows that share a prefix share its
+    nodes: turns of one dialogue, its candidates, and even the first tokens that two candidates have in common.
+
+    >>> tree = TokenTree()
+    >>> tree.insert([7, 8, 1]), tree.insert([7, 8, 2, 3]), len(tree)
+    ([0, 1, 2], [0, 1, 3, 4], 5)
+    >>> tree.attention_mask().astype(int)[4].tolist()   # token 3 sees 7, 8, 2 and itself, not the other branch
+    [1, 1, 0, 1, 1]
+    """
+
+    def __init__(self):
+        self.token_ids: list[int] = []
+        self.parents: list[int] = []
+        self.positions: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def insert(self, token_ids: Sequence[int]) -> list[int]:
+        """Insert a row and return the node of each of its tokens."""
+        nodes, parent = [], -1
+        for depth, token_id in enumerate(token_ids):
+            node = self._children.get((parent, token_id))
+            if node is None:
+                node = self._children[parent, token_id] = len(self.token_ids)
+                self.token_ids.append(token_id)
+                self.parents.append(parent)
+                self.positions.append(depth)
+            nodes.append(node)
+            parent = node
+        return nodes
+
+    def attention_mask(self) -> np.ndarray:
+        """Return (T, T) bool: row i may attend to column j if j is i or an ancestor of i."""
+        mask = np.eye(len(self), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[node] |= mask[parent]
+        return mask

@@ -1,0 +1,376 @@
+"""What a turn is worth: parsing it, the Profile Reward and the Response Reward.
+
+    reward of a turn = profile_weight · F1(inferred profile, persona) + response_weight · N · R · L · G · F
+
+The Profile Reward (RLPA eq. 2–3) is exact here and lies in [0, 1]: a deterministic matcher pairs each inferred line
+with at most one fact, so that packing facts on a line or repeating lines gains nothing. The Response Reward is the
+product of five binary verdicts: Naturalness, Relevance, Logical consistency, enGagement, inFormativeness. Rules give
+them in the embedded world; for real models an LLM judge behind any OpenAI-compatible endpoint does.
+
+A judge that fails for good yields None, never 0: the caller drops the candidate and counts it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import world
+
+VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
+PARSE_FAILURES = ("truncated", "control_token", "no_profile", "no_response", "unclosed", "duplicate_tag",
+                  "outside_text", "empty_response")
+PROFILE_TARGETS = ("persona", "evidence")
+MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
+ChatMany = Callable[[Sequence[list[dict]], Sequence[int]], Sequence[str | Exception]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
+@dataclass(frozen=True)
+class ParsedTurn:
+    """A turn's parts; `failure` names why it could not be read (one of PARSE_FAILURES), None if it could."""
+
+    profile: list[str]
+    response: str
+    failure: str | None = None
+
+
+def parse_turn(text: str, stop_reason: str = "stop") -> ParsedTurn:
+    """Parse `<profile>` lines and `<response>`: strict on tags, tolerant of white space. Never raises.
+
+    >>> parse_turn("<profile>\\n- Age: 34\\n</profile>\\n\\n<response>\\nHi!\\n</response>")
+    ParsedTurn(profile=['Age: 34'], response='Hi!', failure=None)
+    >>> parse_turn("<profile>\\n- Age: 34\\n<response>\\nHi!\\n</response>").failure
+    'unclosed'
+    """
+    failure = _tag_failure(text, stop_reason)
+    if failure:
+        return ParsedTurn([], "", failure)
+    match = re.fullmatch(r"\s*<profile>(.*)</profile>\s*<response>(.*)</response>\s*", text, re.DOTALL)
+    if match is None:
+        return ParsedTurn([], "", "outside_text")
+    response = match[2].strip()
+    return ParsedTurn(profile_lines(match[1]), response, None if response else "empty_response")
+
+
+def _tag_failure(text: str, stop_reason: str) -> str | None:
+    """Name what is wrong with the tags, most telling reason first."""
+    if stop_reason == "length":
+        return "truncated"
+    if re.search(r"<\|\w+\|>", text):
+        return "control_token"
+    counts = {tag: text.count(tag) for tag in ("<profile>", "</profile>", "<response>", "</response>")}
+    if any(count > 1 for count in counts.values()):
+        return "duplicate_tag"
+    for name in ("profile", "response"):
+        if not counts[f"<{name}>"]:
+            return f"no_{name}"
+    return "unclosed" if not (counts["</profile>"] and counts["</response>"]) else None
+
+
+def profile_lines(block: str) -> list[str]:
+    """List the traits of a profile block: bullets and white space stripped, empty lines skipped.
+
+    >>> profile_lines("\\n- Age: 34\\n\\n * likes  tea\\n")
+    ['Age: 34', 'likes tea']
+    """
+    lines = (" ".join(re.sub(r"^\s*[-*•]", "", line).split()) for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Profile Reward
+
+
+def line_matches_fact(line: str, fact: str) -> bool:
+    """Decide whether one inferred line states one fact.
+
+    A slot's fact needs the same value in the same slot, or without a slot the value among at most three other content
+    words; prose needs a content-word F1 of at least one half.
+
+    >>> line_matches_fact("occupation: Nurse.", "Occupation: nurse"), line_matches_fact("works as a nurse", "Occupation: nurse")
+    (True, True)
+    >>> line_matches_fact("Location: nurse", "Occupation: nurse"), line_matches_fact("Plays guitar", "He plays the guitar.")
+    (False, True)
+    """
+    (line_slot, line_value), (slot, value) = world.split_fact(line), world.split_fact(fact)
+    if slot and line_slot:
+        return slot == line_slot and _plain(line_value) == _plain(value)
+    said, wanted = world.content_words(line_value), world.content_words(value)
+    if slot and len(wanted) <= 4:
+        return world.contains_phrase(line_value, value) and len(said) <= len(wanted) + 3
+    common = len(said & wanted)
+    return bool(common) and 2 * common / (len(said) + len(wanted)) >= 0.5
+
+
+def _plain(value: str) -> list[str]:
+    return [word for word in world.words(value) if word not in {"a", "an", "the"}]
+
+
+def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
+    """Pair each line with at most one fact, and each fact with at most one line, so that most lines are paired.
+
+    Maximum bipartite matching by augmenting paths: the result does not depend on the order of the lines.
+
+    >>> match_lines(["Age: 34", "Age: 34", "Location: Oslo"], ["Location: Oslo", "Age: 34"])
+    [1, None, 0]
+    """
+    fits = [[f for f, fact in enumerate(facts) if line_matches_fact(line, fact)] for line in lines]
+    owner: dict[int, int] = {}
+
+    def claim(line: int, tried: set[int]) -> bool:
+        for fact in fits[line]:
+            if fact not in tried:
+                tried.add(fact)
+                if fact not in owner or claim(owner[fact], tried):
+                    owner[fact] = line
+                    return True
+        return False
+
+    for line in range(len(lines)):
+        claim(line, set())
+    paired = {line: fact for fact, line in owner.items()}
+    return [paired.get(line) for line in range(len(lines))]
+
+
+def f1_score(n_matched: int, n_inferred: int, n_facts: int) -> float:
+    """Return 2 |P̂ ∩ P| / (|P̂| + |P|) (RLPA eq. 2–3) in [0, 1]; 1 if both are empty.
+
+    The count is clamped, because an LLM matcher may claim more matches than there are lines.
+
+    >>> f1_score(3, 3, 3), f1_score(5, 3, 9), f1_score(0, 0, 4)
+    (1.0, 0.5, 0.0)
+    """
+    n_matched = max(0, min(n_matched, n_inferred, n_facts))
+    return 2 * n_matched / (n_inferred + n_facts) if n_inferred + n_facts else 1.0
+
+
+@dataclass(frozen=True)
+class ProfileScore:
+    """How an inferred profile compares with the persona and with what the user has disclosed so far (the ledger)."""
+
+    f1: float  # against the whole persona, as published: a lucky guess counts
+    evidence_f1: float  # the same, but a match counts only if the dialogue has disclosed that fact
+    max_f1: float  # the best honest profile at this point: world.theoretical_max_f1
+    n_lines: int
+    n_disclosed: int
+    n_recalled: int  # disclosed facts that the profile states
+    n_unsupported: int  # lines that match nothing the user has disclosed
+
+
+def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequence[str]) -> ProfileScore:
+    """Score a profile by the deterministic matcher.
+
+    Under the published F1 a guess pays as soon as it is right with a probability above half the current F1 (gender:
+    one in two), which teaches padding. `evidence_f1` takes that away without changing anything else: a guess can only
+    lengthen |P̂|, and an honest profile scores what it scored before.
+
+    >>> score = score_profile(["Age: 34", "Gender: woman"], ["Age: 34", "Gender: woman"], ["Hello", "I'm 34."])
+    >>> (score.f1, score.evidence_f1, round(score.max_f1, 3), score.n_recalled, score.n_unsupported)
+    (1.0, 0.5, 0.667, 1, 1)
+    """
+    ledger = world.disclosed(facts, user_texts)
+    supported = match_lines(lines, [facts[i] for i in ledger])
+    n_recalled = sum(match is not None for match in supported)
+    n_matched = sum(match is not None for match in match_lines(lines, facts))
+    return ProfileScore(
+        f1=f1_score(n_matched, len(lines), len(facts)),
+        evidence_f1=f1_score(n_recalled, len(lines), len(facts)),
+        max_f1=world.theoretical_max_f1(len(facts), len(ledger)),
+        n_lines=len(lines),
+        n_disclosed=len(ledger),
+        n_recalled=n_recalled,
+        n_unsupported=len(lines) - n_recalled,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Response Reward by rule (the embedded world)
+
+
+def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -> dict[str, bool]:
+    """Judge a reply to the last user message of `history` by five rules, and name each verdict.
+
+    naturalness          1–4 sentences, at most 60 words, capitalised, ended, and no sentence or word said twice running
+    relevance            takes up a fact just disclosed, apologises if the user complains, greets if the user greets
+    logical_consistency  claims no value of the world that the user has not said
+    engagement           asks about something the user has not told yet, and not what it asked last
+    informativeness      has a statement of four or more words that it has not made before
+
+    >>> told = [("user", "Hello"), ("assistant", "Hi! What do you do?"), ("user", "I work as a nurse.")]
+    >>> rule_verdicts("Working as a nurse must be tough. Where do you live?", told, ["Occupation: nurse", "Location: Oslo"])
+    {'naturalness': True, 'relevance': True, 'logical_consistency': True, 'engagement': True, 'informativeness': True}
+    """
+    user_texts = [text for who, text in history if who == "user"]
+    replies = [text for who, text in history if who == "assistant"]
+    spoken = world.sentences(response)
+    return {
+        "naturalness": _is_natural(response, spoken),
+        "relevance": _is_relevant(response, user_texts, facts),
+        "logical_consistency": _is_consistent(response, user_texts),
+        "engagement": _is_engaging(response, user_texts, replies, facts),
+        "informativeness": _is_informative(spoken, replies),
+    }
+
+
+def _is_natural(response: str, spoken: Sequence[str]) -> bool:
+    said = world.words(response)
+    stutters = any(a == b for a, b in zip(said, said[1:], strict=False)) or len({s.casefold() for s in spoken}) < len(spoken)
+    shaped = response[:1].isupper() and response[-1:] in ".!?"
+    return shaped and not stutters and 1 <= len(spoken) <= MAX_SENTENCES and 1 <= len(said) <= MAX_WORDS
+
+
+def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str]) -> bool:
+    latest = user_texts[-1]
+    news = [facts[i] for i in world.disclosed(facts, [latest])]
+    if news:
+        return any(world.mentions(fact, response) for fact in news)
+    if any(remark in latest for remark in [*world.REPEATED, "You said that before."]):
+        return bool(re.search(r"\b(?:sorry|apolog\w+|my mistake|forgive)\b", response, re.IGNORECASE))
+    if len(user_texts) == 1:
+        return bool(re.search(r"\b(?:hello|hi|hey|welcome|nice to meet)\b", response, re.IGNORECASE))
+    return "?" in response  # the user said next to nothing: ask on
+
+
+def _is_consistent(response: str, user_texts: Sequence[str]) -> bool:
+    told = "\n".join(user_texts)
+    return all(world.contains_phrase(told, match[0]) for match in world.value_pattern().finditer(response))
+
+
+def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
+    if "?" not in response:
+        return False
+    ledger = world.disclosed(facts, user_texts)
+    slots = [world.split_fact(fact)[0] for fact in facts]
+    open_slots = {slot for i, slot in enumerate(slots) if i not in ledger}
+    if not open_slots or open_slots == {None}:  # all told, or prose: any question that is not the last one again
+        return not replies or world.sentences(response)[-1] != world.sentences(replies[-1] or " ")[-1:]
+    asked = world.asked_slots(response)
+    return bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(world.asked_slots(replies[-1])))
+
+
+def _is_informative(spoken: Sequence[str], replies: Sequence[str]) -> bool:
+    earlier = {sentence.casefold() for reply in replies for sentence in world.sentences(reply)}
+    statements = (s for s in spoken if not s.endswith("?") and len(world.words(s)) >= 4)
+    return any(s.casefold() not in earlier for s in statements)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards by an LLM judge over HTTP
+
+RESPONSE_JUDGE_PROMPT = """You judge one reply of an assistant in a chat with a user.
+
+What the assistant believes about the user:
+{profile}
+
+The dialogue so far:
+{history}
+
+The assistant's reply to judge:
+{response}
+
+Give five verdicts, each 1 (yes) or 0 (no):
+- naturalness: it reads as a human chat reply, neither stilted nor repetitive
+- relevance: it takes up what the user just said
+- logical_consistency: it contradicts neither the dialogue nor what is known about the user
+- engagement: it makes the user want to go on talking
+- informativeness: it offers something new and useful to this user
+
+Answer with one JSON object and nothing else, for example
+{{"naturalness": 1, "relevance": 1, "logical_consistency": 1, "engagement": 0, "informativeness": 1}}"""
+
+PROFILE_JUDGE_PROMPT = """Compare two descriptions of the same person.
+
+Hidden facts, one per line:
+{facts}
+
+Inferred traits, one per line:
+{lines}
+
+How many of the hidden facts does the inferred list state? One trait may count for one fact only.
+Answer with one JSON object and nothing else, for example {{"covered": 2}}"""
+
+
+def response_judge_messages(response: str, history: world.History, profile: Sequence[str]) -> list[dict]:
+    """Build the judge's messages: roles by their names, and without the policy's system prompt."""
+    dialogue = "\n".join(f"{'User' if who == 'user' else 'Assistant'}: {text}" for who, text in history)
+    prompt = RESPONSE_JUDGE_PROMPT.format(profile=_bullets(profile), history=dialogue, response=response)
+    return [{"role": "user", "content": prompt}]
+
+
+def profile_judge_messages(lines: Sequence[str], facts: Sequence[str]) -> list[dict]:
+    """Build the messages that ask an LLM how many facts the inferred lines cover."""
+    return [{"role": "user", "content": PROFILE_JUDGE_PROMPT.format(facts=_bullets(facts), lines=_bullets(lines))}]
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) or "(nothing)"
+
+
+def parse_verdicts(text: str) -> dict[str, bool]:
+    """Read the five verdicts; ValueError if one is absent or not 0 or 1 (a judge that hedges has not judged).
+
+    >>> parse_verdicts('{"naturalness": 1, "relevance": 1, "logical_consistency": 0, "engagement": 1, "informativeness": 1}')[
+    ...     "logical_consistency"]
+    False
+    """
+    found = _json_object(text)
+    if set(VERDICTS) - set(found) or any(found[name] not in (0, 1) for name in VERDICTS):
+        raise ValueError(f"verdicts are not five 0/1 values: {text[:200]!r}")
+    return {name: bool(found[name]) for name in VERDICTS}
+
+
+def parse_covered(text: str) -> int:
+    """Read the number of covered facts; ValueError if it is absent or no count."""
+    covered = _json_object(text).get("covered")
+    if isinstance(covered, bool) or not isinstance(covered, int) or covered < 0:
+        raise ValueError(f"'covered' is not a count: {text[:200]!r}")
+    return covered
+
+
+def _json_object(text: str) -> dict:
+    """Return the one JSON object in a text; models like to wrap it in a code fence or a sentence."""
+    match = re.search(r"\{[^{}]*\}", text)
+    try:
+        found = json.loads(match[0]) if match else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"no JSON object in {text[:200]!r}")
+    return found
+
+
+def ask_judge(
+    chat_many: ChatMany, requests: Sequence[list[dict]], parse: Callable[[str], object], seed: int, n_tries: int = 3
+) -> list[object | None]:
+    """Send requests to a judge and parse its answers; answers that cannot be parsed are asked for again.
+
+    Args:
+        chat_many: sends many message lists, returns a text or an exception for each (`ChatClient.chat_many`).
+        requests: one message list per verdict.
+        parse: text → verdict, ValueError if it holds none.
+        seed: seeds the requests; each try gets another one, so that a deterministic judge can answer differently.
+        n_tries: how often an unparsable answer is asked for in all.
+    Returns:
+        the verdict per request, None where the judge failed for good.
+    """
+    verdicts: list[object | None] = [None] * len(requests)
+    waiting = list(range(len(requests)))
+    for attempt in range(n_tries):
+        answers = chat_many([requests[i] for i in waiting], [seed + 7919 * attempt + i for i in waiting])
+        unparsable = []
+        for i, answer in zip(waiting, answers, strict=True):
+            if isinstance(answer, Exception):  # the client has retried already; asking again would only double that
+                continue
+            try:
+                verdicts[i] = parse(answer)
+            except ValueError:
+                unparsable.append(i)
+        waiting = unparsable
+        if not waiting:
+            break
+    return verdicts

@@ -1,0 +1,384 @@
+"""The embedded world: who can be met in it, what a user says, and what a question is about.
+
+Plain data and pure functions of text: no torch, no HTTP, no state. `simulator.py` serves `user_reply` over HTTP,
+`rewards.py` judges with `asked_slots` and `mentions`, and `make_tiny.py` writes its demonstrations with the same
+phrases. A persona is a list of facts such as "Occupation: baker"; a fact without a slot ("He plays the guitar.") is
+prose, as in the ALOE files.
+
+The user is rule-based, yet it follows the role prompt of a real model: it opens with "Hello", answers what it is asked,
+discloses at most 15 % of its facts per turn (but one fact is the smallest step there is), says so when it is asked
+again, and never says more than three sentences.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+DISCLOSURE_BUDGET = 0.15  # share of the persona's facts that may be disclosed per turn (RLPA, appendix C.4)
+VOLUNTEER_PROB = 0.35  # how often a user who was not asked anything tells a fact of its own accord
+History = Sequence[tuple[str, str]]  # ("user" | "assistant", text), oldest first; "user" is the simulated human
+
+# slot → (values met in training, values met only in evaluation). No value is a word of another slot or of a phrase.
+VALUES: dict[str, tuple[list[str], list[str]]] = {
+    "Age": (
+        [str(age) for age in range(18, 80) if age % 7 != 3],
+        [str(age) for age in range(18, 80) if age % 7 == 3],
+    ),
+    "Gender": (["woman", "man", "nonbinary"], []),
+    "Interests": (
+        """hiking, chess, painting, surfing, yoga, pottery, knitting, karate, gardening, sailing, archery, origami,
+        juggling, astronomy, fishing, climbing, skating, birdwatching, calligraphy, boxing, rowing, camping,
+        salsa dancing, board games, jazz piano, film photography, trail running, crossword puzzles, video games,
+        model trains, opera, folk songs, street food, poetry, darts, fencing""".replace("\n", " ").split(", "),
+        "kayaking, embroidery, snowboarding, stand-up comedy, drone racing, beekeeping".split(", "),
+    ),
+    "Educational Background": (
+        """biology, law, history, physics, economics, philosophy, chemistry, geography, music theory, statistics,
+        linguistics, architecture, theology, medicine, graphic design, computer science, marine science, art history,
+        political science, veterinary science, accounting, sociology, anthropology, geology""".replace("\n", " ").split(", "),
+        "psychology, robotics, food science, journalism".split(", "),
+    ),
+    "Personality Traits": (
+        """shy, patient, stubborn, cheerful, curious, calm, ambitious, honest, impulsive, thoughtful, sarcastic, generous,
+        anxious, practical, dreamy, organized, playful, reserved, loyal, outgoing, moody, fearless, modest, punctual,
+        restless, gentle, witty, skeptical""".replace("\n", " ").split(", "),
+        "optimistic, cautious, messy, perfectionist, talkative".split(", "),
+    ),
+    "Occupation": (
+        """nurse, plumber, baker, pilot, dentist, carpenter, florist, librarian, firefighter, mechanic, tailor, waiter,
+        translator, electrician, butcher, barber, cashier, optician, taxi driver, bus driver, school teacher,
+        truck driver, tour guide, web developer, farm worker, bank clerk, sound engineer, hotel manager, radio host,
+        paramedic, postman, welder, sculptor, referee, beautician, gardener""".replace("\n", " ").split(", "),
+        "blacksmith, locksmith, ship captain, museum guard, pharmacist, train conductor".split(", "),
+    ),
+    "Marital Status": (
+        "single, married, divorced, engaged, separated, newlywed, happily unattached, dating someone".split(", "),
+        ["widowed", "recently remarried"],
+    ),
+    "Family Background": (
+        [f"{n} {who}" for n in ("two", "three", "four", "five") for who in ("sisters", "brothers", "sons", "daughters")
+         if (n, who) not in {("three", "sons"), ("five", "sisters"), ("four", "brothers")}]
+        + ["twin sister", "twin brother", "only child", "big family", "adopted son", "baby daughter"],
+        ["three sons", "five sisters", "four brothers", "seven cousins"],
+    ),
+    "Location": (
+        """Paris, London, Madrid, Oslo, Lisbon, Vienna, Prague, Dublin, Boston, Chicago, Denver, Seattle, Toronto, Lima,
+        Cairo, Nairobi, Mumbai, Delhi, Tokyo, Kyoto, Seoul, Sydney, Berlin, Hamburg, Milan, Naples, Athens, Warsaw,
+        Helsinki, Dallas, Austin, Portland, Geneva, Bogota, Havana, Manila, Hanoi, Zurich, New York, Cape Town,
+        San Diego, Hong Kong""".replace("\n", " ").split(", "),
+        "Copenhagen, Melbourne, Santiago, Budapest, Casablanca, Buenos Aires, Salt Lake City".split(", "),
+    ),
+    "Others": (
+        """parrot, nut allergy, vegan diet, motorbike, stamp collection, guitar, bad knee, wheelchair, sailing boat,
+        pet snake, black cat, old dog, food blog, night shift, sweet tooth, vintage car, secret recipe, green tattoo,
+        gluten allergy, rooftop garden, telescope, camper van, pet rabbit, coffee habit, golden retriever, red bicycle,
+        lake house, hearing aid, piano, ukulele""".replace("\n", " ").split(", "),
+        "pet turtle, dairy allergy, wooden leg, blue scooter, vinyl collection".split(", "),
+    ),
+}
+VALUES = {slot: tuple([" ".join(v.split()) for v in part] for part in parts) for slot, parts in VALUES.items()}
+SLOTS: tuple[str, ...] = tuple(VALUES)
+
+# What the user says to disclose a fact; {v} is the value as it stands, {a} the value with its article.
+DISCLOSURES: dict[str, list[str]] = {
+    "Age": ["I am {v} years old.", "I turned {v} this year.", "I'm {v}.", "{v}, if you must know."],
+    "Gender": ["I am {a}.", "I'm {a}, by the way.", "I see myself as {a}."],
+    "Interests": ["I enjoy {v}.", "I am into {v}.", "I spend my weekends on {v}.", "My hobby is {v}."],
+    "Educational Background": ["I studied {v}.", "My degree is in {v}.", "I majored in {v}.", "I went to college for {v}."],
+    "Personality Traits": ["People say I am {v}.", "I would call myself {v}.", "I am quite {v}.", "I tend to be {v}."],
+    "Occupation": ["I work as {a}.", "I am {a} by trade.", "I earn my living as {a}.", "My job? I am {a}."],
+    "Marital Status": ["I am {v}.", "I'm {v}, actually.", "As for romance, I am {v}."],
+    "Family Background": ["I grew up with {f}.", "At home there is {f}.", "My folks? Just {f}."],
+    "Location": ["I live in {v}.", "My home is in {v}.", "I am based in {v}.", "I moved to {v}."],
+    "Others": ["I have {a}.", "By the way, I have {a}.", "You should know that I have {a}."],
+}
+LEADS = ["", "", "Well.", "Sure.", "Okay.", "Hm."]
+FILLERS = ["Oh.", "Okay.", "I see.", "Hm.", "Right."]
+REPEATED = ["I already told you that.", "You asked me that before.", "We talked about that already."]
+UNKNOWN = ["I would rather not say.", "I don't know."]
+
+# A question is about the slots whose pattern it matches.
+QUESTION_PATTERNS: dict[str, re.Pattern[str]] = {
+    slot: re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
+    for slot, pattern in {
+        "Age": r"how old|your age|what age|birthday|year were you born",
+        "Gender": r"gender|man or a woman|woman or a man|pronouns?|identify",
+        "Interests": r"hobby|hobbies|interests?|interested in|free time|spare time|for fun|weekends?|like to do|enjoy doing",
+        "Educational Background": r"study|studied|degree|college|university|school|major|education|educated",
+        "Personality Traits": r"personality|describe yourself|character|kind of person|temper|temperament",
+        "Occupation": r"job|for a living|occupation|profession|career|work as|do you work|your work",
+        "Marital Status": r"marital|partner|romance|love life|spouse|relationship|seeing anyone|husband|wife",
+        "Family Background": r"family|siblings?|relatives|grow up with|grew up with|parents|folks|children|kids",
+        "Location": r"live|located|based|city|hometown|your home|where are you|where do you come",
+        "Others": r"anything else|something else|else about you|surprise me|special about you|more about you",
+    }.items()
+}
+
+
+def split_fact(fact: str) -> tuple[str | None, str]:
+    """Split a fact into its slot (None for prose) and its value.
+
+    >>> split_fact("Occupation: tour guide"), split_fact("He plays the guitar.")
+    (('Occupation', 'tour guide'), (None, 'He plays the guitar.'))
+    """
+    slot, colon, value = fact.partition(":")
+    for known in SLOTS:
+        if colon and slot.strip().casefold() == known.casefold():
+            return known, value.strip()
+    return None, fact.strip()
+
+
+def words(text: str) -> list[str]:
+    """List the lower-case words of a text; hyphens and apostrophes stay inside words.
+
+    >>> words("I'm a stand-up comic, aged 34.")
+    ["i'm", 'a', 'stand-up', 'comic', 'aged', '34']
+    """
+    return re.findall(r"\w+(?:['’-]\w+)*", text.casefold())
+
+
+def sentences(text: str) -> list[str]:
+    """Split a text at sentence ends.
+
+    >>> sentences("Nice. Where do you live?")
+    ['Nice.', 'Where do you live?']
+    """
+    return [s.strip() for s in re.split(r"(?<=[.!?])\s+|\n+", text) if s.strip()]
+
+
+FUNCTION_WORDS = frozenset(
+    """a an the and or but of to in on at for with as is are was were be been am i you he she it they we my your his
+    her its their our me him them us this that these those has have had do does did not no so very who which what from
+    by about also just into some than then there when will would can could should""".split()
+)
+
+
+def content_words(text: str) -> set[str]:
+    """Return the words of a text that carry meaning, with a plural or verbal -s cut off.
+
+    >>> sorted(content_words("She enjoys the long walks."))
+    ['enjoy', 'long', 'walk']
+    """
+    found = (word for word in words(text) if word not in FUNCTION_WORDS)
+    return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in found}
+
+
+def contains_phrase(text: str, phrase: str) -> bool:
+    """Tell whether a text contains the phrase as whole words, whatever the case.
+
+    >>> contains_phrase("Working in New York?", "new york"), contains_phrase("A lawyer.", "law")
+    (True, False)
+    """
+    needle = words(phrase)
+    return bool(needle) and f" {' '.join(needle)} " in f" {' '.join(words(text))} "
+
+
+def mentions(fact: str, text: str) -> bool:
+    """Tell whether a text gives a fact away: a slot's value literally, prose by half of its content words.
+
+    >>> mentions("Location: Oslo", "I moved to Oslo."), mentions("He plays the guitar.", "I play my guitar a lot.")
+    (True, True)
+    """
+    slot, value = split_fact(fact)
+    if slot and len(words(value)) <= 4:
+        return contains_phrase(text, value)
+    wanted = content_words(value)
+    return bool(wanted) and len(wanted & content_words(text)) >= max(1, len(wanted) / 2)
+
+
+def disclosed(facts: Sequence[str], user_texts: Iterable[str]) -> list[int]:
+    """Keep the ledger: the indices of the facts that the user's own messages have given away, in order of disclosure.
+
+    >>> disclosed(["Age: 34", "Location: Oslo"], ["Hello", "I moved to Oslo.", "I'm 34."])
+    [1, 0]
+    """
+    ledger: list[int] = []
+    for text in user_texts:
+        ledger += [i for i, fact in enumerate(facts) if i not in ledger and mentions(fact, text)]
+    return ledger
+
+
+def allowance(n_facts: int, n_disclosed: int, n_turns: int) -> int:
+    """Return how many facts the user may disclose in its reply number `n_turns` (1 = the first after the opener).
+
+    The budget is `DISCLOSURE_BUDGET` of the facts per turn. Where that is less than one fact (short personas), the
+    share adds up over the turns until it pays for a whole one.
+
+    >>> [allowance(12, 3, 4), allowance(14, 3, 4), allowance(5, 0, 1), allowance(5, 0, 2)]
+    [1, 2, 0, 1]
+    """
+    share = DISCLOSURE_BUDGET * n_facts + 1e-9
+    per_turn = int(share)
+    return per_turn if per_turn >= 1 else max(0, min(1, int(share * n_turns) - n_disclosed))
+
+
+def theoretical_max_f1(n_facts: int, n_disclosed: int) -> float:
+    """Return the best honest profile F1: every disclosed fact and nothing else, 2 r / (r + n); 1 if there are no facts.
+
+    >>> theoretical_max_f1(12, 0), theoretical_max_f1(12, 4)
+    (0.0, 0.5)
+    """
+    return 2 * n_disclosed / (n_disclosed + n_facts) if n_facts else 1.0
+
+
+def asked_slots(text: str) -> list[str]:
+    """List the slots that the questions of a text are about, in slot order.
+
+    >>> asked_slots("I live for jazz. Where do you live? And what do you do for a living?")
+    ['Occupation', 'Location']
+    """
+    questions = " ".join(s for s in sentences(text) if s.endswith("?"))
+    return [slot for slot, pattern in QUESTION_PATTERNS.items() if pattern.search(questions)]
+
+
+def with_article(value: str) -> str:
+    """Put the indefinite article before a value.
+
+    >>> with_article("optician"), with_article("nurse"), with_article("nonbinary")
+    ('an optician', 'a nurse', 'nonbinary')
+    """
+    if value == "nonbinary":
+        return value
+    return ("an " if value[0].lower() in "aeiou" and not value.startswith("uku") else "a ") + value
+
+
+def family_phrase(value: str) -> str:
+    """Put an article before a family that is not counted ("twin sister" → "a twin sister", "two sons" stays)."""
+    return value if value.split()[0] in {"two", "three", "four", "five", "seven"} else with_article(value)
+
+
+def fill(template: str, value: str) -> str:
+    """Fill a phrase with a value: {v} as it stands, {a} with its article, {f} as a family.
+
+    >>> fill("I work as {a}.", "optician")
+    'I work as an optician.'
+    """
+    return template.format(v=value, a=with_article(value), f=family_phrase(value))
+
+
+def say_fact(fact: str, rng: random.Random) -> str:
+    """Say a fact in the first person, in one of several phrasings; prose has its pronouns turned round.
+
+    >>> say_fact("She enjoys hiking and has two cats.", random.Random(0))
+    'I enjoy hiking and have two cats.'
+    """
+    slot, value = split_fact(fact)
+    if slot is None:
+        return first_person(value)
+    return fill(rng.choice(DISCLOSURES[slot]), value)
+
+
+def first_person(sentence: str) -> str:
+    """Turn a sentence about him or her into one about me (as far as a few rules go)."""
+    turned = re.sub(r"\b(he|she)(?:'s| is)\b", "I am", sentence, flags=re.IGNORECASE)
+    turned = re.sub(r"\b(?:he|she) (\w+)", lambda m: f"I {_plain_verb(m[1])}", turned, flags=re.IGNORECASE)
+    turned = re.sub(r"\band (\w+)", lambda m: f"and {_plain_verb(m[1])}" if m[1] in _VERBS else m[0], turned)
+    for theirs, mine in (("his", "my"), ("her", "my"), ("him", "me"), ("hers", "mine"), ("he", "I"), ("she", "I"),
+                         ("himself", "myself"), ("herself", "myself")):
+        turned = re.sub(rf"\b{theirs}\b", mine, turned, flags=re.IGNORECASE)
+    return turned[:1].upper() + turned[1:]
+
+
+_VERBS = {"has": "have", "is": "am", "does": "do", "loves": "love", "enjoys": "enjoy", "likes": "like", "lives": "live",
+          "works": "work", "collects": "collect", "plays": "play", "volunteers": "volunteer", "owns": "own"}
+
+
+def _plain_verb(verb: str) -> str:
+    if verb in _VERBS or not verb.endswith("s") or verb.endswith("ss") or verb in {"was", "always", "sometimes"}:
+        return {"was": "was"}.get(verb, _VERBS.get(verb, verb))
+    return verb[:-2] if verb.endswith(("ches", "shes", "sses", "xes")) else verb[:-1]
+
+
+def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
+    """Say what the simulated user says next, given its facts and the dialogue so far.
+
+    The same arguments give the same reply. Never more than three sentences, and never more facts than `allowance`.
+
+    >>> user_reply(["Age: 34", "Location: Oslo"], [], seed=0)
+    'Hello'
+    >>> told = [("user", "Hello"), ("assistant", "Hi! Where do you live?")]
+    >>> mentions("Location: Oslo", user_reply(["Age: 34"] * 9 + ["Location: Oslo"], told, seed=0))
+    True
+    """
+    if not history:
+        return "Hello"
+    rng = random.Random(f"{seed}|{len(history)}|{history[-1][1]}")
+    told = disclosed(facts, (text for who, text in history if who == "user"))
+    replies = [text for who, text in history if who == "assistant"]
+    budget = allowance(len(facts), len(told), sum(who == "user" for who, _ in history))
+    hidden = [i for i in range(len(facts)) if i not in told]
+    question = replies[-1] if replies else ""
+    wanted, remark = _what_to_tell(facts, hidden, question, rng)
+    if question and question in replies[:-1] and not wanted:
+        remark = "You said that before."
+    spoken = [say_fact(facts[i], rng) for i in wanted[:budget]]
+    if spoken:
+        return " ".join(part for part in (rng.choice(LEADS), *spoken[:2]) if part)
+    return remark or rng.choice(FILLERS)
+
+
+def _what_to_tell(facts: Sequence[str], hidden: list[int], question: str, rng: random.Random) -> tuple[list[int], str]:
+    """Choose the hidden facts to tell now, most fitting first, and what to say if there is none."""
+    asked = asked_slots(question)
+    has_slots = any(split_fact(fact)[0] for fact in facts)
+    if "?" in question and (asked or not has_slots):
+        fitting = [i for i in hidden if split_fact(facts[i])[0] in (*asked, None)]
+        known = any(split_fact(fact)[0] in asked for fact in facts)
+        return fitting, "" if fitting else rng.choice(REPEATED if known else UNKNOWN)
+    if hidden and rng.random() < VOLUNTEER_PROB:
+        return [rng.choice(hidden)], ""
+    return [], ""
+
+
+@lru_cache(maxsize=2)
+def value_pattern() -> re.Pattern[str]:
+    """Return one pattern that finds any value of the world in a text (ages and genders left out), longest first."""
+    values = sorted({v for slot, parts in VALUES.items() if slot not in {"Age", "Gender"} for part in parts for v in part},
+                    key=len, reverse=True)
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE)
+
+
+def unseen_values() -> set[str]:
+    """Return the facts ("Slot: value") that no training persona has.
+
+    >>> "Location: Budapest" in unseen_values(), "Location: Oslo" in unseen_values()
+    (True, False)
+    """
+    return {f"{slot}: {value}" for slot, (_, heldout) in VALUES.items() for value in heldout}
+
+
+def generate_personas(n: int, seed: int, split: str = "train") -> list[list[str]]:
+    """Make `n` ten-slot personas (10 to 13 facts); the two splits share no persona.
+
+    "train" uses training values only. In "heldout" each value is, with probability 0.3, one never seen in training,
+    and every persona has at least one such value, so that no held-out persona can occur in training.
+
+    >>> generate_personas(1, seed=0)[0][:2] == generate_personas(1, seed=0)[0][:2]
+    True
+    >>> any(fact in unseen_values() for fact in generate_personas(1, seed=0, split="heldout")[0])
+    True
+    """
+    if split not in {"train", "heldout"}:
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
+    rng = random.Random(f"{split}|{seed}")
+    return [_one_persona(rng, split) for _ in range(n)]
+
+
+def _one_persona(rng: random.Random, split: str) -> list[str]:
+    several = {"Interests": rng.choice((1, 2)), "Personality Traits": rng.choice((1, 2)), "Others": rng.choice((1, 2))}
+    facts = []
+    for slot, (seen, unseen) in VALUES.items():
+        picked: list[str] = []
+        while len(picked) < several.get(slot, 1):
+            pool = unseen if split == "heldout" and unseen and rng.random() < 0.3 else seen
+            value = rng.choice(pool)
+            if value not in picked:
+                picked.append(value)
+        facts += [f"{slot}: {value}" for value in picked]
+    if split == "heldout" and not any(fact in unseen_values() for fact in facts):
+        at = facts.index(next(fact for fact in facts if fact.startswith("Location")))
+        facts[at] = f"Location: {rng.choice(VALUES['Location'][1])}"
+    return facts
