@@ -110,13 +110,13 @@ class Candidate:
     stop_reason: str  # "stop" (sampled <|im_end|>) or "length"
     text: str = ""
     profile: list[str] = field(default_factory=list)
-    response: str = ""
+    response: str = ""  # what the user sees, even of a turn that could not be parsed
     failure: str | None = None  # why the text could not be parsed; None = format-valid
     profile_tokens: int = 0  # how many ids make up the profile block: where the Profile Reward is earned
     profile_reward: float = 0.0
     response_reward: float = 0.0
     verdicts: dict[str, bool] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)  # ledger counts of this profile (recall, unsupported lines …)
+    ledger: dict[str, float] = field(default_factory=dict)  # this profile against what was disclosed: rewards.ProfileScore
     judged: bool = True  # False: the judge failed for good; it is neither trained on nor chosen
 
 
@@ -150,7 +150,7 @@ class Dialogue:
         for turn in self.turns:
             said.append(("user", turn.user_text))
             if turn.candidates:
-                said.append(("assistant", turn.winner.response or turn.winner.text))
+                said.append(("assistant", turn.winner.response))
         return said
 
     def user_texts(self) -> list[str]:
@@ -175,7 +175,7 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
         prompt = tokenizer.message("system", SYSTEM_PROMPT)
         for turn in dialogue.turns[:-1]:
             prompt += tokenizer.message("user", turn.user_text)
-            prompt += tokenizer.message("assistant", turn.winner.response or turn.winner.text)
+            prompt += tokenizer.message("assistant", turn.winner.response)
         last = dialogue.turns[-1]
         prompt += tokenizer.message("user", last.user_text) + tokenizer.generation_header() + closed(last.winner, tokenizer)
     prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header()

@@ -32,7 +32,10 @@ ChatMany = Callable[[Sequence[list[dict]], Sequence[int]], Sequence[str | Except
 
 @dataclass(frozen=True)
 class ParsedTurn:
-    """A turn's parts; `failure` names why it could not be read (one of PARSE_FAILURES), None if it could."""
+    """A turn's parts; `failure` names why it could not be read (one of PARSE_FAILURES), None if it could.
+
+    A turn that failed has no profile, and as response whatever the user would still see of it.
+    """
 
     profile: list[str]
     response: str
@@ -47,14 +50,19 @@ def parse_turn(text: str, stop_reason: str = "stop") -> ParsedTurn:
     >>> parse_turn("<profile>\\n- Age: 34\\n<response>\\nHi!\\n</response>").failure
     'unclosed'
     """
-    failure = _tag_failure(text, stop_reason)
-    if failure:
-        return ParsedTurn([], "", failure)
     match = re.fullmatch(r"\s*<profile>(.*)</profile>\s*<response>(.*)</response>\s*", text, re.DOTALL)
-    if match is None:
-        return ParsedTurn([], "", "outside_text")
-    response = match[2].strip()
-    return ParsedTurn(profile_lines(match[1]), response, None if response else "empty_response")
+    failure = _tag_failure(text, stop_reason) or ("outside_text" if match is None else None)
+    if failure is None and not match[2].strip():
+        failure = "empty_response"
+    if failure:
+        return ParsedTurn([], _visible_text(text), failure)
+    return ParsedTurn(profile_lines(match[1]), match[2].strip())
+
+
+def _visible_text(text: str) -> str:
+    """Return what a user would see of a broken turn: everything but profile block, tags and control tokens."""
+    text = re.sub(r"<profile>.*?(?:</profile>|(?=<response>)|$)", " ", text, flags=re.DOTALL)
+    return " ".join(re.sub(r"</?(?:profile|response)>|<\|\w+\|>", " ", text).split()) or "..."
 
 
 def _tag_failure(text: str, stop_reason: str) -> str | None:
@@ -345,7 +353,7 @@ def _json_object(text: str) -> dict:
 
 
 def ask_judge(
-    chat_many: ChatMany, requests: Sequence[list[dict]], parse: Callable[[str], object], seed: int, n_tries: int = 3
+    chat_many: ChatMany, requests: Sequence[list[dict]], parse: Callable[[str], object], seeds: Sequence[int], n_tries: int = 3
 ) -> list[object | None]:
     """Send requests to a judge and parse its answers; answers that cannot be parsed are asked for again.
 
@@ -353,7 +361,7 @@ def ask_judge(
         chat_many: sends many message lists, returns a text or an exception for each (`ChatClient.chat_many`).
         requests: one message list per verdict.
         parse: text → verdict, ValueError if it holds none.
-        seed: seeds the requests; each try gets another one, so that a deterministic judge can answer differently.
+        seeds: one per request; each further try gets another one, so that a deterministic judge can answer differently.
         n_tries: how often an unparsable answer is asked for in all.
     Returns:
         the verdict per request, None where the judge failed for good.
@@ -361,7 +369,7 @@ def ask_judge(
     verdicts: list[object | None] = [None] * len(requests)
     waiting = list(range(len(requests)))
     for attempt in range(n_tries):
-        answers = chat_many([requests[i] for i in waiting], [seed + 7919 * attempt + i for i in waiting])
+        answers = chat_many([requests[i] for i in waiting], [seeds[i] + attempt for i in waiting])
         unparsable = []
         for i, answer in zip(waiting, answers, strict=True):
             if isinstance(answer, Exception):  # the client has retried already; asking again would only double that

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 DISCLOSURE_BUDGET = 0.15  # share of the persona's facts that may be disclosed per turn (RLPA, appendix C.4)
+SPLITS = ("train", "heldout", "unseen")
 VOLUNTEER_PROB = 0.35  # how often a user who was not asked anything tells a fact of its own accord
 History = Sequence[tuple[str, str]]  # ("user" | "assistant", text), oldest first; "user" is the simulated human
 
@@ -333,7 +335,7 @@ def _what_to_tell(facts: Sequence[str], hidden: list[int], question: str, rng: r
     return [], ""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def value_pattern() -> re.Pattern[str]:
     """Return one pattern that finds any value of the world in a text (ages and genders left out), longest first."""
     values = sorted({v for slot, parts in VALUES.items() if slot not in {"Age", "Gender"} for part in parts for v in part},
@@ -341,44 +343,51 @@ def value_pattern() -> re.Pattern[str]:
     return re.compile(r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE)
 
 
-def unseen_values() -> set[str]:
+@lru_cache(maxsize=1)
+def unseen_values() -> frozenset[str]:
     """Return the facts ("Slot: value") that no training persona has.
 
     >>> "Location: Budapest" in unseen_values(), "Location: Oslo" in unseen_values()
     (True, False)
     """
-    return {f"{slot}: {value}" for slot, (_, heldout) in VALUES.items() for value in heldout}
+    return frozenset(f"{slot}: {value}" for slot, (_, unseen) in VALUES.items() for value in unseen)
 
 
 def generate_personas(n: int, seed: int, split: str = "train") -> list[list[str]]:
-    """Make `n` ten-slot personas (10 to 13 facts); the two splits share no persona.
+    """Make `n` ten-slot personas (10 to 13 facts) of one of three splits that share no persona.
 
-    "train" uses training values only. In "heldout" each value is, with probability 0.3, one never seen in training,
-    and every persona has at least one such value, so that no held-out persona can occur in training.
+    "train" and "heldout" use the same values in other combinations. In "unseen" every persona has values that no
+    training persona has: each value is such a one with probability 0.3, and at least one is.
 
-    >>> generate_personas(1, seed=0)[0][:2] == generate_personas(1, seed=0)[0][:2]
-    True
-    >>> any(fact in unseen_values() for fact in generate_personas(1, seed=0, split="heldout")[0])
+    >>> generate_personas(1, seed=0)[0][:3]
+    ['Age: 20', 'Gender: woman', 'Interests: rowing']
+    >>> any(fact in unseen_values() for fact in generate_personas(1, seed=0, split="unseen")[0])
     True
     """
-    if split not in {"train", "heldout"}:
-        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split}|{seed}")
-    return [_one_persona(rng, split) for _ in range(n)]
+    personas: list[list[str]] = []
+    while len(personas) < n:
+        facts = _one_persona(rng, unseen_share=0.3 if split == "unseen" else 0.0)
+        if split_of(facts) == split:
+            personas.append(facts)
+    return personas
 
 
-def _one_persona(rng: random.Random, split: str) -> list[str]:
+def split_of(facts: Sequence[str]) -> str:
+    """Tell which split a synthetic persona belongs to: decided by its facts alone, so that no two splits can overlap."""
+    if any(fact in unseen_values() for fact in facts):
+        return "unseen"
+    return "heldout" if zlib.crc32("\n".join(facts).encode()) % 10 == 0 else "train"
+
+
+def _one_persona(rng: random.Random, unseen_share: float) -> list[str]:
     several = {"Interests": rng.choice((1, 2)), "Personality Traits": rng.choice((1, 2)), "Others": rng.choice((1, 2))}
-    facts = []
+    facts: list[str] = []
     for slot, (seen, unseen) in VALUES.items():
-        picked: list[str] = []
-        while len(picked) < several.get(slot, 1):
-            pool = unseen if split == "heldout" and unseen and rng.random() < 0.3 else seen
-            value = rng.choice(pool)
-            if value not in picked:
-                picked.append(value)
+        pools = [unseen if unseen and rng.random() < unseen_share else seen for _ in range(several.get(slot, 1))]
+        while len(picked := {rng.choice(pool): None for pool in pools}) < len(pools):
+            continue  # two equal values were drawn: draw both again
         facts += [f"{slot}: {value}" for value in picked]
-    if split == "heldout" and not any(fact in unseen_values() for fact in facts):
-        at = facts.index(next(fact for fact in facts if fact.startswith("Location")))
-        facts[at] = f"Location: {rng.choice(VALUES['Location'][1])}"
     return facts

@@ -1,0 +1,855 @@
+"""The user the policy talks to: personas, the role prompt, an HTTP client, and an embedded server.
+
+A simulated user is any OpenAI-compatible `/v1/chat/completions` endpoint that is sent a role prompt (who it plays, and
+how slowly to say so) and the dialogue seen from its own side. `python simulator.py --port 8100` is such an endpoint: it
+gets the same messages as a real model and answers them by the rules of `world.py`, seeded, without a network or a key.
+
+In reading order: personas (JSONL in) → role prompt and messages → `ChatClient` → embedded server.
+
+Against the published code: roles are not swapped in the user's history, every wait is bounded, and a call that fails is
+a typed `ChatError` for the trainer to mask and count, never a made-up reply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import ipaddress
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+import world
+
+Message = dict[str, str]  # {"role": ..., "content": ...}, as in the OpenAI chat format
+
+
+# ---------------------------------------------------------------------------------------------------------- personas
+@dataclass(frozen=True)
+class Persona:
+    """A person to be played: an id that is unique in its file, and one-line facts such as "Occupation: baker"."""
+
+    persona_id: str
+    facts: tuple[str, ...]
+
+
+ACCEPTED = 'an object with "facts" (list of strings) or "slots" (the ten of the paper), or a string of prose'
+
+
+def load_personas(path: str | Path) -> list[Persona]:
+    """Read personas from a JSONL file, in file order.
+
+    Each line holds one or more JSON values back to back (line 6 of ALOE's `profile.jsonl` holds two). A value is
+    {"facts": ["Age: 34", ...]} or {"slots": {"Age": 34, "Interests": ["chess", "opera"], ...}}, either with an optional
+    "id", or a bare string of prose, which is split into facts by sentence.
+
+    Raises ValueError, in one line with the path and the line number, for anything else.
+    """
+    personas = [
+        _parse_persona(value, f"{Path(path).stem}:{line_id}", f"{path}, line {line_id.split('.')[0]}")
+        for line_id, value in _json_values(path)
+    ]
+    if not personas:
+        raise ValueError(f"{path} holds no personas; each line must be {ACCEPTED}")
+    if repeated := [name for name, n in Counter(p.persona_id for p in personas).items() if n > 1]:
+        raise ValueError(f'{path} uses the persona "id" {repeated[0]!r} more than once; ids must be unique')
+    return personas
+
+
+def _json_values(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("line" or "line.k" for the k-th value on it, value) for every JSON value of a JSONL file."""
+    decoder = json.JSONDecoder()
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines: U+2028 is legal in JSON
+        line, at, count = line.strip(" \t\r"), 0, 0
+        while at < len(line):
+            try:
+                value, at = decoder.raw_decode(line, at)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {_shorten(line[at : at + 60])!r} is not JSON "
+                                 f"({_reason(error)}); accepted: {ACCEPTED}") from None
+            count += 1
+            yield (str(number) if count == 1 else f"{number}.{count}"), value
+            at += len(line[at:]) - len(line[at:].lstrip(" \t"))
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read personas from {path}: {error.strerror}; give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+                         "save the file as UTF-8") from None
+
+
+def _parse_persona(value: Any, default_id: str, where: str) -> Persona:
+    """Turn one JSON value into a persona, or raise ValueError that begins with `where`."""
+    if isinstance(value, str):
+        persona_id, texts = default_id, split_sentences(clean_text(value))
+    elif isinstance(value, dict):
+        persona_id, texts = _parse_object(value, default_id, where)
+    else:
+        raise ValueError(f"{where}: found {_json_type(value)}; accepted: {ACCEPTED}")
+    facts = usable_facts(texts)
+    if not facts:
+        raise ValueError(f"{where}: no usable fact in {_shorten(json.dumps(value))}; a fact needs a letter or a digit")
+    return Persona(persona_id, facts)
+
+
+def _parse_object(value: dict[str, Any], default_id: str, where: str) -> tuple[str, list[str]]:
+    if unknown := sorted(set(value) - {"id", "facts", "slots"}):
+        raise ValueError(f'{where}: unknown key {_shorten(unknown[0])!r}; accepted keys: "id", "facts", "slots"')
+    if ("facts" in value) == ("slots" in value):
+        found = "both" if "facts" in value else "neither"
+        raise ValueError(f'{where}: found {found} of "facts" and "slots"; accepted: one of them')
+    persona_id = value.get("id", default_id)
+    if type(persona_id) not in (str, int) or not clean_text(str(persona_id)):
+        raise ValueError(f'{where}: "id" is {_json_type(persona_id)}; accepted: a string or a whole number')
+    texts = _list_facts(value["facts"], where) if "facts" in value else _slot_facts(value["slots"], where)
+    return clean_text(str(persona_id)), texts
+
+
+def _list_facts(facts: Any, where: str) -> list[str]:
+    if not isinstance(facts, list):
+        raise ValueError(f'{where}: "facts" is {_json_type(facts)}; accepted: a list of strings')
+    for i, fact in enumerate(facts):
+        if not isinstance(fact, str):
+            raise ValueError(f'{where}: "facts"[{i}] is {_json_type(fact)}; accepted: a string')
+    return facts
+
+
+def _slot_facts(slots: Any, where: str) -> list[str]:
+    """Render slots as "Slot: value" facts, one per element of a list value."""
+    if not isinstance(slots, dict):
+        raise ValueError(f'{where}: "slots" is {_json_type(slots)}; accepted: an object')
+    facts = []
+    for slot, content in slots.items():
+        if slot not in world.SLOTS:
+            raise ValueError(f"{where}: unknown slot {_shorten(slot)!r}; accepted slots: {', '.join(world.SLOTS)}")
+        for element in content if isinstance(content, list) else [content]:
+            if type(element) not in (str, int):
+                raise ValueError(f'{where}: slot "{slot}" holds {_json_type(element)}; '
+                                 "accepted: a string, a whole number or a list of them")
+            facts.append(f"{slot}: {element}")
+    return facts
+
+
+def usable_facts(texts: Iterable[str]) -> tuple[str, ...]:
+    """Clean facts and drop those without a letter or digit in their value, and repeated ones (whatever the case).
+
+    >>> usable_facts(["Age: 34", "Location:", "age:  34", "plays\\nthe harp"])
+    ('Age: 34', 'plays the harp')
+    """
+    kept: dict[str, str] = {}
+    for fact in map(clean_text, texts):
+        if any(ch.isalnum() for ch in world.split_fact(fact)[1]):
+            kept.setdefault(fact.casefold(), fact)
+    return tuple(kept.values())
+
+
+def clean_text(text: str) -> str:
+    """Put a text on one line: control characters, line breaks and lone surrogates become single spaces.
+
+    >>> clean_text(" two\\tcats\\x00\\n and  a dog ")
+    'two cats and a dog'
+    """
+    return " ".join("".join(" " if unicodedata.category(ch) in {"Cc", "Cs", "Zl", "Zp"} else ch for ch in text).split())
+
+
+_SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*\s+|[。！？]+[”’」）]*\s*""")
+_TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|Sr|Jr|Rev|Gen|vs|No|approx|e\.g|i\.e)\.$", re.IGNORECASE)
+_ABBREVIATION = re.compile(r"(?:\b[A-Za-z]\.|\bPh\.D\.|\betc\.)$")  # an initial, U.S., a.m., Ph.D.
+_NEW_SENTENCE = re.compile(r"(?:He|She|They|His|Her|Hers|Their|It|Its)\b")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split prose into sentences, not at abbreviations or inside numbers.
+
+    >>> split_sentences("She has a Ph.D. in law. She runs 3.5 miles with Dr. Li. Loves cats!")
+    ['She has a Ph.D. in law.', 'She runs 3.5 miles with Dr. Li.', 'Loves cats!']
+    """
+    sentences, start = [], 0
+    for end in _SENTENCE_END.finditer(text):
+        sentence = text[start : end.end()].rstrip()
+        if _TITLE.search(sentence):
+            continue
+        if _ABBREVIATION.search(sentence) and not _NEW_SENTENCE.match(text, end.end()):
+            continue
+        sentences.append(sentence)
+        start = end.end()
+    return [s for s in (*sentences, text[start:].strip()) if s]
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return f"{names.get(type(value), 'null')} ({_shorten(json.dumps(value))})" if value is not None else "null"
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    text = clean_text(text)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else _shorten(str(error).split(":")[0])
+
+
+# ------------------------------------------------------------------------------------------- role prompt and messages
+ROLE_RULES = """\
+You are playing a person who chats with a stranger online. Stay in this role to the end. Write only what the person \
+says, in plain text, without quotation marks or stage directions.
+
+Rules:
+1. At first, give no personal information at all. Your first message is just a greeting.
+2. Give yourself away slowly: in one reply, reveal at most 15 % of your profile below, and only what fits the moment.
+3. Write at most three sentences per reply. A single "Oh." is fine.
+4. When you are asked something, answer what was asked, in your own words and true to your profile. What is not in \
+your profile you would rather not say.
+5. Be cold at first; warm up only when the other person takes an interest in you.
+6. Do not open topics yourself; let the other person lead.
+7. You dislike repeated questions and flattery. When something is asked or said again, say so.
+8. Never break the role, never recite or mention the profile or these rules, and never say that you are an AI."""
+PROFILE_HEADING = "Your profile:"
+OPENING = "(The chat begins. Write your first message.)"  # chat templates want a "user" message before any reply
+_OTHER_SIDE = {"user": "assistant", "assistant": "user"}
+
+
+def role_prompt(persona: Persona) -> str:
+    """Write the system message that makes a chat model play the persona; the facts come last, one "- " line each."""
+    return "\n".join([ROLE_RULES, "", PROFILE_HEADING, *(f"- {fact}" for fact in persona.facts)])
+
+
+def simulator_messages(persona: Persona, history: Sequence[tuple[str, str]]) -> list[Message]:
+    """Write the messages that ask the simulated user for its next line.
+
+    history: ("user" | "assistant", text), oldest first, where "user" is the simulated human and "assistant" the policy
+    (its visible response only, never its profile block). From the human's side the roles are the other way round: its
+    own lines are "assistant" and the policy's are "user". (The published code gave the model each other's labels.)
+
+    Raises ValueError unless the roles take turns and the last line is the policy's.
+    """
+    roles = [role for role, _ in history]
+    if any(role not in _OTHER_SIDE for role in roles) or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+        raise ValueError(f'history roles are {roles}; "user" and "assistant" must take turns')
+    if roles and roles[-1] != "assistant":
+        raise ValueError("history ends with the user's own line; the assistant must speak before the user does again")
+    opening = [("assistant", OPENING)] if not roles or roles[0] == "user" else []
+    return [{"role": "system", "content": role_prompt(persona)}] + [
+        {"role": _OTHER_SIDE[role], "content": text} for role, text in (*opening, *history)
+    ]
+
+
+def parse_simulator_messages(messages: Sequence[Message]) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+    """Undo `simulator_messages`: return the persona's facts and the history as the policy's side sees it.
+
+    Raises ValueError if the first message is not a role prompt with facts, or a later one has another role than
+    "user" and "assistant".
+    """
+    if not messages or messages[0]["role"] != "system":
+        raise ValueError('messages[0] must have role "system" and hold the role prompt')
+    _, heading, profile = f"\n{messages[0]['content']}".rpartition(f"\n{PROFILE_HEADING}\n")
+    facts = usable_facts(line[2:] for line in profile.split("\n") if line.startswith("- "))
+    if not heading or not facts:
+        raise ValueError(f'the system message must hold a line "{PROFILE_HEADING}" followed by "- fact" lines')
+    for i, message in enumerate(messages[1:], start=1):
+        if message["role"] not in _OTHER_SIDE:
+            raise ValueError(f'messages[{i}].role is {_shorten(message["role"])!r}; it must be "user" or "assistant"')
+    turns = [(_OTHER_SIDE[m["role"]], m["content"]) for m in messages[1:]]
+    return facts, turns[1:] if turns and turns[0] == ("assistant", OPENING) else turns
+
+
+# -------------------------------------------------------------------------------------------------------- HTTP client
+RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
+BACKOFF_FIRST, BACKOFF_CAP = 0.25, 8.0  # seconds: 0.25, 0.5, 1, … 8, times a jitter of 0.5 to 1
+
+
+class ChatError(Exception):
+    """A chat call that failed; the message is one line and never holds the key.
+
+    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty or too_large.
+    retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
+    """
+
+    def __init__(self, reason: str, message: str, retryable: bool = True, retry_after: float = 0.0):
+        super().__init__(f"{reason}: {message}")
+        self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
+
+
+class ChatClient:
+    """Ask an OpenAI-compatible endpoint for chat completions, many at a time and within bounded time.
+
+    All time-outs are in seconds. `total_timeout` bounds one call with all its retries, even against a server that sends
+    one byte now and then; in `chat_many` it runs from the moment one of the `max_concurrency` workers takes the call.
+    Retried are connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies; any other status fails at
+    once. The key is read from the environment variable `api_key_env` and shows in no message.
+
+    Raises ValueError for a bad URL, a variable that is not set, and a limit below its minimum.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key_env: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 60.0,
+        total_timeout: float = 120.0,
+        max_retries: int = 10,
+        max_concurrency: int = 64,
+        max_reply_bytes: int = 262_144,
+        temperature: float = 1.0,
+        max_tokens: int = 300,
+    ):
+        _check_limits(0, connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout)
+        _check_limits(-1, max_retries=max_retries, temperature=temperature)
+        _check_limits(0, max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens)
+        self.url = completions_url(base_url)
+        self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
+        self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
+        self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self._key = _read_key(api_key_env)
+        self._tally: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._jitter = random.Random()  # its own, so that no retry disturbs a seeded global generator
+        self._thread = threading.local()  # .session, .adapter: one pair per worker, for sessions are not thread-safe
+        self._in_flight: dict[int, tuple[_Adapter, float]] = {}  # thread id → its adapter and its deadline
+        self._closed = threading.Event()
+        self._workers = ThreadPoolExecutor(max_concurrency, thread_name_prefix="chat")
+        threading.Thread(target=self._cut_off_late_replies, daemon=True).start()
+
+    def chat(self, messages: list[Message], seed: int | None = None) -> str:
+        """Return the reply's text (not blank, valid Unicode), or raise ChatError after the last retry."""
+        reply = self.chat_many([messages], [seed])[0]
+        if isinstance(reply, ChatError):
+            raise reply
+        return reply
+
+    def chat_many(self, batch: Sequence[list[Message]], seeds: Sequence[int | None]) -> list[str | ChatError]:
+        """Return, in order, for each list of messages a reply or the ChatError that ended it."""
+        if len(batch) != len(seeds):
+            raise ValueError(f"chat_many got {len(batch)} lists of messages but {len(seeds)} seeds")
+        start = time.monotonic()
+        replies = list(self._workers.map(self._call, batch, seeds))
+        self._count("wait_seconds", time.monotonic() - start)
+        return replies
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Return totals: calls (requests), repeated attempts (retries), failed attempts (errors) and failed calls
+        (failures) by reason, and the seconds callers spent in `chat` and `chat_many` (wait_seconds)."""
+        with self._lock:
+            tally = dict(self._tally)
+        by_reason = {kind: {key.partition(" ")[2]: n for key, n in tally.items() if key.startswith(f"{kind} ")}
+                     for kind in ("errors", "failures")}
+        return {key: tally.get(key, 0) for key in ("requests", "retries", "wait_seconds")} | by_reason
+
+    def close(self) -> None:
+        """Cut off what is in flight and end the workers; the client cannot be used afterwards."""
+        self._closed.set()
+        self._workers.shutdown(cancel_futures=True)
+
+    def _count(self, key: str, amount: float = 1) -> None:
+        with self._lock:
+            self._tally[key] += amount
+
+    def _call(self, messages: list[Message], seed: int | None) -> str | ChatError:
+        self._count("requests")
+        body = json.dumps(self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})).encode()
+        deadline = time.monotonic() + self.total_timeout
+        for attempt in range(self.max_retries + 1):
+            try:
+                return self._attempt(body, deadline)
+            except ChatError as error:
+                failure = error
+            self._count(f"errors {failure.reason}")
+            pause = min(BACKOFF_CAP, BACKOFF_FIRST * 2**attempt) * self._jitter.uniform(0.5, 1.0)
+            pause = max(pause, failure.retry_after)
+            # A pause that outlasts the deadline is not begun: the call has failed already.
+            if attempt == self.max_retries or not failure.retryable or time.monotonic() + pause >= deadline:
+                break
+            if self._closed.wait(pause):
+                break
+            self._count("retries")
+        self._count(f"failures {failure.reason}")
+        return failure
+
+    def _attempt(self, body: bytes, deadline: float) -> str:
+        """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
+        session, adapter = self._session()
+        remaining = max(0.001, deadline - time.monotonic())
+        timeouts = (min(self.connect_timeout, remaining), min(self.read_timeout, remaining))
+        with self._lock:
+            self._in_flight[threading.get_ident()] = adapter, deadline
+        try:
+            with session.post(self.url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
+                raw = self._read_body(response, deadline)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._transport_error(error, deadline) from None
+        finally:
+            with self._lock:
+                del self._in_flight[threading.get_ident()]
+        if not 200 <= response.status_code < 300:
+            raise self._status_error(response, raw)
+        return parse_reply(raw)
+
+    def _read_body(self, response: requests.Response, deadline: float) -> bytes:
+        """Read the body as it arrives, up to `max_reply_bytes`, and blot the key out of it."""
+        raw = bytearray()
+        while piece := response.raw.read1(65_536, decode_content=True):
+            raw += piece
+            if len(raw) > self.max_reply_bytes:
+                raise ChatError("too_large", f"the reply is longer than max_reply_bytes={self.max_reply_bytes}")
+        if time.monotonic() >= deadline:  # cut off: the end of the data is not the end of the reply
+            raise TimeoutError
+        return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
+
+    def _transport_error(self, error: Exception, deadline: float) -> ChatError:
+        if self._closed.is_set():
+            return ChatError("connect", "the client was closed", retryable=False)
+        if time.monotonic() >= deadline:
+            return ChatError("timeout", f"no whole reply from {self.url} within total_timeout={self.total_timeout:g} s")
+        if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+            return ChatError("timeout", f"{self.url} was silent for connect_timeout={self.connect_timeout:g} s or "
+                                        f"read_timeout={self.read_timeout:g} s")
+        while error.__context__ is not None:
+            error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
+        return ChatError("connect", f"no connection to {self.url} ({type(error).__name__}: {_shorten(str(error))})")
+
+    def _status_error(self, response: requests.Response, raw: bytes) -> ChatError:
+        status = response.status_code
+        reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
+        return ChatError(reason, f"HTTP {status} from {self.url}: {_servers_words(raw)}",
+                         retryable=status >= 500 or status in RETRIED_4XX,
+                         retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()))
+
+    def _session(self) -> tuple[requests.Session, _Adapter]:
+        """Return this thread's session, which keeps one connection open, and its adapter."""
+        if not hasattr(self._thread, "session"):
+            session, adapter = requests.Session(), _Adapter(pool_connections=1, pool_maxsize=1)
+            session.mount("http://", adapter)
+            session.mount("https://", adapter)
+            session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+            session.auth = self._authorize  # also without a key: else requests looks for one in ~/.netrc
+            session.trust_env = not _is_loopback(urlsplit(self.url).hostname)  # no proxy between us and this machine
+            self._thread.session, self._thread.adapter = session, adapter
+        return self._thread.session, self._thread.adapter
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def _cut_off_late_replies(self) -> None:
+        """Watch the deadlines, because socket time-outs start anew with every byte of a slow drip."""
+        while not self._closed.wait(0.05) or self._in_flight:
+            with self._lock:  # so that a thread cannot go on to its next request in between
+                for adapter, deadline in self._in_flight.values():
+                    if time.monotonic() >= deadline or self._closed.is_set():
+                        adapter.abort()
+
+
+class _Adapter(HTTPAdapter):
+    """A `requests` adapter that remembers its newest socket, so that another thread can cut it off.
+
+    Not its connection: `http.client` forgets the socket there as soon as a reply without a length begins.
+    """
+
+    sock: socket.socket | None = None
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self._track(self.poolmanager)
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> urllib3.ProxyManager:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        self._track(manager)
+        return manager
+
+    def _track(self, manager: urllib3.PoolManager) -> None:
+        adapter = self
+
+        def tracked(pool_class: type) -> type:
+            class Connection(pool_class.ConnectionCls):
+                def connect(self) -> None:
+                    super().connect()
+                    adapter.sock = self.sock
+
+            return type(pool_class.__name__, (pool_class,), {"ConnectionCls": Connection})
+
+        manager.pool_classes_by_scheme = {
+            "http": tracked(urllib3.HTTPConnectionPool), "https": tracked(urllib3.HTTPSConnectionPool)
+        }
+
+    def abort(self) -> None:
+        """Shut the socket down, which wakes the thread that waits for it."""
+        if self.sock is not None:
+            with suppress(OSError):  # it may be closed already
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+def completions_url(base_url: str) -> str:
+    """Return the address of the chat completions of a base URL, with or without its /v1.
+
+    >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/")
+    ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions')
+    """
+    parts = _split_url(base_url)
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    if not re.search(r"/v\d[^/]*(?:/|$)", path):
+        path += "/v1"
+    return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
+
+
+def _split_url(base_url: str) -> SplitResult:
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        valid = False
+    if valid and (parts.username is not None or parts.password is not None):
+        raise ValueError("the base URL holds a user name or password; put the key into an environment variable instead")
+    if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
+        raise ValueError(f"base URL {_shorten(base_url)!r} is not of the form http://host:port or https://host/v1")
+    return parts
+
+
+def parse_reply(raw: bytes) -> str:
+    """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
+
+    >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
+    'Hi.'
+    """
+    if not raw.strip():
+        raise ChatError("empty", "the reply has no body")
+    start = repr(_shorten(raw[:200].decode(errors="replace")))
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ChatError("bad_json", f"the reply is not JSON: {start}") from None
+    try:
+        for key in ("choices", 0, "message", "content"):
+            content = content[key]
+    except (KeyError, IndexError, TypeError):
+        raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {start}") from None
+    if not isinstance(content, str):
+        raise ChatError("bad_schema", f"choices[0].message.content is {_json_type(content)}, not a string")
+    text = content.encode("utf-8", "replace").decode().strip()  # a lone surrogate would crash the tokenizer
+    if not text:
+        raise ChatError("empty", "choices[0].message.content is blank")
+    return text
+
+
+def parse_retry_after(header: str, now: float) -> float:
+    """Return the seconds that a Retry-After header asks for: a number, or an HTTP date after `now` (Unix seconds).
+
+    >>> parse_retry_after("2", now=0.0), parse_retry_after("Thu, 01 Jan 1970 00:00:05 GMT", now=1.0)
+    (2.0, 4.0)
+    """
+    if re.fullmatch(r"\s*[0-9]+(?:\.[0-9]+)?\s*", header):
+        return float(header)
+    try:
+        moment = parsedate_to_datetime(header)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0  # absent or not understood
+    return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
+
+
+def _servers_words(raw: bytes) -> str:
+    """Return what an error body says, in one line: OpenAI's error.message, FastAPI's detail, or the body itself."""
+    words: Any = raw.decode(errors="replace")
+    with suppress(ValueError, RecursionError):
+        body = json.loads(raw)
+        if isinstance(body, dict):
+            error = body.get("error") or body.get("detail") or body.get("message") or body
+            words = error.get("message", error) if isinstance(error, dict) else error
+    return _shorten(words if isinstance(words, str) else json.dumps(words), limit=300) or "(no explanation)"
+
+
+def _read_key(api_key_env: str | None) -> str:
+    if api_key_env is None:
+        return ""
+    key = os.environ.get(api_key_env, "").strip()
+    if not key:
+        raise ValueError(f"the environment variable {api_key_env} is not set; export it with the endpoint's API key")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {api_key_env} holds characters that no HTTP header can carry")
+    return key
+
+
+def _check_limits(above: float, **limits: float) -> None:
+    for name, value in limits.items():
+        if not value > above:
+            raise ValueError(f"{name} is {value}; it must be {'above 0' if above == 0 else '0 or more'}")
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------- embedded server
+MODEL_NAME = "embedded-user"
+MAX_REQUEST_BYTES = 1 << 20
+_PATHS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
+
+
+class RequestError(Exception):
+    """A request that the server refuses, with the HTTP status to send."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def complete(raw: bytes) -> dict[str, Any]:
+    """Answer the body of a chat completion request as the user it describes; raise RequestError if it is malformed.
+
+    The same body gives the same words: `seed` decides, or else a hash of the messages.
+    """
+    messages, seed = _parse_request(raw)
+    try:
+        facts, history = parse_simulator_messages(messages)
+    except ValueError as error:
+        raise RequestError(422, str(error)) from None
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    reply = world.user_reply(list(facts), history, int(digest, 16) if seed is None else seed)
+    n_prompt, n_reply = sum(len(m["content"].split()) for m in messages), len(reply.split())
+    return {
+        "id": f"chatcmpl-{digest}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL_NAME,
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": n_prompt, "completion_tokens": n_reply, "total_tokens": n_prompt + n_reply},  # words
+    }
+
+
+def _parse_request(raw: bytes) -> tuple[list[Message], int | None]:
+    try:
+        request = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON ({_reason(error)})") from None
+    if not isinstance(request, dict):
+        raise RequestError(422, f"the body is {_json_type(request)}, not an object")
+    if request.get("stream"):
+        raise RequestError(400, '"stream": true is not supported by this server; leave it out')
+    if request.get("n") not in (None, 1):
+        raise RequestError(422, f'"n" is {_json_type(request["n"])}; this server gives one choice per request')
+    seed = request.get("seed")
+    if type(seed) not in (int, type(None)):
+        raise RequestError(422, f'"seed" is {_json_type(seed)}, not a whole number')
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(422, f'"messages" is {_json_type(messages)}, not a list with at least one message')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise RequestError(422, f"messages[{i}] is {_json_type(message)}, not an object")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise RequestError(422, f"messages[{i}].{key} is {_json_type(message.get(key))}, not a string")
+    return messages, seed
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Speak HTTP/1.1 with keep-alive; every refusal is a JSON error in OpenAI's shape."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # buffered: one packet per reply
+    timeout = 60  # seconds of silence until a connection is closed
+
+    def do_POST(self) -> None:
+        """Answer a request of any method."""
+        try:
+            self._send(200, self._reply(self._read_body()))
+        except RequestError as error:
+            self.send_error(error.status, str(error))
+        except ConnectionError:
+            raise  # the client has gone: nobody is left to answer
+        except Exception as error:  # a bug of ours must not look like a dead server
+            traceback.print_exc()
+            self.send_error(500, f"internal error ({type(error).__name__})")
+
+    do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_POST
+
+    def _read_body(self) -> bytes:
+        """Read the whole body; until that is done the connection is not fit for another request."""
+        self.close_connection, keep_alive = True, not self.close_connection
+        length = self.headers.get("Content-Length", "0" if self.command != "POST" else "")
+        if "Transfer-Encoding" in self.headers or not length:
+            raise RequestError(411, "send the body with a Content-Length header, not chunked")
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise RequestError(400, f"Content-Length is {_shorten(length)!r}, not a number")
+        if int(length) > MAX_REQUEST_BYTES:
+            raise RequestError(413, f"the body has {length} bytes; the limit is {MAX_REQUEST_BYTES}")
+        try:
+            raw = self.rfile.read(int(length))
+        except TimeoutError:
+            raise RequestError(408, f"the body did not arrive within {self.timeout} s") from None
+        if len(raw) < int(length):
+            raise RequestError(400, f"the body ended after {len(raw)} of {length} bytes")
+        self.close_connection = not keep_alive
+        return raw
+
+    def _reply(self, raw: bytes) -> dict[str, Any]:
+        path = self.path.partition("?")[0]
+        if path not in _PATHS:
+            raise RequestError(404, f"there is no {_shorten(path)!r} here, only {', '.join(_PATHS)}")
+        if self.command != _PATHS[path]:
+            raise RequestError(405, f"{path} takes {_PATHS[path]}, not {self.command}")
+        if path == "/health":
+            return {"status": "ok"}
+        if path == "/v1/models":
+            return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "rlpa"}]}
+        if self.headers.get_content_type() != "application/json" or "Content-Type" not in self.headers:
+            raise RequestError(415, f"Content-Type is {self.headers.get('Content-Type')!r}; send application/json")
+        return complete(raw)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Send an error in OpenAI's shape; http.server calls this too, for requests that it cannot parse."""
+        self.request_version = "HTTP/1.1"  # http.server leaves out the status line for what it takes for HTTP/0.9
+        kind = "server_error" if code >= 500 else "invalid_request_error"
+        words = _shorten(message or self.responses[code][0], limit=300)
+        self._send(code, {"error": {"message": words, "type": kind, "param": None, "code": code}})
+
+    def _send(self, status: int, payload: dict[str, Any]) -> None:
+        body = json.dumps(payload).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if status == 405:
+            self.send_header("Allow", _PATHS[self.path.partition("?")[0]])
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        self.wfile.flush()
+        if self.close_connection:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Take in what the client still sends: closing on unread data resets the connection, and the reply is lost."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1.0)
+            for _ in range(1024):
+                if not self.connection.recv(65_536):
+                    break
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay quiet: a training run sends thousands of requests."""
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256  # the default of 5 makes simultaneous connections wait a second
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report the bug of a handler on stderr, but not a client that has gone."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def make_server(host: str = "127.0.0.1", port: int = 8100) -> ThreadingHTTPServer:
+    """Bind the embedded server to a loopback address (port 0: any free one); `serve_forever()` runs it.
+
+    Raises ValueError for a host that is not loopback (the server has no access control) and a port that is not free.
+    """
+    address = "127.0.0.1" if host == "localhost" else host
+    if not _is_loopback(address) or ":" in address:
+        raise ValueError(f"host {host!r} is not an IPv4 loopback address; use --host 127.0.0.1")
+    try:
+        return _Server((address, port), _Handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {address}:{port} ({error}); choose another --port (0: any free)") from None
+
+
+@dataclass
+class EmbeddedServer:
+    """An embedded server in a process of its own, so that it shares no interpreter lock with the trainer."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    def stop(self) -> None:
+        """End the process (it ends by itself when this one does)."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def start_embedded_server(timeout: float = 60.0) -> EmbeddedServer:
+    """Start the embedded server on a free loopback port; raise RuntimeError if it is not up in `timeout` seconds."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), "--port", "0", "--until-stdin-closes"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the trainer, which still needs the server while it saves
+    )
+    deadline = threading.Timer(timeout, process.kill)
+    deadline.start()
+    line = process.stdout.readline()
+    deadline.cancel()
+    if not line:
+        raise RuntimeError(f"the embedded server did not start in {timeout:g} s (exit status {process.wait()})")
+    return EmbeddedServer(line.split()[-1], process)
+
+
+def _shutdown_at_end_of_stdin(server: ThreadingHTTPServer) -> None:
+    while os.read(0, 4096):  # returns b"" once the parent has closed its end, or has died
+        pass
+    server.shutdown()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the embedded server until it is interrupted."""
+    parser = argparse.ArgumentParser(description="A rule-based simulated user behind /v1/chat/completions.")
+    parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on")
+    parser.add_argument("--port", type=int, default=8100, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end when standard input does")
+    options = parser.parse_args(argv)
+    try:
+        server = make_server(options.host, options.port)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"simulated user at http://{server.server_address[0]}:{server.server_address[1]}/v1", flush=True)
+    if options.until_stdin_closes:
+        threading.Thread(target=_shutdown_at_end_of_stdin, args=[server], daemon=True).start()
+    with suppress(KeyboardInterrupt):
+        server.serve_forever(poll_interval=0.1)
+    server.server_close()
+
+
+if __name__ == "__main__":
+    main()

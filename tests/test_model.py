@@ -1,0 +1,466 @@
+"""The hand-written Qwen-2.5 against `transformers`, its critic, its token trees, and its checkpoints in and out."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as model_module
+from model import (
+    INDEX,
+    SINGLE,
+    Critic,
+    KVCache,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    generate,
+    load_critic,
+    load_policy,
+    random_policy,
+    resolve_checkpoint,
+    save_pretrained,
+)
+
+transformers = pytest.importorskip("transformers", reason="the parity tests compare with transformers' Qwen2")
+CONFIG_05B = Path(__file__).parents[1].parent / "shared" / "qwen2.5" / "config-0.5B-Instruct.json"
+
+
+def tiny_config(**changes) -> Qwen2Config:
+    """A config in which every width differs, so that a transposed or mixed-up one cannot pass."""
+    fields = dict(vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, rope_theta=5000.0, rms_norm_eps=1e-5, eos_token_id=60)  # fmt: skip
+    return Qwen2Config(**(fields | changes))
+
+
+def randomised(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
+    """A policy whose norm weights and biases are random too: at 1 and 0 a forgotten one goes unnoticed."""
+    policy = random_policy(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+            elif "embed_tokens" not in name:
+                parameter.mul_(8)  # attention far from uniform, and the last token does not simply predict itself
+    return policy
+
+
+def peer(policy: Qwen2ForCausalLM):
+    """The same weights in `transformers`' Qwen2, without a copy of them."""
+    config = transformers.Qwen2Config.from_dict(policy.config.to_dict(), attn_implementation="sdpa")
+    with torch.device("meta"):
+        hf = transformers.Qwen2ForCausalLM(config)
+    hf.load_state_dict(policy.state_dict(), strict=not policy.config.tie_word_embeddings, assign=True)
+    hf.tie_weights()
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its frequencies are not part of the state
+    return hf.eval()
+
+
+def some_ids(config: Qwen2Config, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(policy: Qwen2ForCausalLM, token_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    return policy.logits(policy(token_ids, **kwargs))
+
+
+@torch.no_grad()
+def peer_logits(hf, token_ids: torch.Tensor) -> torch.Tensor:
+    return hf(token_ids).logits
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_logits_match_transformers(tied, kv_heads):
+    """Guards the whole forward: norms, biases, rotary layout, head grouping, SwiGLU, head."""
+    policy = randomised(tiny_config(tie_word_embeddings=tied, num_key_value_heads=kv_heads))
+    token_ids = some_ids(policy.config, 3, 40)
+    torch.testing.assert_close(
+        logits_of(policy, token_ids), peer_logits(peer(policy), token_ids), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_matters(tied):
+    """Guards a parity test that could not fail: a forgotten bias or norm would leave the logits as they are."""
+    policy = randomised(tiny_config(tie_word_embeddings=tied))
+    token_ids = some_ids(policy.config, 2, 20)
+    expected = peer_logits(peer(policy), token_ids).clone()
+    for name, parameter in policy.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.05)
+        assert (logits_of(policy, token_ids) - expected).abs().max() > 1e-4, name
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_generation_matches_transformers(tied):
+    """Guards positions and masks of cached decoding: a slip shows after the first sampled token only."""
+    policy = randomised(tiny_config(tie_word_embeddings=tied, eos_token_id=None))
+    hf = peer(policy)
+    prompts = [some_ids(policy.config, length, seed=length).tolist() for length in (1, 5, 12, 30)]
+    ours = generate(policy, KVCache(policy.config, 4, 64), prompts, max_new_tokens=24, stop_ids=[], temperature=0)
+    for prompt, sampled in zip(prompts, ours.token_ids, strict=True):
+        row = torch.tensor([prompt])
+        # With no mask given, generate() would take ids equal to pad_token_id for padding.
+        theirs = hf.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=24)
+        assert theirs[0, len(prompt) :].tolist() == sampled
+    assert len({token for sampled in ours.token_ids for token in sampled}) > 10  # not just one token repeated
+
+
+def test_half_a_billion_widths_match_transformers():
+    """Guards what tiny shapes hide (14 heads on 2, V = 151,936, theta 1e6), at the 0.5B widths with 2 layers."""
+    config = Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=2,
+                         num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    policy = randomised(config)
+    token_ids = some_ids(config, 2, 12)
+    expected = peer_logits(peer(policy), token_ids)
+    # Logits of std 3 at this width: 1e-5 is relative to their size.
+    torch.testing.assert_close(logits_of(policy, token_ids), expected, atol=1e-5 * expected.std().item(), rtol=1e-5)
+
+
+@pytest.mark.skipif(not CONFIG_05B.is_file(), reason="../shared/qwen2.5 is not on this machine")
+def test_true_half_a_billion_config_matches_transformers():
+    """Guards the published config.json and vocabulary, whole (random weights, short sequence)."""
+    policy = random_policy(Qwen2Config.from_file(CONFIG_05B), seed=0)
+    token_ids = some_ids(policy.config, 1, 8)
+    torch.testing.assert_close(
+        logits_of(policy, token_ids), peer_logits(peer(policy), token_ids), atol=1e-5, rtol=1e-5
+    )
+
+
+# -------------------------------------------------------------------------------------------------- masks and batches
+
+
+def test_right_padding_is_harmless():
+    """Guards training batches: what stands behind a row's end must not change the row."""
+    policy = randomised(tiny_config())
+    token_ids = some_ids(policy.config, 2, 12)
+    padded = torch.cat((token_ids, some_ids(policy.config, 2, 5, seed=9)), dim=1)
+    torch.testing.assert_close(policy(padded)[:, :12], policy(token_ids), atol=1e-5, rtol=0)
+
+
+def test_token_tree_equals_separate_rows():
+    """Guards the trainer's trees: prompt and two branches in one row, masked, equal two plain rows."""
+    policy = randomised(tiny_config())
+    prompt, left, right = (some_ids(policy.config, length, seed=length) for length in (7, 4, 6))
+    tree = torch.cat((prompt, left, right))[None]  # (1, 17)
+    position_ids = torch.cat((torch.arange(11), torch.arange(7, 13)))[None]
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()
+    mask[11:, 7:11] = False  # the right branch does not see the left one
+    hidden = policy(tree, position_ids, mask[None, None])[0]
+
+    torch.testing.assert_close(hidden[:11], policy(torch.cat((prompt, left))[None])[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden[11:], policy(torch.cat((prompt, right))[None])[0, 7:], atol=1e-5, rtol=0)
+    unmasked = policy(tree, position_ids)[0]
+    assert (unmasked[11:] - hidden[11:]).abs().max() > 1e-3  # the mask is not ignored
+
+
+def test_gradients_are_finite_where_padding_attends_to_nothing():
+    """Guards NaN gradients from softmax over an empty set: tree padding has all-False mask rows."""
+    policy = randomised(tiny_config())
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    mask[..., 6:, :] = False
+    policy.logits(policy(some_ids(policy.config, 1, 9), attention_mask=mask)[:, :6]).logsumexp(-1).sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_cached_chunks_equal_one_forward():
+    """Guards the cache at model level: chunks of 9, 1 and 5 tokens see what one forward over 15 sees."""
+    policy = randomised(tiny_config())
+    token_ids = some_ids(policy.config, 3, 15)
+    cache = KVCache(policy.config, 3, 15)
+    with torch.no_grad():
+        parts = [policy(chunk, cache=cache) for chunk in token_ids.split([9, 1, 5], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), policy(token_ids), atol=1e-5, rtol=0)
+    assert cache.lengths.tolist() == [15, 15, 15]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(token_ids=torch.zeros(4, dtype=torch.long)), "token_ids must be"),
+        (dict(position_ids=torch.zeros(1, 4, dtype=torch.long)), "position_ids must be"),
+        (dict(attention_mask=torch.ones(2, 4, 4, dtype=torch.bool)), "attention_mask must be"),
+        (dict(attention_mask=torch.ones(2, 1, 4, 4, dtype=torch.bool), cache=KVCache(tiny_config(), 2, 8)), "exclude"),
+        (dict(cache=KVCache(tiny_config(), 3, 8)), "3 rows, the batch 2"),
+    ],
+)
+def test_forward_checks_its_shapes(arguments, words):
+    """Guards silent broadcasting: a mask or positions of another batch would be spread over this one."""
+    policy = random_policy(tiny_config(), 0)
+    with pytest.raises(ValueError, match=words):
+        policy(**(dict(token_ids=torch.zeros(2, 4, dtype=torch.long)) | arguments))
+
+
+def test_half_precision_logits_are_fp32():
+    """Guards log p against bf16 rounding of the logits: 8 bits of mantissa are an error of 0.03 at a logit of 8."""
+    policy = randomised(tiny_config()).to(torch.bfloat16)
+    hidden = policy(some_ids(policy.config, 1, 6)).detach()
+    expected = hidden.double() @ policy.head_weight.detach().double().T
+    assert policy.logits(hidden).dtype == torch.float32
+    torch.testing.assert_close(policy.logits(hidden).detach().double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_random_policy_is_seeded():
+    """Guards reproducible starts: the seed alone decides, not the global generator."""
+    torch.manual_seed(1)
+    first = random_policy(tiny_config(), 7).state_dict()
+    torch.manual_seed(2)
+    again, other = random_policy(tiny_config(), 7).state_dict(), random_policy(tiny_config(), 8).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------ critic
+
+
+def test_critic_copies_the_trunk_and_shares_nothing():
+    """Guards a critic whose updates move the policy, or whose first values are not near zero."""
+    policy = randomised(tiny_config(tie_word_embeddings=True))
+    critic, token_ids = Critic.from_policy(policy), some_ids(policy.config, 2, 9)
+    torch.testing.assert_close(critic.model(token_ids), policy(token_ids), atol=0, rtol=0)
+    values = critic(token_ids)
+    assert values.shape == (2, 9) and values.dtype == torch.float32
+    wide = random_policy(tiny_config(hidden_size=4096, num_hidden_layers=1), 0)
+    assert Critic.from_policy(wide).value_head.weight.std().item() == pytest.approx(1 / 4097, rel=0.05)
+
+    before = policy(token_ids).detach().clone()
+    torch.optim.SGD(critic.parameters(), lr=1.0).step(lambda: values.sum().backward())
+    assert not torch.allclose(critic(token_ids), values)
+    assert torch.equal(policy(token_ids), before)
+
+
+def test_critic_round_trip(tmp_path):
+    """Guards resume: a saved critic comes back whole, and a policy's folder is not taken for one."""
+    policy = randomised(tiny_config())
+    critic, token_ids = Critic.from_policy(policy, seed=3), some_ids(policy.config, 2, 9)
+    save_pretrained(critic, tmp_path / "critic")
+    assert torch.equal(load_critic(tmp_path / "critic")(token_ids), critic(token_ids))
+    save_pretrained(policy, tmp_path / "policy")
+    with pytest.raises(ValueError, match="lm_head.weight is not part of the model"):
+        load_critic(tmp_path / "policy")
+
+
+# ------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_bytes", [5e9, 20_000])
+def test_our_save_loads_in_transformers(tmp_path, tied, shard_bytes):
+    """Guards the output layout: names, shards, index and config.json, read by somebody else's loader."""
+    policy = randomised(tiny_config(tie_word_embeddings=tied))
+    save_pretrained(policy, tmp_path, max_shard_bytes=shard_bytes)
+    assert (tmp_path / INDEX).is_file() == (shard_bytes < 5e9)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    token_ids = some_ids(policy.config, 2, 20)
+    torch.testing.assert_close(peer_logits(hf, token_ids), logits_of(policy, token_ids), atol=1e-5, rtol=0)
+    assert hf.config.eos_token_id == 60 and hf.config.architectures == ["Qwen2ForCausalLM"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 20_000])
+def test_transformers_save_loads_here(tmp_path, tied, shard_bytes):
+    """Guards the input layout, with the newer config.json that nests rope_theta in rope_parameters."""
+    policy = randomised(tiny_config(tie_word_embeddings=tied))
+    peer(policy).save_pretrained(tmp_path, max_shard_size=shard_bytes)
+    assert (tmp_path / INDEX).is_file() == (shard_bytes < 5e9)
+    loaded = load_policy(tmp_path)
+    assert loaded.config == policy.config
+    token_ids = some_ids(policy.config, 2, 20)
+    torch.testing.assert_close(logits_of(loaded, token_ids), logits_of(policy, token_ids), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_and_writes_each_precision(tmp_path, dtype):
+    """Guards a half-precision checkpoint on a CPU: it becomes fp32 exactly, and config.json says what is stored."""
+    policy = randomised(tiny_config())
+    save_pretrained(policy, tmp_path, dtype=dtype)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    for name, tensor in load_policy(tmp_path).state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, policy.state_dict()[name].to(dtype).float()), name
+
+
+def test_loaded_weights_survive_their_file(tmp_path):
+    """Guards weights that are a view of the file: a save in its place would change the model under training."""
+    policy = randomised(tiny_config())
+    save_pretrained(policy, tmp_path)
+    loaded = load_policy(tmp_path)
+    with open(tmp_path / SINGLE, "r+b") as file:
+        size = (tmp_path / SINGLE).stat().st_size
+        file.seek(size // 2)
+        file.write(b"\0" * (size - size // 2))
+    assert all(torch.equal(tensor, policy.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_save_replaces_the_older_one(tmp_path):
+    """Guards stale shards: an earlier model.safetensors would be read in place of the new shards."""
+    save_pretrained(randomised(tiny_config(), seed=1), tmp_path)
+    new = randomised(tiny_config(), seed=2)
+    save_pretrained(new, tmp_path, max_shard_bytes=20_000)
+    assert torch.equal(load_policy(tmp_path).lm_head.weight, new.lm_head.weight)
+    save_pretrained(new, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", SINGLE]
+
+
+# ------------------------------------------------------------------------------------------------------ loader errors
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A folder with a good checkpoint, for a test to spoil."""
+    save_pretrained(randomised(tiny_config()), tmp_path)
+    return tmp_path
+
+
+def edit_weights(folder: Path, **changes) -> None:
+    """Rewrite the weights with tensors replaced, added or (None) left out; `__` in a key stands for a dot."""
+    tensors = load_file(folder / SINGLE) | {key.replace("__", "."): tensor for key, tensor in changes.items()}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(model__norm__weight=None), "tensor model.norm.weight is missing"),
+        (dict(model__layers__2__mlp__x=torch.zeros(2)), "tensor model.layers.2.mlp.x is not part of the model"),
+        (dict(model__norm__weight=torch.ones(47)), r"model.norm.weight has shape \[47\], not \[48\]"),
+        (dict(model__norm__weight=torch.ones(48, dtype=torch.int32)), "model.norm.weight is torch.int32"),
+        (dict(model__norm__weight=torch.ones(48, dtype=torch.float64)), "model.norm.weight is torch.float64"),
+    ],
+)
+def test_wrong_tensors_are_named(saved, changes, words):
+    """Guards half-loaded models: one line that names the tensor and the file, whatever is wrong with it."""
+    edit_weights(saved, **changes)
+    with pytest.raises(ValueError, match=words) as error:
+        load_policy(saved)
+    assert SINGLE in str(error.value) and "\n" not in str(error.value)
+
+
+def test_head_of_a_tied_checkpoint(tmp_path):
+    """Guards tied checkpoints that ship the head as well: equal is accepted, different would change the model."""
+    policy = randomised(tiny_config(tie_word_embeddings=True))
+    save_pretrained(policy, tmp_path)
+    edit_weights(tmp_path, lm_head__weight=policy.head_weight.detach())
+    assert "lm_head.weight" not in load_policy(tmp_path).state_dict()
+    edit_weights(tmp_path, lm_head__weight=policy.head_weight.detach() + 1)
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -4])
+def test_truncated_file(saved, cut):
+    """Guards an interrupted copy: cut in the header's length, in the header, or in the last tensor."""
+    content = (saved / SINGLE).read_bytes()
+    (saved / SINGLE).write_bytes(content[:cut])
+    with pytest.raises(ValueError, match=f"{SINGLE} is not a whole safetensors file"):
+        load_policy(saved)
+
+
+def test_pickles_are_refused_by_name(saved):
+    """Guards against executing a downloaded pickle: it is named and not opened."""
+    (saved / SINGLE).rename(saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle"):
+        load_policy(saved)
+
+
+def test_shards_must_fit_their_index(tmp_path):
+    """Guards a partly downloaded sharded checkpoint, a broken index, and one tensor in two shards."""
+    save_pretrained(randomised(tiny_config()), tmp_path, max_shard_bytes=20_000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    kept = shards[1].read_bytes()
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"{INDEX} names {shards[1].name}, which is not there"):
+        load_policy(tmp_path)
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(ValueError, match="is also in another file"):
+        load_policy(tmp_path)
+    shards[1].write_bytes(kept)
+    (tmp_path / INDEX).write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match="is not an index of safetensors files"):
+        load_policy(tmp_path)
+
+
+def test_absent_files_and_folders(saved, tmp_path_factory):
+    """Guards a mistyped --ckpt: the message says what was looked for."""
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match="cannot read .*config.json"):
+        load_policy(saved)
+    with pytest.raises(ValueError, match="has neither model.safetensors nor"):
+        folder = tmp_path_factory.mktemp("empty")
+        (folder / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+        load_policy(folder)
+    with pytest.raises(ValueError, match="no such folder, and not a hub id"):
+        load_policy("/no/such/folder")
+
+
+def test_hub_id_offline(monkeypatch, tmp_path):
+    """Guards an endless wait or a page of traceback when the hub is out of reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="--ckpt no-such/model: no such folder, and not fetched") as error:
+        resolve_checkpoint("no-such/model")
+    assert "\n" not in str(error.value)
+
+
+def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
+    """Guards the download: only *.json and *.safetensors are asked for."""
+    asked = {}
+
+    def fake_download(repo_id, allow_patterns):
+        asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(model_module, "snapshot_download", fake_download)
+    assert resolve_checkpoint("owner/name") == tmp_path
+    assert asked == dict(repo_id="owner/name", allow_patterns=["*.json", "*.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(model_type="llama"), "model_type is 'llama'"),
+        (dict(model_type="absent"), "model_type is None"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+        (dict(use_sliding_window=True), "use_sliding_window is True"),
+        (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling is {'type': 'yarn'"),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_type is 'yarn'"),
+        (dict(head_dim=32), "head_dim is 32"),
+        (dict(hidden_size="absent"), "hidden_size"),
+        (dict(hidden_size="48"), "not a Qwen-2.5 config.json"),
+        (dict(hidden_size=50), "hidden_size is 50"),
+        (dict(num_key_value_heads=3), "num_attention_heads is 4"),
+        (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
+    ],
+)
+def test_unsupported_configs_are_refused(saved, changes, words):
+    """Guards a checkpoint that would load and compute something else than its authors meant."""
+    edit_config(saved, **changes)
+    with pytest.raises(ValueError, match=words) as error:
+        load_policy(saved)
+    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_config_that_is_no_object(saved, text):
+    """Guards the parser: an empty or foreign config.json is a one-line error too."""
+    (saved / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot read .*config.json"):
+        load_policy(saved)

@@ -1,0 +1,1300 @@
+"""RLPA in one file: a chat model learns, by PPO against a simulated user, to infer who it is talking to.
+
+    torchrun train_rlpa.py --ckpt                       the tiny checkpoint in the embedded world, on a CPU
+    torchrun train_rlpa.py --ckpt Qwen/Qwen2.5-3B-Instruct --simulator-url URL --judge-url URL --personas FILE
+
+One iteration, in the order of this file:
+
+    rollout      every dialogue of the batch is played: user message (HTTP) → n candidate turns → rewards → best goes on
+    pack         each dialogue becomes a tree of tokens, and each token is computed once
+    statistics   old and reference log-probs and values, under the weights that sampled
+    advantages   per-token rewards → GAE within a turn (credit "turn") or along the chosen path (credit "dialogue")
+    update       clipped PPO loss for the policy, clipped value loss for the critic, normalised by global token counts
+
+Changed against the published code: README, "What differs from the paper". Letters: B dialogues in a micro-batch, T padded
+tree tokens, N action tokens (sampled ids), D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import rewards
+import world
+from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
+from kernels import linear_logprob
+from model import (
+    Critic, KVCache, Qwen2ForCausalLM, Samples, generate, load_critic, load_policy, resolve_checkpoint, save_pretrained,
+)
+from simulator import ChatClient, ChatError, Persona, load_personas, simulator_messages, start_embedded_server
+
+TINY_CHECKPOINT = Path(__file__).parent / "tiny"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class Config:
+    """All settings, flat. The defaults are the published ones; a checkpoint folder may bring its own in `rlpa.json`."""
+
+    ckpt: str = ""  # policy to start from: a Hugging Face folder or hub id; bare --ckpt is the tiny checkpoint
+    critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
+    run_dir: str = ""  # where everything is written; empty: runs/<date-time>
+    resume: str = ""  # a run folder to go on with from its newest checkpoint; all other settings come from it
+    seed: int = 0  # every random stream is derived from it and from what the stream is for
+    # personas, user and judge
+    personas: str = ""  # JSONL file of personas; empty: synthetic ones of the embedded world
+    eval_personas: str = ""  # JSONL file for evaluation; empty: every tenth of --personas, or synthetic held-out ones
+    num_personas: int = 4096  # how many synthetic training personas to make when --personas is not given
+    simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user; empty: the embedded one is started
+    simulator_model: str = "rule-user"  # model name to ask it for
+    judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts; empty: by rule
+    judge_model: str = "judge"  # model name to ask it for
+    profile_judge: str = "rule"  # who counts matching profile lines: rule (deterministic) or http (the judge endpoint)
+    api_key_env: str = ""  # environment variable that holds the endpoints' key; empty: none is sent
+    request_timeout: float = 120.0  # seconds for one request, retries included
+    max_retries: int = 10  # tries after the first, for connection errors, 408, 409, 429 and 5xx
+    max_concurrency: int = 64  # requests in flight per process
+    first_user_message: str = "Hello"  # fixed opener (published); empty: ask the simulator
+    # rollout
+    rollout_batch_size: int = 256  # dialogues per iteration, over all processes
+    decode_batch_size: int = 64  # dialogues that are sampled together in one process; bounds the KV cache
+    max_turns: int = 10  # turns per dialogue
+    num_candidates: int = 4  # candidates per turn; the best one continues the dialogue
+    max_new_tokens: int = 1024  # tokens per sampled turn
+    max_user_tokens: int = 512  # a longer user message is cut to so many tokens
+    temperature: float = 1.0  # divides the logits in sampling and in every log-prob
+    history_profile: str = "all"  # all: every <profile> block stays in the history; latest: only the newest (published)
+    # rewards
+    profile_weight: float = 1.0  # weight of the Profile Reward; 0 switches it off
+    response_weight: float = 1.0  # weight of the Response Reward; 0 switches it off
+    profile_target: str = "persona"  # persona: F1 as published; evidence: a match counts once the user has disclosed it
+    reward_at: str = "turn"  # turn: both on the turn's last token (published); segment: the profile's where it ends
+    # advantages
+    credit: str = "turn"  # turn: each turn for itself (published); dialogue: GAE goes on along the chosen path
+    gamma: float = 1.0  # discount per token
+    gamma_turn: float = 1.0  # discount per turn boundary with --credit dialogue; 0 equals --credit turn
+    gae_lambda: float = 0.95  # GAE's lambda per token
+    kl_estimator: str = "k1"  # k1: in the per-token reward (published); k3: in the loss
+    kl_coef: float = 0.01  # weight of the KL to the reference policy; 0 switches it off and saves its forward
+    # update
+    num_iterations: int = 0  # iterations to run; 0: one pass over the personas
+    minibatch_size: int = 4  # dialogues per optimizer step, over all processes (4 x 10 turns x 4 candidates = 160 samples)
+    microbatch_size: int = 1  # dialogues per forward and backward in one process
+    num_epochs: int = 1  # passes over a rollout batch
+    lr: float = 5e-7  # policy's peak learning rate
+    critic_lr: float = 9e-6  # critic's peak learning rate
+    adam_beta1: float = 0.9  # AdamW
+    adam_beta2: float = 0.95  # AdamW
+    warmup_share: float = 0.03  # share of all updates with a rising learning rate
+    min_lr_share: float = 0.1  # the cosine ends at this share of the peak
+    max_grad_norm: float = 1.0  # global norm that gradients are clipped to
+    clip_eps: float = 0.2  # ratio clip of the policy loss
+    value_clip: float = 0.2  # clip of the value's move away from the old value
+    entropy_coef: float = 0.0  # weight of an entropy bonus
+    critic_warmup: int = 0  # first iterations that train the critic alone
+    # evaluation, log, checkpoints
+    eval_every: int = 10  # iterations between held-out evaluations; 0: only before and after
+    eval_dialogues: int = 32  # held-out personas per evaluation, over all processes
+    episodes_every: int = 10  # iterations between full records in episodes.jsonl
+    save_every: int = 10  # iterations between checkpoints; 0: only the last
+    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; it takes {' or '.join(allowed)}")
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must lie in [{low}, {high}]")
+        if self.rollout_batch_size % self.minibatch_size:
+            raise ValueError(f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of"
+                             f" --minibatch-size {self.minibatch_size}")
+        if self.profile_judge == "http" and not self.judge_url:
+            raise ValueError("--profile-judge http needs --judge-url")
+        if self.profile_judge == "http" and self.profile_target == "evidence":
+            raise ValueError("--profile-target evidence needs --profile-judge rule: an LLM's count does not say which lines match")
+
+
+MANY = 10**9
+CHOICES = {
+    "history_profile": HISTORY_PROFILES, "profile_target": rewards.PROFILE_TARGETS, "reward_at": ("turn", "segment"),
+    "credit": ("turn", "dialogue"), "kl_estimator": ("k1", "k3"), "profile_judge": ("rule", "http"),
+}
+LIMITS = {
+    **dict.fromkeys(("num_personas", "rollout_batch_size", "decode_batch_size", "max_turns", "num_candidates",
+                     "max_new_tokens", "max_user_tokens", "minibatch_size", "microbatch_size", "num_epochs",
+                     "eval_dialogues", "max_concurrency"), (1, MANY)),
+    **dict.fromkeys(("num_iterations", "max_retries", "critic_warmup", "eval_every", "episodes_every", "save_every",
+                     "threads", "profile_weight", "response_weight", "kl_coef", "entropy_coef", "lr", "critic_lr"), (0, MANY)),
+    **dict.fromkeys(("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)),
+    **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
+}
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """Read the flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for f in dataclasses.fields(Config):
+        kind = type(f.default)
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        if f.name == "ckpt":
+            options |= {"nargs": "?", "const": str(TINY_CHECKPOINT)}
+        shown = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **options)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        return resumed_config(given)
+    if not given.get("ckpt"):
+        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
+    folder = resolve_checkpoint(given["ckpt"])
+    config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
+    config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    return config
+
+
+def checkpoint_defaults(folder: Path) -> dict:
+    """Return the settings that a checkpoint carries for itself (`rlpa.json`); {} if it carries none."""
+    path = folder / "rlpa.json"
+    if not path.is_file():
+        return {}
+    defaults = json.loads(path.read_text())
+    unknown = set(defaults) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"{path} sets {sorted(unknown)}, which are no settings of this trainer")
+    return defaults
+
+
+def resumed_config(given: dict) -> Config:
+    """Return the config of the run to resume; only the flags that leave the result alone may be given beside it."""
+    path = Path(given["resume"]) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {given['resume']}: {path} does not exist; give a run folder")
+    others = set(given) - {"resume", "num_iterations", "threads", "eval_every", "save_every", "episodes_every"}
+    if others:
+        raise ValueError(f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}")
+    return Config(**{**json.loads(path.read_text()), **given, "run_dir": given["resume"]})
+
+
+def stream_seed(*key: object) -> int:
+    """Derive the seed of one random stream from what it is for; the same key gives the same stream on any rank.
+
+    >>> stream_seed(0, "sample", 3, 1) == stream_seed(0, "sample", 3, 1) != stream_seed(0, "sample", 3, 2)
+    True
+    """
+    digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1  # 31 bits: some servers take no larger seed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: plain data parallelism. Each rank plays and packs its own dialogues; gradients and counts are summed.
+
+
+def rank() -> int:
+    """Return this process's number, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(item: object) -> list:
+    """Collect one picklable object of our own from every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [item]
+    items: list = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def all_sum_gradients(model: nn.Module) -> None:
+    """Sum the gradients over all ranks in one flat message; a rank without tokens adds zeros."""
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if not dist.is_initialized():
+        return
+    flat = all_sum(torch.cat([parameter.grad.reshape(-1) for parameter in parameters]))
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(grad.view_as(parameter))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+class Timers:
+    """Seconds spent per phase of an iteration."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+@dataclass
+class World:
+    """What the policy meets: the user's and the judge's endpoints, and a count of everything that went wrong there."""
+
+    user: ChatClient
+    judge: ChatClient | None
+    counts: Counter = field(default_factory=Counter)
+    timers: Timers = field(default_factory=Timers)
+
+
+@dataclass
+class Play:
+    """How dialogues are played: training samples n candidates, evaluation one."""
+
+    num_candidates: int
+    temperature: float
+    stream: tuple  # key prefix of the random streams
+
+
+def rollout(policy: Qwen2ForCausalLM, chat: ChatTokenizer, dialogues: list[Dialogue], play: Play, config: Config, env: World) -> None:
+    """Play dialogues to their end, `decode_batch_size` at a time; fills in `turns` and `dropped`."""
+    for start in range(0, len(dialogues), config.decode_batch_size):
+        group = dialogues[start : start + config.decode_batch_size]
+        sampler = Sampler(policy, chat, play, config)
+        for _ in range(config.max_turns):
+            with env.timers("simulator"):
+                hear_users(group, chat, play, config, env)
+            group = [d for d in group if d.dropped is None]
+            if not group:
+                break
+            with env.timers("sampling"):
+                sampler.sample(group)
+            with env.timers("rewards"):
+                score_turns(group, chat, play, config, env)
+            group = [d for d in group if d.dropped is None]
+
+
+def hear_users(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, config: Config, env: World) -> None:
+    """Get the next user message of every dialogue and open a turn with it; a dialogue whose user is lost is dropped."""
+    if not dialogues[0].turns and config.first_user_message:
+        replies: Sequence[str | ChatError] = [config.first_user_message] * len(dialogues)
+    else:
+        requests = [simulator_messages(Persona(d.persona_id, d.persona_facts), d.history()) for d in dialogues]
+        replies = env.user.chat_many(requests, [stream_seed(*play.stream, "user", d.index, len(d.turns)) for d in dialogues])
+    for dialogue, reply in zip(dialogues, replies, strict=True):
+        if isinstance(reply, ChatError):
+            dialogue.dropped = f"simulator: {reply.reason}"
+            continue
+        ids = chat.encode(reply)
+        if len(ids) > config.max_user_tokens:
+            env.counts["user_messages_cut"] += 1
+            reply = chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd")
+        open_turn(dialogue, reply, chat, config.history_profile)
+
+
+class Sampler:
+    """Sample the candidates of a turn; the KV cache of the dialogues' prompts is kept from one turn to the next."""
+
+    def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, play: Play, config: Config):
+        self.policy, self.chat, self.play, self.config = policy, chat, play, config
+        self.device = policy.head_weight.device
+        self.cache: KVCache | None = None
+        self.cached: dict[int, list[list[int]]] = {}  # dialogue index → ids behind each of its rows in the cache
+        self.first_row: dict[int, int] = {}  # dialogue index → its first row
+
+    def sample(self, dialogues: list[Dialogue]) -> None:
+        """Extend the cache by what is new in each dialogue's prompt and sample n candidates for it."""
+        n, config = self.play.num_candidates, self.config
+        prompts = [d.turns[-1].prompt_ids for d in dialogues]
+        new_ids = self.keep_prefixes(dialogues, prompts)
+        streams = [
+            torch.Generator().manual_seed(stream_seed(*self.play.stream, "sample", d.index, len(d.turns), c))
+            for d in dialogues for c in range(n)
+        ]
+        samples = generate(
+            self.policy, self.cache, new_ids, n=n, max_new_tokens=config.max_new_tokens, stop_ids=[self.chat.im_end],
+            temperature=self.play.temperature, generators=streams,
+        )
+        self.take_up(dialogues, samples)
+
+    def keep_prefixes(self, dialogues: list[Dialogue], prompts: list[list[int]]) -> list[list[int]]:
+        """Cut the cache to the winners' rows and to what they share with the new prompts; return the ids still to compute.
+
+        With `history_profile latest` a prompt departs from the cached ids where the older profile was taken out: the
+        common prefix is kept and the rest is computed again, so one rule serves both.
+        """
+        capacity = max(map(len, prompts)) + self.config.max_new_tokens
+        rows, kept = [], []
+        for dialogue, prompt in zip(dialogues, prompts, strict=True):
+            chosen = dialogue.turns[-2].chosen if len(dialogue.turns) > 1 else 0
+            rows.append(self.first_row.get(dialogue.index, 0) + chosen)
+            cached = self.cached.get(dialogue.index, [[]] * (chosen + 1))[chosen]
+            kept.append(min(common_prefix(cached, prompt), len(prompt) - 1))
+        if self.cache is None:
+            self.cache = KVCache(self.policy.config, len(dialogues), capacity, self.policy.head_weight.dtype, self.device)
+        else:
+            self.cache.select(torch.tensor(rows, device=self.device), torch.tensor(kept, device=self.device), capacity)
+        return [prompt[k:] for prompt, k in zip(prompts, kept, strict=True)]
+
+    def take_up(self, dialogues: list[Dialogue], samples: Samples) -> None:
+        """Write the samples into the dialogues and remember which ids the cache rows hold (the last one's K/V is pending)."""
+        n = self.play.num_candidates
+        for i, dialogue in enumerate(dialogues):
+            turn, rows = dialogue.turns[-1], range(i * n, i * n + n)
+            turn.candidates = [Candidate(samples.token_ids[r], samples.logprobs[r], samples.stop_reasons[r]) for r in rows]
+            self.first_row[dialogue.index] = i * n
+            self.cached[dialogue.index] = [turn.prompt_ids + samples.token_ids[r][:-1] for r in rows]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Count the leading ids that two rows share.
+
+    >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def score_turns(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, config: Config, env: World) -> None:
+    """Parse and score the newest candidates of every dialogue and choose the best, which goes on (ties: lowest index)."""
+    for dialogue in dialogues:
+        for candidate in dialogue.turns[-1].candidates:
+            read_candidate(candidate, dialogue, chat)
+    judge_responses(dialogues, play, config, env)
+    judge_profiles(dialogues, play, config, env)
+    for dialogue in dialogues:
+        turn = dialogue.turns[-1]
+        judged = [c for c in range(len(turn.candidates)) if turn.candidates[c].judged]
+        env.counts["candidates_unjudged"] += len(turn.candidates) - len(judged)
+        if judged:
+            turn.chosen = max(judged, key=lambda c: turn_reward(turn.candidates[c], config))  # max keeps the first of equals
+        else:
+            dialogue.dropped = "judge: no verdict on any candidate"
+
+
+def read_candidate(candidate: Candidate, dialogue: Dialogue, chat: ChatTokenizer) -> None:
+    """Decode and parse a candidate and hold its profile against persona and ledger."""
+    candidate.text = chat.visible(candidate.token_ids)
+    parsed = rewards.parse_turn(candidate.text, candidate.stop_reason)
+    candidate.profile, candidate.response, candidate.failure = parsed.profile, parsed.response, parsed.failure
+    candidate.profile_tokens = chat.tokens_until(candidate.token_ids, "</profile>")
+    candidate.verdicts = dict.fromkeys(rewards.VERDICTS, False)
+    candidate.ledger = asdict(rewards.score_profile(parsed.profile, dialogue.persona_facts, dialogue.user_texts()))
+
+
+def turn_reward(candidate: Candidate, config: Config) -> float:
+    """Return profile_weight · Profile Reward + response_weight · Response Reward; a format failure has earned neither."""
+    return config.profile_weight * candidate.profile_reward + config.response_weight * candidate.response_reward
+
+
+def parsed_candidates(dialogues: list[Dialogue]) -> list[tuple[Dialogue, int, Candidate]]:
+    """List the newest candidates that could be parsed, with their dialogue and their number in its turn."""
+    return [(d, i, c) for d in dialogues for i, c in enumerate(d.turns[-1].candidates) if c.failure is None]
+
+
+def judge_seeds(waiting: list[tuple[Dialogue, int, Candidate]], play: Play) -> list[int]:
+    """Return one request seed per candidate, from its dialogue, turn and number."""
+    return [stream_seed(*play.stream, "judge", d.index, len(d.turns), i) for d, i, _ in waiting]
+
+
+def judge_responses(dialogues: list[Dialogue], play: Play, config: Config, env: World) -> None:
+    """Fill in the five verdicts and the Response Reward, their product, of all candidates that could be parsed."""
+    waiting = parsed_candidates(dialogues)
+    asked = {d.index: d.history()[: 2 * len(d.turns) - 1] for d in dialogues}  # up to the message that is answered
+    if env.judge is None:
+        verdicts = [rewards.rule_verdicts(c.response, asked[d.index], d.persona_facts) for d, _, c in waiting]
+    else:
+        requests = [rewards.response_judge_messages(c.response, asked[d.index], c.profile) for d, _, c in waiting]
+        verdicts = rewards.ask_judge(env.judge.chat_many, requests, rewards.parse_verdicts, judge_seeds(waiting, play))
+    for (_, _, candidate), verdict in zip(waiting, verdicts, strict=True):
+        candidate.judged = verdict is not None
+        candidate.verdicts = verdict or candidate.verdicts
+        candidate.response_reward = float(all(candidate.verdicts.values()))
+
+
+def judge_profiles(dialogues: list[Dialogue], play: Play, config: Config, env: World) -> None:
+    """Fill in the Profile Reward of all candidates that could be parsed."""
+    waiting = parsed_candidates(dialogues)
+    if config.profile_judge == "rule":
+        target = "f1" if config.profile_target == "persona" else "evidence_f1"
+        for _, _, candidate in waiting:
+            candidate.profile_reward = candidate.ledger[target]
+        return
+    requests = [rewards.profile_judge_messages(c.profile, d.persona_facts) for d, _, c in waiting]
+    covered = rewards.ask_judge(env.judge.chat_many, requests, rewards.parse_covered, judge_seeds(waiting, play))
+    for (dialogue, _, candidate), count in zip(waiting, covered, strict=True):
+        candidate.judged &= count is not None
+        candidate.profile_reward = rewards.f1_score(count or 0, len(candidate.profile), len(dialogue.persona_facts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: one dialogue, one tree
+
+
+@dataclass
+class Span:
+    """Where the action tokens of one candidate lie in its dialogue's flat arrays: [start, stop)."""
+
+    turn: int
+    candidate: Candidate
+    chosen: bool
+    start: int
+    stop: int
+
+
+@dataclass
+class Packed:
+    """One dialogue as tensors: its token tree, and for each action token the node that predicts it.
+
+    The action mask of the usual row layout is implied: action tokens are exactly those listed in `targets`, as sampled.
+    """
+
+    minibatch: int  # which optimizer step of an epoch it belongs to
+    token_ids: Tensor  # (T,) long
+    position_ids: Tensor  # (T,) long
+    attention_mask: Tensor  # (T, T) bool, True = may attend
+    predict: Tensor  # (N,) long: tree node before each action token, whose hidden state predicts it
+    targets: Tensor  # (N,) long: the sampled ids
+    sampler_logprobs: Tensor  # (N,) fp32, nats
+    spans: list[Span]
+    old_logprobs: Tensor | None = None  # (N,) under the policy that sampled, by the trainer
+    ref_logprobs: Tensor | None = None  # (N,) under the frozen reference
+    values: Tensor | None = None  # (N,) critic before each action token
+    advantages: Tensor | None = None  # (N,)
+    returns: Tensor | None = None  # (N,)
+
+
+def pack(dialogue: Dialogue, config: Config) -> Packed | None:
+    """Turn a dialogue into its token tree; None if it was dropped or holds nothing to train on."""
+    tree, spans = TokenTree(), []
+    predict: list[int] = []
+    targets: list[int] = []
+    sampled: list[float] = []
+    for t, turn in enumerate(dialogue.turns):
+        for c, candidate in enumerate(turn.candidates):
+            if not candidate.judged:
+                continue
+            nodes = tree.insert(turn.prompt_ids + candidate.token_ids)
+            first = len(turn.prompt_ids)
+            spans.append(Span(t, candidate, c == turn.chosen, len(targets), len(targets) + len(candidate.token_ids)))
+            predict += nodes[first - 1 : -1]
+            targets += candidate.token_ids
+            sampled += candidate.logprobs
+    if dialogue.dropped is not None or not targets:
+        return None
+    return Packed(
+        minibatch=dialogue.index % config.rollout_batch_size // config.minibatch_size,
+        token_ids=torch.tensor(tree.token_ids),
+        position_ids=torch.tensor(tree.positions),
+        attention_mask=torch.from_numpy(tree.attention_mask()),
+        predict=torch.tensor(predict),
+        targets=torch.tensor(targets),
+        sampler_logprobs=torch.tensor(sampled),
+        spans=spans,
+    )
+
+
+def microbatches(packed: Sequence[Packed], size: int) -> Iterator[list[Packed]]:
+    """Cut a list of dialogues into micro-batches of at most `size`."""
+    for start in range(0, len(packed), size):
+        yield list(packed[start : start + size])
+
+
+def tree_inputs(batch: list[Packed], device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Pad trees to (token_ids (B, T), position_ids (B, T), attention_mask (B, 1, T, T)); and predict (N,) into (B·T)."""
+    T = max(len(p.token_ids) for p in batch)
+    token_ids = torch.zeros(len(batch), T, dtype=torch.long)
+    position_ids = torch.zeros(len(batch), T, dtype=torch.long)
+    attention_mask = torch.eye(T, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding sees itself: a softmax over nothing is NaN
+    for b, p in enumerate(batch):
+        t = len(p.token_ids)
+        token_ids[b, :t], position_ids[b, :t], attention_mask[b, :t, :t] = p.token_ids, p.position_ids, p.attention_mask
+    predict = torch.cat([p.predict + b * T for b, p in enumerate(batch)])
+    inputs = (token_ids.to(device), position_ids.to(device), attention_mask[:, None].to(device))
+    return inputs, predict.to(device)
+
+
+def policy_logprobs(policy: Qwen2ForCausalLM, batch: list[Packed], temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log-probs (N,) of a micro-batch's action tokens and the entropies (N,) of the distributions they came from."""
+    device = policy.head_weight.device
+    inputs, predict = tree_inputs(batch, device)
+    hidden = policy(*inputs).flatten(0, 1)[predict]  # (N, D)
+    return linear_logprob(hidden, policy.head_weight, concat(batch, "targets", device), temperature)
+
+
+def critic_values(critic: Critic, batch: list[Packed]) -> Tensor:
+    """Return the critic's values (N,) of the states in which a micro-batch's action tokens were sampled."""
+    inputs, predict = tree_inputs(batch, critic.value_head.weight.device)
+    return critic(*inputs).flatten()[predict]
+
+
+def concat(batch: list[Packed], name: str, device: torch.device) -> Tensor:
+    """Concatenate one field of a micro-batch's dialogues to (N,)."""
+    return torch.cat([getattr(p, name) for p in batch]).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics and advantages
+
+
+@torch.no_grad()
+def add_statistics(packed: list[Packed], policy: nn.Module, ref_policy: nn.Module | None, critic: Critic, config: Config) -> None:
+    """Compute old log-probs, reference log-probs and values, each once, under the weights that sampled."""
+    for batch in by_minibatch(packed, config):
+        sizes = [len(p.targets) for p in batch]
+        old_logprobs = policy_logprobs(policy, batch, config.temperature)[0]
+        ref_logprobs = policy_logprobs(ref_policy, batch, config.temperature)[0] if ref_policy else old_logprobs
+        values = critic_values(critic, batch)
+        for p, old, ref, value in zip(batch, *(x.cpu().split(sizes) for x in (old_logprobs, ref_logprobs, values)), strict=True):
+            p.old_logprobs, p.ref_logprobs, p.values = old, ref, value
+
+
+def by_minibatch(packed: list[Packed], config: Config) -> Iterator[list[Packed]]:
+    """Yield the micro-batches that the update will use, so that the same rows meet the same padding."""
+    for m in range(config.rollout_batch_size // config.minibatch_size):
+        yield from microbatches([p for p in packed if p.minibatch == m], config.microbatch_size)
+
+
+def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
+    """Place a candidate's rewards on its tokens: −kl_coef · k1 everywhere, the rest on the last token, or, with
+    `reward_at segment`, the Profile Reward on the token that closes the profile."""
+    kl = config.kl_coef * (p.old_logprobs - p.ref_logprobs)[span.start : span.stop] if config.kl_estimator == "k1" else None
+    placed = (-kl).tolist() if kl is not None else [0.0] * (span.stop - span.start)
+    profile_at = span.candidate.profile_tokens - 1 if config.reward_at == "segment" else -1
+    placed[profile_at] += config.profile_weight * span.candidate.profile_reward
+    placed[-1] += config.response_weight * span.candidate.response_reward
+    return placed
+
+
+def gae(
+    token_reward: Sequence[float], values: Sequence[float], next_value: float, next_advantage: float, gamma: float, lam: float
+) -> list[float]:
+    """Return generalised advantage estimates (arXiv 1506.02438, eq. 16) of one run of tokens.
+
+    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γ λ A_{t+1}. After the last token come `next_value` and
+    `next_advantage`, which the caller has discounted already; 0 and 0 at an end.
+
+    >>> gae([0.0, 1.0], [0.5, 0.5], 0.0, 0.0, gamma=1.0, lam=1.0)
+    [0.5, 0.5]
+    >>> gae([0.0, 1.0], [0.5, 0.25], 0.0, 0.0, gamma=1.0, lam=0.0)
+    [-0.25, 0.75]
+    """
+    advantages = [0.0] * len(values)
+    ahead_value, ahead_advantage = next_value, lam * next_advantage
+    for t in reversed(range(len(values))):
+        delta = token_reward[t] + ahead_value - values[t]
+        advantages[t] = delta + ahead_advantage
+        ahead_value, ahead_advantage = gamma * values[t], gamma * lam * advantages[t]
+    return advantages
+
+
+def add_advantages(p: Packed, config: Config) -> None:
+    """Fill in advantages and returns of one dialogue, last turn first.
+
+    A turn's last token is an end with credit "turn". With "dialogue" the chosen candidate is followed by the first
+    token of the next turn's chosen one: user tokens are skipped, γ_turn is the discount across. The others were not
+    continued; they are valued by the same next value, since ending them there would punish them for not being chosen.
+    """
+    gamma_turn = config.gamma_turn if config.credit == "dialogue" else 0.0
+    values = p.values.tolist()
+    advantages = [0.0] * len(values)
+    next_value, next_advantage = 0.0, 0.0
+    for t in sorted({span.turn for span in p.spans}, reverse=True):
+        first_of_chosen = 0
+        for span in (s for s in p.spans if s.turn == t):
+            tail = gamma_turn * next_advantage if span.chosen else 0.0
+            advantages[span.start : span.stop] = gae(
+                token_rewards(span, p, config), values[span.start : span.stop], gamma_turn * next_value, tail,
+                config.gamma, config.gae_lambda,
+            )
+            first_of_chosen = span.start if span.chosen else first_of_chosen
+        next_value, next_advantage = values[first_of_chosen], advantages[first_of_chosen]
+    p.advantages = torch.tensor(advantages)
+    p.returns = p.advantages + p.values
+
+
+def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
+    """Give all action tokens of the global batch mean 0 and standard deviation 1; returns what these were before."""
+    flat = torch.cat([p.advantages for p in packed]).double() if packed else torch.zeros(0, dtype=torch.double)
+    count, total, squares = all_sum(torch.stack([torch.tensor(float(len(flat))).double(), flat.sum(), (flat**2).sum()])).tolist()
+    mean = total / max(1, count)
+    std = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
+    for p in packed:
+        p.advantages = (p.advantages - mean) / (std + 1e-8)
+    return mean, std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and update
+
+
+def policy_loss(new_logprobs: Tensor, entropy: Tensor, batch: list[Packed], config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the summed clipped PPO loss (arXiv 1707.06347, eq. 7) of a micro-batch's action tokens and its statistics.
+
+    The sum, not the mean: the caller divides by the global count of action tokens in the mini-batch, so that neither
+    micro-batch size nor the number of ranks changes the gradient.
+    """
+    device = new_logprobs.device
+    old_logprobs, advantages = concat(batch, "old_logprobs", device), concat(batch, "advantages", device)
+    logratio = (new_logprobs - old_logprobs).clamp(-20, 20)
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages).sum() - config.entropy_coef * entropy.sum()
+    if config.kl_estimator == "k3" and config.kl_coef:
+        log_r = (concat(batch, "ref_logprobs", device) - new_logprobs).clamp(-20, 20)
+        loss = loss + config.kl_coef * (log_r.exp() - log_r - 1).sum()
+    with torch.no_grad():
+        statistics = {
+            "approx_kl": (ratio - 1 - logratio).sum(),  # k3 of old ‖ new
+            "clip_frac": ((ratio - 1).abs() > config.clip_eps).float().sum(),
+            "entropy": entropy.sum(),
+            "ratio_dev": (ratio - 1).abs().sum(),
+        }
+    return loss, statistics
+
+
+def value_loss(new_values: Tensor, batch: list[Packed], config: Config) -> Tensor:
+    """Return the summed clipped value loss, ½ max((V − R)², (clip(V) − R)²), of a micro-batch's action tokens."""
+    old_values, returns = concat(batch, "values", new_values.device), concat(batch, "returns", new_values.device)
+    clipped = old_values + (new_values - old_values).clamp(-config.value_clip, config.value_clip)
+    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2).sum()
+
+
+@dataclass
+class Learner:
+    """A model with its optimizer and the number of optimizer steps it has been through (skipped ones count too)."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    peak_lr: float
+
+
+def make_learner(model: nn.Module, lr: float, config: Config) -> Learner:
+    """Wrap a model with AdamW (fp32, no weight decay)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True)
+    return Learner(model, optimizer, lr)
+
+
+def lr_share(update: int, num_updates: int, config: Config) -> float:
+    """Return the share of the peak learning rate at an update: linear warm-up, then a cosine to `min_lr_share`.
+
+    >>> [round(lr_share(u, 100, Config(ckpt="x")), 3) for u in (0, 2, 3, 99)]
+    [0.333, 1.0, 1.0, 0.1]
+    """
+    warmup = math.ceil(config.warmup_share * num_updates)
+    if update < warmup:
+        return (update + 1) / warmup
+    progress = (update - warmup) / max(1, num_updates - 1 - warmup)
+    return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tuple[float, bool]:
+    """Sum gradients over ranks, clip and step; a non-finite norm skips the step on every rank alike.
+
+    Returns the gradient norm before clipping and whether the step was taken.
+    """
+    all_sum_gradients(learner.model)
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_grad_norm).item()
+    if not math.isfinite(norm):  # the summed gradient is the same everywhere, and so is this decision
+        return norm, False
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learner.peak_lr * share
+    learner.optimizer.step()
+    return norm, True
+
+
+def update(policy: Learner, critic: Learner, packed: list[Packed], config: Config, progress: tuple[int, int], train_policy: bool) -> dict:
+    """Run PPO over one rollout batch; `progress` is (updates done before, updates of the whole run). Returns metrics."""
+    num_minibatches = config.rollout_batch_size // config.minibatch_size
+    totals: Counter = Counter()
+    first: dict[str, float] = {}
+    done, num_updates = progress
+    for epoch in range(config.num_epochs):
+        for m in range(num_minibatches):
+            minibatch = [p for p in packed if p.minibatch == m]
+            count = all_sum(torch.tensor(float(sum(len(p.targets) for p in minibatch)))).item()
+            if not count:  # the last, partial batch, or everything dropped
+                continue
+            share = lr_share(done + epoch * num_minibatches + m, num_updates, config)
+            sums = minibatch_update(policy, critic, minibatch, count, share, config, train_policy)
+            totals.update(sums)
+            first = first or {"ratio_dev_first": sums["ratio_dev"] / sums["tokens"]}
+    tokens = max(1.0, totals.pop("tokens", 0.0))
+    steps = max(1.0, totals.pop("steps", 0.0))
+    per_step = ("policy_grad_norm", "critic_grad_norm")
+    counted = ("updates_skipped",)
+    return first | {k: v / steps if k in per_step else v if k in counted else v / tokens for k, v in totals.items()}
+
+
+def minibatch_update(
+    policy: Learner, critic: Learner, minibatch: list[Packed], count: float, share: float, config: Config, train_policy: bool
+) -> dict[str, float]:
+    """Take one optimizer step of policy and critic on one mini-batch; returns sums over all ranks."""
+    policy.optimizer.zero_grad()
+    critic.optimizer.zero_grad()
+    sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_frac", "entropy", "ratio_dev"), 0.0)
+    for batch in microbatches(minibatch, config.microbatch_size):
+        logprobs, entropy = policy_logprobs(policy.model, batch, config.temperature)
+        loss, statistics = policy_loss(logprobs, entropy, batch, config)
+        (loss / count).backward()
+        vf_loss = value_loss(critic_values(critic.model, batch), batch, config)
+        (vf_loss / count).backward()
+        for name, value in {"policy_loss": loss, "value_loss": vf_loss, **statistics}.items():
+            sums[name] += value.item()
+    result = dict(zip(sums, all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist(), strict=True))
+    finite = math.isfinite(result["policy_loss"]) and math.isfinite(result["value_loss"])
+    norms = {"critic_grad_norm": (0.0, False), "policy_grad_norm": (0.0, not train_policy)}
+    if finite:
+        norms["critic_grad_norm"] = optimizer_step(critic, share, config.max_grad_norm)
+        if train_policy:
+            norms["policy_grad_norm"] = optimizer_step(policy, share, config.max_grad_norm)
+    skipped = sum(not taken for _, taken in norms.values())
+    return result | {"tokens": count, "steps": 1, "updates_skipped": skipped} | {k: norm for k, (norm, _) in norms.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def tally(dialogues: list[Dialogue]) -> Counter:
+    """Sum up what happened in dialogues, over all candidates; `rates` turns the sums of all ranks into metrics."""
+    sums: Counter = Counter(dialogues=len(dialogues))
+    for dialogue in dialogues:
+        if dialogue.dropped is not None:
+            sums["dropped"] += 1
+            sums[f"dropped_{dialogue.dropped.partition(':')[0]}"] += 1
+            continue
+        for t, turn in enumerate(dialogue.turns):
+            before = [earlier.winner.response for earlier in dialogue.turns[:t]]
+            for candidate in turn.candidates:
+                if candidate.judged:
+                    sums.update(candidate_sums(candidate, before, t))
+                    sums.update(unseen_sums(candidate, dialogue, t))
+    return sums
+
+
+def candidate_sums(candidate: Candidate, before: list[str], t: int) -> dict[str, float]:
+    """Sum up one candidate; `before` are the replies that the dialogue had already heard."""
+    ledger = candidate.ledger
+    asked_before = {slot for reply in before for slot in world.asked_slots(reply)}
+    sums = {
+        "candidates": 1, "valid": candidate.failure is None, "tokens": len(candidate.token_ids),
+        "profile_reward": candidate.profile_reward, "response_reward": candidate.response_reward,
+        "f1": ledger["f1"], "lines": ledger["n_lines"], "unsupported": ledger["n_unsupported"],
+        "disclosed": ledger["n_disclosed"], "recalled": ledger["n_recalled"],
+        f"evidence_f1_turn{t + 1}": ledger["evidence_f1"], f"max_f1_turn{t + 1}": ledger["max_f1"],
+        "reply_words": len(world.words(candidate.response)), "reply_repeated": candidate.response in before,
+        "question_repeated": bool(asked_before & set(world.asked_slots(candidate.response))),
+    }
+    if candidate.failure:
+        sums[f"failure_{candidate.failure}"] = 1
+    return sums | {f"verdict_{name}": verdict for name, verdict in candidate.verdicts.items()}
+
+
+def unseen_sums(candidate: Candidate, dialogue: Dialogue, t: int) -> dict[str, float]:
+    """Count the disclosed facts whose value no training persona has (embedded world), and those the profile recalls."""
+    texts = [turn.user_text for turn in dialogue.turns[: t + 1]]
+    facts = [dialogue.persona_facts[i] for i in world.disclosed(dialogue.persona_facts, texts)]
+    unseen = [fact for fact in facts if fact in world.unseen_values()]
+    if not unseen:
+        return {}
+    recalled = sum(match is not None for match in rewards.match_lines(candidate.profile, unseen))
+    return {"unseen_disclosed": len(unseen), "unseen_recalled": recalled}
+
+
+def rates(sums: Counter) -> dict[str, float]:
+    """Turn summed counts into metrics (README, "Metrics")."""
+    n = max(1, sums["candidates"])
+    turns = [t for t in range(1, 1000) if sums[f"max_f1_turn{t}"] > 0]
+    metrics = {
+        "reward": (sums["profile_reward"] + sums["response_reward"]) / n,
+        "profile_reward": sums["profile_reward"] / n,
+        "response_reward": sums["response_reward"] / n,
+        "profile_f1": sums["f1"] / n,
+        "recall": sums["recalled"] / max(1, sums["disclosed"]),
+        "f1_over_max": sum(sums[f"evidence_f1_turn{t}"] for t in turns) / max(1e-9, sum(sums[f"max_f1_turn{t}"] for t in turns)),
+        "unsupported_lines": sums["unsupported"] / n,
+        "profile_lines": sums["lines"] / n,
+        "disclosed_facts": sums["disclosed"] / n,
+        "format_valid": sums["valid"] / n,
+        "tokens_per_turn": sums["tokens"] / n,
+        "reply_words": sums["reply_words"] / n,
+        "reply_repeated": sums["reply_repeated"] / n,
+        "question_repeated": sums["question_repeated"] / n,
+        "dialogues": sums["dialogues"],
+        "dialogues_dropped": sums["dropped"],
+    }
+    metrics |= {f"f1_over_max_turn{t}": sums[f"evidence_f1_turn{t}"] / sums[f"max_f1_turn{t}"] for t in turns}
+    metrics |= {name: sums[f"verdict_{name}"] / n for name in rewards.VERDICTS}
+    metrics |= {f"failure_{name}": sums[f"failure_{name}"] / n for name in rewards.PARSE_FAILURES if sums[f"failure_{name}"]}
+    metrics |= {name: sums[name] for name in sums if name.startswith("dropped_")}
+    if sums["unseen_disclosed"]:
+        metrics["recall_unseen_values"] = sums["unseen_recalled"] / sums["unseen_disclosed"]
+    return metrics
+
+
+def batch_statistics(packed: list[Packed]) -> dict[str, float]:
+    """Return token statistics of a rollout batch: KL to the reference, the critic's explained variance, the sampler's gap."""
+    sums = torch.zeros(7, dtype=torch.double)
+    for p in packed:
+        error, gap = p.returns - p.values, (p.old_logprobs - p.sampler_logprobs).abs()
+        parts = (len(p.targets), (p.old_logprobs - p.ref_logprobs).sum(), error.sum(), (error**2).sum(),
+                 p.returns.sum(), (p.returns**2).sum(), gap.sum())
+        sums += torch.tensor([float(part) for part in parts], dtype=torch.double)
+    n, kl, error, error2, returns, returns2, gap = all_sum(sums).tolist()
+    n = max(1.0, n)
+    variance = returns2 / n - (returns / n) ** 2
+    return {
+        "kl_ref": kl / n,
+        "explained_variance": 1 - (error2 / n - (error / n) ** 2) / variance if variance > 1e-12 else 0.0,
+        "sampler_trainer_logprob_gap": gap / n,
+        "action_tokens": n,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(policy: Qwen2ForCausalLM, chat: ChatTokenizer, personas: list[Persona], config: Config, env: World, iteration: int,
+             temperature: float) -> tuple[dict[str, float], list[Dialogue]]:
+    """Play held-out personas with one candidate per turn; returns the metrics over all ranks and this rank's dialogues."""
+    chosen = personas[: config.eval_dialogues]
+    dialogues = [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
+    play = Play(1, temperature, (config.seed, "eval", iteration, temperature))
+    rollout(policy, chat, dialogues, play, config, env)
+    return rates(sum_counters(gather(tally(dialogues)))), dialogues
+
+
+def sum_counters(counters: Sequence[Counter]) -> Counter:
+    """Add counters up (negative counts are kept, unlike with +)."""
+    total: Counter = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folder: metrics, episodes, curve, checkpoints
+
+
+class RunLog:
+    """Rank 0's records of a run: metrics.jsonl, TensorBoard events, episodes.jsonl and the learning curve."""
+
+    def __init__(self, config: Config, first_iteration: int):
+        self.folder = Path(config.run_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.writer = None
+        for name in ("metrics.jsonl", "episodes.jsonl"):
+            forget_after(self.folder / name, first_iteration)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_iteration)
+
+    def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
+        """Append one record of a kind ("train", "heldout/greedy", …)."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "kind": kind, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
+
+    def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
+        """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
+        with (self.folder / "episodes.jsonl").open("a") as file:
+            for dialogue in dialogues:
+                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
+
+    def close(self) -> None:
+        """Draw the learning curve and close the event file."""
+        if self.writer:
+            self.writer.close()
+        plot_curve(self.folder)
+
+
+def forget_after(path: Path, first_iteration: int) -> None:
+    """Drop the records that a resumed run will write again: those of `first_iteration` and later."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] < first_iteration]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def episode_record(dialogue: Dialogue) -> dict:
+    """Return a dialogue as plain data for episodes.jsonl; token ids are left out of prompts, which repeat the history."""
+    record = asdict(dialogue)
+    for turn in record["turns"]:
+        turn["prompt_tokens"] = len(turn.pop("prompt_ids"))
+        for candidate in turn["candidates"]:
+            candidate["mean_logprob"] = round(sum(candidate.pop("logprobs")) / max(1, len(candidate["token_ids"])), 4)
+            candidate["tokens"] = len(candidate.pop("token_ids"))
+    return record
+
+
+CURVES = [
+    ("What is revealed gets into the profile", {"recall": "recall of revealed facts", "f1_over_max": "F1 ÷ honest maximum"}),
+    ("Replies that pass all five verdicts", {"response_reward": "response reward", "engagement": "engagement", "relevance": "relevance"}),
+    ("Lines per profile that nothing supports", {"unsupported_lines": "unsupported lines"}),
+    ("Guards", {"format_valid": "format valid", "reply_repeated": "replies repeated", "question_repeated": "questions repeated"}),
+]
+
+
+def plot_curve(folder: Path) -> None:
+    """Draw curve.png from metrics.jsonl: training (all candidates, sampled) and held-out evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    styles = {"train": ("-", 0.35), "heldout/sampled": ("o-", 1.0), "heldout/greedy": ("s--", 0.8)}
+    for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
+        for color, (name, label) in enumerate(names.items()):
+            for kind, (style, alpha) in styles.items():
+                points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind and name in r]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{color}", alpha=alpha, markersize=3.5, label=f"{label}, {kind}")
+        axis.set(title=title, xlabel="iteration", ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"RLPA: {folder.name}")
+    figure.savefig(folder / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+def save_checkpoint(state: State) -> Path:
+    """Write models in Hugging Face layout and the trainer's state, in a temporary folder that is renamed last."""
+    folder = Path(state.config.run_dir) / "checkpoints" / f"iteration_{state.iteration:06d}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, learner in (("policy", state.policy), ("critic", state.critic)):
+        save_pretrained(learner.model, temporary / name)
+        save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
+    state.chat.tokenizer.save(str(temporary / "policy" / "tokenizer.json"))
+    (temporary / "trainer.json").write_text(json.dumps({"iteration": state.iteration, "updates": state.updates}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
+def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
+    """Return AdamW's moments and step counts by parameter name: tensors only, so that they fit safetensors."""
+    names = {parameter: name for name, parameter in learner.model.named_parameters()}
+    return {f"{names[p]}|{key}": value.contiguous() for p, moments in learner.optimizer.state.items() for key, value in moments.items()}
+
+
+def load_optimizer(learner: Learner, path: Path) -> None:
+    """Restore what `optimizer_tensors` returned."""
+    parameters = dict(learner.model.named_parameters())
+    for key, value in load_file(path).items():
+        name, _, moment = key.rpartition("|")
+        learner.optimizer.state[parameters[name]][moment] = value.to(parameters[name].device if value.dim() else "cpu")
+
+
+def newest_checkpoint(run_dir: str) -> Path:
+    """Return the newest checkpoint of a run; ValueError if there is none."""
+    found = sorted((Path(run_dir) / "checkpoints").glob("iteration_*"))
+    if not found:
+        raise ValueError(f"--resume {run_dir}: no checkpoint in {Path(run_dir) / 'checkpoints'}")
+    return found[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass
+class State:
+    """Everything a run needs and a checkpoint restores."""
+
+    config: Config
+    chat: ChatTokenizer
+    policy: Learner
+    critic: Learner
+    ref_policy: Qwen2ForCausalLM | None
+    personas: list[Persona]
+    eval_sets: dict[str, list[Persona]]
+    env: World
+    iteration: int = 0  # iterations done
+    updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the whole run: as asked for, or one pass over the personas, a last partial batch included."""
+        return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
+
+
+def setup(config: Config, env: World) -> State:
+    """Load personas, tokenizer and models, fresh or from the newest checkpoint of the run to resume."""
+    personas, eval_sets = load_all_personas(config)
+    folder = newest_checkpoint(config.run_dir) if config.resume else None
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
+    set_threads(policy, config)
+    chat = ChatTokenizer.from_folder(config.ckpt)
+    if chat.vocab_size > policy.config.vocab_size:
+        raise ValueError(f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only {policy.config.vocab_size}")
+    if folder or config.critic_ckpt:
+        critic = load_critic(folder / "critic" if folder else config.critic_ckpt, device=device)
+    else:
+        critic = Critic.from_policy(policy, config.seed)
+    ref_policy = load_policy(config.ckpt, device=device).requires_grad_(False) if config.kl_coef else None
+    learners = make_learner(policy, config.lr, config), make_learner(critic, config.critic_lr, config)
+    state = State(config, chat, *learners, ref_policy, personas, eval_sets, env)
+    if folder:
+        saved = json.loads((folder / "trainer.json").read_text())
+        state.iteration, state.updates = saved["iteration"], saved["updates"]
+        for name, learner in zip(("policy", "critic"), learners, strict=True):
+            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+    return state
+
+
+def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
+    """Return training personas and named evaluation sets, which share no persona with them."""
+    if not config.personas:
+        def synthetic(n: int, split: str, seed: int) -> list[Persona]:
+            return [Persona(f"{split}-{i}", tuple(f)) for i, f in enumerate(world.generate_personas(n, seed, split))]
+
+        # evaluation personas are the same for every --seed, so that runs can be compared
+        sets = {name: synthetic(config.eval_dialogues, name, 0) for name in ("heldout", "unseen")}
+        return synthetic(config.num_personas, "train", config.seed), sets
+    personas = load_personas(config.personas)
+    if config.eval_personas:
+        return personas, {"heldout": load_personas(config.eval_personas)}
+    if len(personas) < 2:
+        raise ValueError(f"{config.personas} holds one persona; give more, or --eval-personas to evaluate on another file")
+    heldout = personas[9::10] or personas[-1:]
+    return [p for p in personas if p not in heldout], {"heldout": heldout}
+
+
+def set_threads(policy: nn.Module, config: Config) -> None:
+    """Choose CPU threads: with a tiny model a second thread costs more in waiting than it computes."""
+    tiny = sum(p.numel() for p in policy.parameters()) < 10_000_000
+    torch.set_num_threads(config.threads or (1 if tiny else max(1, (os.cpu_count() or 1) // world_size())))
+
+
+def persona_batch(state: State) -> list[Dialogue]:
+    """Return this rank's dialogues of the iteration: personas in an order shuffled anew for each pass.
+
+    Dialogue i of the global batch goes to rank i mod world size, so the batch does not depend on the number of ranks.
+    """
+    config, n = state.config, len(state.personas)
+    dialogues = []
+    for i in range(config.rollout_batch_size):
+        place, cursor = i, state.iteration * config.rollout_batch_size + i
+        if cursor >= n and not config.num_iterations:
+            break  # the last, partial batch of the one pass
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(config.seed, "order", cursor // n)))
+        persona = state.personas[order[cursor % n]]
+        if place % world_size() == rank():
+            dialogues.append(Dialogue(place, persona.persona_id, persona.facts))
+    return dialogues
+
+
+def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
+    """Run one iteration: rollout, pack, statistics, advantages, update. Returns metrics and this rank's dialogues."""
+    config, env = state.config, state.env
+    env.timers.seconds.clear()
+    env.counts.clear()
+    start = time.perf_counter()
+    dialogues = persona_batch(state)
+    play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
+    rollout(state.policy.model, state.chat, dialogues, play, config, env)
+    with env.timers("statistics"):
+        packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
+        add_statistics(packed, state.policy.model, state.ref_policy, state.critic.model, config)
+        for p in packed:
+            add_advantages(p, config)
+        advantage_mean, advantage_std = whiten_advantages(packed)
+    with env.timers("update"):
+        per_iteration = config.num_epochs * (config.rollout_batch_size // config.minibatch_size)
+        progress = (state.updates, state.num_iterations * per_iteration)
+        metrics = update(state.policy, state.critic, packed, config, progress, state.iteration >= config.critic_warmup)
+    state.iteration += 1
+    state.updates += per_iteration
+    metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)
+    metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
+    metrics |= {k: float(v) for k, v in sum_counters(gather(env.counts)).items()}
+    tree_tokens = all_sum(torch.tensor(float(sum(len(p.token_ids) for p in packed)))).item()
+    seconds = time.perf_counter() - start
+    metrics |= {"tree_tokens": tree_tokens, "seconds": seconds, "sampled_tokens_per_second": metrics["action_tokens"] / seconds}
+    return metrics | {f"seconds_{k}": v for k, v in env.timers.seconds.items()}, dialogues
+
+
+def progress_line(state: State, m: dict[str, float]) -> str:
+    """Write an iteration in one readable line."""
+    split = " ".join(f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "simulator", "rewards", "statistics", "update"))
+    return (
+        f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
+        f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
+        f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
+        f" clip {m.get('clip_frac', 0):.3f} ev {m['explained_variance']:.2f} | {m['seconds']:.1f}s ({split})"
+        f" {m['sampled_tokens_per_second']:.0f} tok/s" + (f" dropped {m['dialogues_dropped']:.0f}" if m["dialogues_dropped"] else "")
+    )
+
+
+def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, list[Dialogue]]:
+    """Evaluate on the held-out set, at temperature 1 and greedily; at both `ends` of a run on every set."""
+    played = {}
+    for name, personas in state.eval_sets.items():
+        if name != "heldout" and not ends:
+            continue
+        for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            metrics, dialogues = evaluate(state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature)
+            played[f"{name}/{how}"] = dialogues
+            if log:
+                log.metrics(state.iteration, f"{name}/{how}", metrics)
+                tqdm.write(f"     {name + '/' + how:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
+                           f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
+                           f" valid {metrics['format_valid']:.3f}")
+    return played
+
+
+def train(config: Config, env: World) -> None:
+    """Run the whole training: evaluation, iterations, checkpoints, final evaluation, transcripts and curve."""
+    state = setup(config, env)
+    log = RunLog(config, state.iteration) if rank() == 0 else None
+    if log:
+        announce(state)
+        (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    before = run_evaluation(state, log, ends=True) if not config.resume else {}
+    record_episodes(state, log, before)
+    bar = tqdm(total=state.num_iterations, initial=state.iteration, desc="iterations", disable=rank() != 0, unit="it")
+    while state.iteration < state.num_iterations:
+        metrics, dialogues = run_iteration(state)
+        if log:
+            log.metrics(state.iteration, "train", metrics)
+            tqdm.write(progress_line(state, metrics))
+        bar.update()
+        last = state.iteration == state.num_iterations
+        if config.episodes_every and state.iteration % config.episodes_every == 0:
+            record_episodes(state, log, {"train": dialogues})
+        if last or config.eval_every and state.iteration % config.eval_every == 0:
+            after = run_evaluation(state, log, ends=last)
+            record_episodes(state, log, after if last else {})
+        if log and (last or config.save_every and state.iteration % config.save_every == 0):
+            save_checkpoint(state)
+    bar.close()
+    if log:
+        log.close()
+        show_transcripts(before, after)
+        print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {newest_checkpoint(config.run_dir) / 'policy'}")
+
+
+def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
+    """Write dialogues of all ranks to episodes.jsonl."""
+    for kind, dialogues in played.items():
+        records = [record for part in gather([episode_record(d) for d in dialogues]) for record in part]
+        if log:
+            log.episodes(state.iteration, kind, records)
+
+
+def announce(state: State) -> None:
+    """Say what is about to run."""
+    config, parameters = state.config, sum(p.numel() for p in state.policy.model.parameters())
+    print(
+        f"RLPA: policy {config.ckpt} ({parameters / 1e6:.2f} M parameters, and a critic of that size), {world_size()} process(es),"
+        f" {torch.get_num_threads()} thread(s) each\n      {len(state.personas)} training personas,"
+        f" {', '.join(f'{len(p)} {name}' for name, p in state.eval_sets.items())}; user {config.simulator_url or 'embedded'},"
+        f" judge {config.judge_url or 'by rule'}\n      {state.num_iterations} iterations x {config.rollout_batch_size} dialogues x"
+        f" {config.max_turns} turns x {config.num_candidates} candidates -> {config.run_dir}", flush=True,
+    )
+
+
+def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Dialogue]]) -> None:
+    """Print one held-out dialogue as the policy led it before and after training."""
+    for when, played in (("before", before), ("after", after)):
+        for dialogue in played.get("heldout/sampled", [])[:1]:
+            print(f"\n===== {when}: persona {dialogue.persona_id} ({'; '.join(dialogue.persona_facts)})")
+            for turn in dialogue.turns:
+                scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
+                print(f"  user      {turn.user_text}\n  profile   {'; '.join(turn.winner.profile) or '-'}   [{scores}]"
+                      f"\n  assistant {turn.winner.response}")
+    print()
+
+
+@contextmanager
+def open_world(config: Config) -> Iterator[World]:
+    """Open the clients of user and judge; starts the embedded user for this process if no --simulator-url is given."""
+    def client(url: str, model: str) -> ChatClient:
+        return ChatClient(url, model, config.api_key_env or None, total_timeout=config.request_timeout,
+                          max_retries=config.max_retries, max_concurrency=config.max_concurrency)
+
+    server = None if config.simulator_url else start_embedded_server()
+    user = client(config.simulator_url or server.url, config.simulator_model)
+    judge = client(config.judge_url, config.judge_model) if config.judge_url else None
+    try:
+        yield World(user, judge)
+    finally:
+        for closable in filter(None, (user, judge)):
+            closable.close()
+        if server:
+            server.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; a bad flag, file or checkpoint is one line on stderr and exit code 2."""
+    distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    try:
+        config = parse_args(argv)
+        if distributed:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+            config.run_dir = gather(config.run_dir)[0]  # the time in a default name may differ between ranks
+        with open_world(config) as env:
+            train(config, env)
+    except ValueError as error:
+        print(f"train_rlpa.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
