@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-SYSTEM_PROMPT = """You are a personal assistant who gets to know the user while talking. In every turn, first write what \
-you have inferred about the user so far, one trait per line, then your reply:
+SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, then reply:
 <profile>
 - trait
 </profile>

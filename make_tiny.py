@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,12 +26,27 @@ from dialogue import SYSTEM_PROMPT, ChatTokenizer
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
 
-# How the scripted assistant behaves: probabilities per turn.
-KEEP_NEWS, KEEP_OLDER = 0.6, 0.3  # a fact told just now / earlier makes it into the profile
-GUESS, CORRUPT = 0.3, 0.04  # a line that nothing supports is added / a line gets a wrong value
-ACKNOWLEDGE, COMMENT, NEW_COMMENT, HALLUCINATE = 0.75, 0.65, 0.75, 0.1
-QUESTIONS = {"open": 0.26, "none": 0.50, "again": 0.16, "any": 0.08}  # about an open slot / none / a known slot / any slot
-BREAK_FORMAT = 0.03
+
+@dataclass(frozen=True)
+class Habits:
+    """How the scripted assistant behaves: probabilities per turn."""
+
+    keep_news: float = 0.6  # a fact told just now makes it into the profile
+    keep_older: float = 0.3  # a fact told earlier does
+    guess: float = 0.3  # a line that nothing supports is added
+    corrupt: float = 0.04  # a line gets a wrong value
+    acknowledge: float = 0.75  # it takes up what the user said
+    hallucinate: float = 0.1  # it takes up what the user did not say
+    comment: float = 0.65  # it adds a comment …
+    new_comment: float = 0.75  # … that it has not made before
+    ask_open: float = 0.26  # it asks about a slot that is still open (the next one round)
+    ask_again: float = 0.16  # about a known one
+    ask_any: float = 0.08  # about any; otherwise it does not ask
+    break_format: float = 0.03  # it loses a tag
+
+
+ATTENTIVE = Habits(1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.8, 1.0, 0.6, 0.1, 0.1, 0.0)  # to learn copying from, before the bad habits
+FORGETFUL = Habits()
 MADE_UP = 0.4  # share of the warm-up personas whose values are made-up words
 
 QUESTION_PHRASES: dict[str, list[str]] = {
@@ -87,13 +102,13 @@ def warmup_persona(rng: random.Random) -> list[str]:
             f"{slot}: {made_up_word(rng).capitalize() if slot == 'Location' else made_up_word(rng)}" for slot in slots]
 
 
-def scripted_profile(facts: list[str], history: list[tuple[str, str]], rng: random.Random) -> list[str]:
-    """Write the profile lines of a forgetful assistant that guesses now and then."""
+def scripted_profile(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> list[str]:
+    """Write profile lines in the order of disclosure; a forgetful assistant leaves some out and guesses others."""
     texts = [text for who, text in history if who == "user"]
     news = set(world.disclosed(facts, texts[-1:]))
-    lines = [facts[i] for i in world.disclosed(facts, texts) if rng.random() < (KEEP_NEWS if i in news else KEEP_OLDER)]
-    lines = [random_fact(rng, world.split_fact(line)[0]) if rng.random() < CORRUPT else line for line in lines]
-    if rng.random() < GUESS:
+    lines = [facts[i] for i in world.disclosed(facts, texts) if rng.random() < (habits.keep_news if i in news else habits.keep_older)]
+    lines = [random_fact(rng, world.split_fact(line)[0]) if rng.random() < habits.corrupt else line for line in lines]
+    if rng.random() < habits.guess:
         lines.append(random_fact(rng))
     return lines
 
@@ -104,26 +119,26 @@ def random_fact(rng: random.Random, slot: str | None = None) -> str:
     return f"{slot}: {rng.choice(world.VALUES[slot][0])}"
 
 
-def scripted_response(facts: list[str], history: list[tuple[str, str]], rng: random.Random) -> str:
+def scripted_response(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> str:
     """Write a reply in three parts, each of which is often wrong or absent: take up, comment, ask."""
     replies = [text for who, text in history if who == "assistant"]
-    parts = [scripted_opening(facts, history, rng)]
-    if rng.random() < COMMENT:
+    parts = [scripted_opening(facts, history, habits, rng)]
+    if rng.random() < habits.comment:
         fresh = [c for c in COMMENTS if not any(c in reply for reply in replies)]
         used = [c for c in COMMENTS if c not in fresh]
-        parts.append(rng.choice(fresh if rng.random() < NEW_COMMENT or not used else used))
-    parts.append(scripted_question(facts, history, rng))
+        parts.append(rng.choice(fresh if rng.random() < habits.new_comment or not used else used))
+    parts.append(scripted_question(facts, history, habits, rng))
     return " ".join(part for part in parts if part) or rng.choice(BLANDS)
 
 
-def scripted_opening(facts: list[str], history: list[tuple[str, str]], rng: random.Random) -> str:
+def scripted_opening(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> str:
     """Greet, apologise or take up what the user has just told, if the assistant is attentive at all."""
     texts = [text for who, text in history if who == "user"]
     news = world.disclosed(facts, texts[-1:])
-    if rng.random() < HALLUCINATE:
+    if rng.random() < habits.hallucinate:
         slot, value = world.split_fact(random_fact(rng))
         return world.fill(rng.choice(ACKNOWLEDGEMENTS[slot]), value)
-    if rng.random() >= ACKNOWLEDGE:
+    if rng.random() >= habits.acknowledge:
         return rng.choice(BLANDS)
     if news:
         slot, value = world.split_fact(facts[news[0]])
@@ -134,12 +149,13 @@ def scripted_opening(facts: list[str], history: list[tuple[str, str]], rng: rand
     return rng.choice(APOLOGIES) if complains else rng.choice(BLANDS)
 
 
-def scripted_question(facts: list[str], history: list[tuple[str, str]], rng: random.Random) -> str:
+def scripted_question(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> str:
     """Ask about an open slot (the next one round after the last question), about a known one, or not at all."""
     ledger = world.disclosed(facts, [text for who, text in history if who == "user"])
     known = {world.split_fact(facts[i])[0] for i in ledger}
     asked = [slot for who, text in history if who == "assistant" for slot in world.asked_slots(text)]
-    kind = rng.choices(list(QUESTIONS), weights=list(QUESTIONS.values()))[0]
+    weights = {"open": habits.ask_open, "again": habits.ask_again, "any": habits.ask_any}
+    kind = rng.choices([*weights, "none"], weights=[*weights.values(), 1 - sum(weights.values())])[0]
     if kind == "none":
         return ""
     slot = rng.choice(world.SLOTS)
@@ -158,16 +174,16 @@ def render_turn(lines: list[str], response: str) -> str:
     return f"<profile>\n{block}</profile>\n\n<response>\n{response}\n</response>"
 
 
-def scripted_dialogue(rng: random.Random, n_turns: int) -> list[tuple[str, str]]:
+def scripted_dialogue(rng: random.Random, n_turns: int, habits: Habits = FORGETFUL) -> list[tuple[str, str]]:
     """Play a whole dialogue; returns (user text, assistant text as the policy would have to write it) per turn."""
     facts, history, turns = warmup_persona(rng), [], []
     for _ in range(n_turns):
         user = world.user_reply(facts, history, seed=rng.randrange(2**31))
         history.append(("user", user))
-        lines, response = scripted_profile(facts, history, rng), scripted_response(facts, history, rng)
+        lines, response = scripted_profile(facts, history, habits, rng), scripted_response(facts, history, habits, rng)
         history.append(("assistant", response))
         text = render_turn(lines, response)
-        if rng.random() < BREAK_FORMAT:
+        if rng.random() < habits.break_format:
             text = text.replace(rng.choice(("</profile>\n\n", "<response>\n", "\n</response>", "<profile>\n")), "")
         turns.append((user, text))
     return turns
@@ -221,26 +237,41 @@ def sft_loss(policy: Qwen2ForCausalLM, batch: list[tuple[list[int], list[bool]]]
     return -logprobs.mean()
 
 
+def make_optimizers(policy: Qwen2ForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Make Muon for the layers' matrices, which learns to copy from fewer tokens, and AdamW for all the rest."""
+    matrices = [p for name, p in policy.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+    others = [p for name, p in policy.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
+    return [
+        torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
+
+
 def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Namespace) -> None:
-    """Fine-tune on fresh scripted dialogues, short ones first (one exchange teaches copying fastest)."""
+    """Fine-tune on fresh scripted dialogues: short and attentive ones first, which teach copying, then forgetful ones."""
     rng = random.Random(args.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    started, tokens = time.time(), 0
+    optimizers = make_optimizers(policy, args)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    started, tokens, smooth = time.time(), 0, 0.0
     bar = tqdm(range(args.steps), desc="fine-tuning", unit="step")
     for step in bar:
         progress = step / args.steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        n_turns = 2 if progress < 0.1 else rng.choice((2, 4, 6)) if progress < 0.4 else args.max_turns
-        batch = [encode_dialogue(scripted_dialogue(rng, n_turns), chat) for _ in range(args.batch_size)]
+        share = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + (1 - progress) / 0.7)  # warm-up, plateau, linear decay
+        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
+            group["lr"] = peak * share
+        n_turns = 2 if progress < 0.1 else rng.choice((2, 4, args.max_turns)) if progress < 0.3 else args.max_turns
+        habits = ATTENTIVE if progress < args.attentive_share else FORGETFUL
+        batch = [encode_dialogue(scripted_dialogue(rng, n_turns, habits), chat) for _ in range(args.batch_size)]
         loss = sft_loss(policy, batch, chat.pad)
-        optimizer.zero_grad()
+        policy.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         tokens += sum(len(ids) for ids, _ in batch)
+        smooth = loss.item() if not smooth else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", tokens=f"{tokens / 1e6:.2f}M", minutes=f"{(time.time() - started) / 60:.1f}")
+            bar.set_postfix(loss=f"{smooth:.3f}", tokens=f"{tokens / 1e6:.2f}M", minutes=f"{(time.time() - started) / 60:.1f}")
 
 
 def main() -> None:
@@ -249,7 +280,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=8, help="dialogues per step")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=4e-3, help="AdamW, for embeddings, norms and biases")
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon, for the layers' matrices")
+    parser.add_argument("--attentive-share", type=float, default=0.7, help="share of the steps with attentive dialogues")
     parser.add_argument("--max-turns", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=768)
     parser.add_argument("--hidden-size", type=int, default=96)
@@ -257,7 +290,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--intermediate-size", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed + 1)

@@ -413,14 +413,15 @@ class KVCache:
         kept = self.lengths[rows]
         if lengths is not None and bool(((lengths < 0) | (lengths > kept)).any()):
             raise ValueError(f"cannot cut rows of {kept.tolist()} tokens to {lengths.tolist()}")
-        self.lengths = kept if lengths is None else lengths.to(kept)
-        longest, self.capacity = int(self.lengths.max()), capacity or self.capacity
-        if longest > self.capacity:
-            raise ValueError(f"a kept row has {longest} tokens, the capacity asked for is {self.capacity}")
+        lengths = kept if lengths is None else lengths.to(kept)
+        longest, capacity = max(lengths.tolist(), default=0), capacity or self.capacity
+        if longest > capacity:
+            raise ValueError(f"a kept row has {longest} tokens, the capacity asked for is {capacity}")
+        self.lengths, self.capacity = lengths, capacity
         for tensors in (self.keys, self.values):
             for layer_idx, old in enumerate(tensors):  # layer by layer: the old tensor is released before the next
-                tensors[layer_idx] = old.new_zeros(len(rows), old.shape[1], self.capacity, old.shape[3])
-                tensors[layer_idx][:, :, :longest] = old[:, :, :longest].index_select(0, rows)
+                tensors[layer_idx] = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
+                torch.index_select(old[:, :, :longest], 0, rows, out=tensors[layer_idx][:, :, :longest])
 
     def take(self, rows: Tensor) -> KVCache:
         """Give a second cache that holds copies of these rows."""
@@ -465,8 +466,8 @@ def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor
     """
     probs = (logits / temperature if temperature > 0 else logits).softmax(dim=-1)  # (R, V)
     if temperature > 0:
-        # The first id whose cdf *exceeds* the target has added to it: an id of probability 0 is never drawn. In fp64
-        # u * total stays below total for every fp32 u < 1, so the search always ends on an id.
+        # The first id whose cdf *exceeds* the target has added to it: an id of probability 0 is never drawn, and as
+        # u * total < total there always is one. In fp64, since a GPU's parallel sums in fp32 may step down on the way.
         cdf = probs.cumsum(dim=-1, dtype=torch.float64)
         ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)  # (R, 1)
     else:

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import ipaddress
 import json
+import math
 import os
 import random
 import re
@@ -79,6 +80,9 @@ def load_personas(path: str | Path) -> list[Persona]:
     return personas
 
 
+_BLANKS = re.compile(r"[ \t]*")
+
+
 def _json_values(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield ("line" or "line.k" for the k-th value on it, value) for every JSON value of a JSONL file."""
     decoder = json.JSONDecoder()
@@ -92,7 +96,7 @@ def _json_values(path: str | Path) -> Iterator[tuple[str, Any]]:
                                  f"({_reason(error)}); accepted: {ACCEPTED}") from None
             count += 1
             yield (str(number) if count == 1 else f"{number}.{count}"), value
-            at += len(line[at:]) - len(line[at:].lstrip(" \t"))
+            at = _BLANKS.match(line, at).end()
 
 
 def _read_text(path: str | Path) -> str:
@@ -324,9 +328,9 @@ class ChatClient:
         temperature: float = 1.0,
         max_tokens: int = 300,
     ):
-        _check_limits(0, connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout)
-        _check_limits(-1, max_retries=max_retries, temperature=temperature)
-        _check_limits(0, max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens)
+        _check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
+                      max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens)
+        _check_limits(zero=True, max_retries=max_retries, temperature=temperature)
         self.url = completions_url(base_url)
         self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
         self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
@@ -385,6 +389,7 @@ class ChatClient:
                 return self._attempt(body, deadline)
             except ChatError as error:
                 failure = error
+            failure.args = (self._redact(str(failure)),)  # the server may have quoted the key, in JSON escapes even
             self._count(f"errors {failure.reason}")
             pause = min(BACKOFF_CAP, BACKOFF_FIRST * 2**attempt) * self._jitter.uniform(0.5, 1.0)
             pause = max(pause, failure.retry_after)
@@ -403,6 +408,8 @@ class ChatClient:
         remaining = max(0.001, deadline - time.monotonic())
         timeouts = (min(self.connect_timeout, remaining), min(self.read_timeout, remaining))
         with self._lock:
+            if self._closed.is_set():
+                raise ChatError("connect", "the client was closed", retryable=False)
             self._in_flight[threading.get_ident()] = adapter, deadline
         try:
             with session.post(self.url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
@@ -416,8 +423,12 @@ class ChatClient:
             raise self._status_error(response, raw)
         return parse_reply(raw)
 
+    def _redact(self, text: str) -> str:
+        """Blot out the key; to be done before a text is shortened, or half of the key may stay."""
+        return text.replace(self._key, "***") if self._key else text
+
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:
-        """Read the body as it arrives, up to `max_reply_bytes`, and blot the key out of it."""
+        """Read the body as it arrives, up to `max_reply_bytes`, and blot out the key where it is quoted."""
         raw = bytearray()
         while piece := response.raw.read1(65_536, decode_content=True):
             raw += piece
@@ -437,7 +448,8 @@ class ChatClient:
                                         f"read_timeout={self.read_timeout:g} s")
         while error.__context__ is not None:
             error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
-        return ChatError("connect", f"no connection to {self.url} ({type(error).__name__}: {_shorten(str(error))})")
+        cause = f"{type(error).__name__}: {_shorten(self._redact(str(error)))}"
+        return ChatError("connect", f"connection to {self.url} failed ({cause})")
 
     def _status_error(self, response: requests.Response, raw: bytes) -> ChatError:
         status = response.status_code
@@ -465,7 +477,8 @@ class ChatClient:
 
     def _cut_off_late_replies(self) -> None:
         """Watch the deadlines, because socket time-outs start anew with every byte of a slow drip."""
-        while not self._closed.wait(0.05) or self._in_flight:
+        while self._in_flight or not self._closed.is_set():
+            time.sleep(0.05)
             with self._lock:  # so that a thread cannot go on to its next request in between
                 for adapter, deadline in self._in_flight.values():
                     if time.monotonic() >= deadline or self._closed.is_set():
@@ -600,10 +613,10 @@ def _read_key(api_key_env: str | None) -> str:
     return key
 
 
-def _check_limits(above: float, **limits: float) -> None:
+def _check_limits(zero: bool = False, **limits: float) -> None:
     for name, value in limits.items():
-        if not value > above:
-            raise ValueError(f"{name} is {value}; it must be {'above 0' if above == 0 else '0 or more'}")
+        if not (value >= 0 if zero else value > 0) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be {'0 or more' if zero else 'above 0'}, and finite")
 
 
 def _is_loopback(host: str | None) -> bool:
@@ -689,12 +702,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._send(200, self._reply(self._read_body()))
         except RequestError as error:
-            self.send_error(error.status, str(error))
+            self._refuse(error.status, str(error))
         except ConnectionError:
             raise  # the client has gone: nobody is left to answer
         except Exception as error:  # a bug of ours must not look like a dead server
             traceback.print_exc()
-            self.send_error(500, f"internal error ({type(error).__name__})")
+            self._refuse(500, f"internal error ({type(error).__name__})")
 
     do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_POST
 
@@ -732,11 +745,15 @@ class _Handler(BaseHTTPRequestHandler):
         return complete(raw)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send an error in OpenAI's shape; http.server calls this too, for requests that it cannot parse."""
+        """Refuse a request that http.server could not parse (its own errors are HTML)."""
+        self.close_connection = True
         self.request_version = "HTTP/1.1"  # http.server leaves out the status line for what it takes for HTTP/0.9
-        kind = "server_error" if code >= 500 else "invalid_request_error"
-        words = _shorten(message or self.responses[code][0], limit=300)
-        self._send(code, {"error": {"message": words, "type": kind, "param": None, "code": code}})
+        self._refuse(code, message or self.responses[code][0])
+
+    def _refuse(self, status: int, message: str) -> None:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        words = _shorten(message, limit=300)
+        self._send(status, {"error": {"message": words, "type": kind, "param": None, "code": status}})
 
     def _send(self, status: int, payload: dict[str, Any]) -> None:
         body = json.dumps(payload).encode()
@@ -821,9 +838,11 @@ def start_embedded_server(timeout: float = 60.0) -> EmbeddedServer:
     deadline.start()
     line = process.stdout.readline()
     deadline.cancel()
+    server = EmbeddedServer(line.rpartition(" ")[2].strip(), process)
     if not line:
-        raise RuntimeError(f"the embedded server did not start in {timeout:g} s (exit status {process.wait()})")
-    return EmbeddedServer(line.split()[-1], process)
+        server.stop()
+        raise RuntimeError(f"the embedded server did not start in {timeout:g} s (exit status {process.returncode})")
+    return server
 
 
 def _shutdown_at_end_of_stdin(server: ThreadingHTTPServer) -> None:

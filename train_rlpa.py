@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -125,6 +126,10 @@ class Config:
     threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{flag(f.name)} is {value!r}; it takes {kind.__name__}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; it takes {' or '.join(allowed)}")
@@ -149,7 +154,7 @@ LIMITS = {
     **dict.fromkeys(("num_personas", "rollout_batch_size", "decode_batch_size", "max_turns", "num_candidates",
                      "max_new_tokens", "max_user_tokens", "minibatch_size", "microbatch_size", "num_epochs",
                      "eval_dialogues", "max_concurrency"), (1, MANY)),
-    **dict.fromkeys(("num_iterations", "max_retries", "critic_warmup", "eval_every", "episodes_every", "save_every",
+    **dict.fromkeys(("seed", "num_iterations", "max_retries", "critic_warmup", "eval_every", "episodes_every", "save_every",
                      "threads", "profile_weight", "response_weight", "kl_coef", "entropy_coef", "lr", "critic_lr"), (0, MANY)),
     **dict.fromkeys(("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
@@ -164,6 +169,7 @@ def flag(name: str) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Read the flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse_arguments
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
         kind = type(f.default)
@@ -179,20 +185,35 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
     folder = resolve_checkpoint(given["ckpt"])
     config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
+    if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
+        raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
     config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     return config
+
+
+def refuse_arguments(message: str) -> NoReturn:
+    """Raise what argparse objects to as ValueError: one line, without the usage of all flags before it."""
+    raise ValueError(message)
 
 
 def checkpoint_defaults(folder: Path) -> dict:
     """Return the settings that a checkpoint carries for itself (`rlpa.json`); {} if it carries none."""
     path = folder / "rlpa.json"
-    if not path.is_file():
-        return {}
-    defaults = json.loads(path.read_text())
-    unknown = set(defaults) - {f.name for f in dataclasses.fields(Config)}
+    return read_settings(path) if path.is_file() else {}
+
+
+def read_settings(path: Path) -> dict:
+    """Read settings from a JSON file; ValueError that names the file if it holds anything else."""
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__}, not one JSON object of settings")
+    unknown = set(settings) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise ValueError(f"{path} sets {sorted(unknown)}, which are no settings of this trainer")
-    return defaults
+    return settings
 
 
 def resumed_config(given: dict) -> Config:
@@ -203,7 +224,7 @@ def resumed_config(given: dict) -> Config:
     others = set(given) - {"resume", "num_iterations", "threads", "eval_every", "save_every", "episodes_every"}
     if others:
         raise ValueError(f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}")
-    return Config(**{**json.loads(path.read_text()), **given, "run_dir": given["resume"]})
+    return Config(**{**read_settings(path), **given, "run_dir": given["resume"]})
 
 
 def stream_seed(*key: object) -> int:
@@ -924,16 +945,19 @@ def sum_counters(counters: Sequence[Counter]) -> Counter:
 class RunLog:
     """Rank 0's records of a run: metrics.jsonl, TensorBoard events, episodes.jsonl and the learning curve."""
 
-    def __init__(self, config: Config, first_iteration: int):
+    def __init__(self, config: Config, last_iteration: int):
         self.folder = Path(config.run_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--run-dir {config.run_dir} cannot be made a folder: {error.strerror}") from None
         self.writer = None
         for name in ("metrics.jsonl", "episodes.jsonl"):
-            forget_after(self.folder / name, first_iteration)
+            forget_after(self.folder / name, last_iteration)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_iteration)
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_iteration + 1)
 
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …)."""
@@ -956,10 +980,11 @@ class RunLog:
         plot_curve(self.folder)
 
 
-def forget_after(path: Path, first_iteration: int) -> None:
-    """Drop the records that a resumed run will write again: those of `first_iteration` and later."""
+def forget_after(path: Path, last_iteration: int) -> None:
+    """Drop the records that a run will write again: all after `last_iteration`, and a line that a kill cut short."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] < first_iteration]
+        whole = path.read_text().split("\n")[:-1]
+        kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
         path.write_text("".join(line + "\n" for line in kept))
 
 
@@ -1033,7 +1058,7 @@ def load_optimizer(learner: Learner, path: Path) -> None:
     parameters = dict(learner.model.named_parameters())
     for key, value in load_file(path).items():
         name, _, moment = key.rpartition("|")
-        learner.optimizer.state[parameters[name]][moment] = value.to(parameters[name].device if value.dim() else "cpu")
+        learner.optimizer.state[parameters[name]][moment] = value.to(parameters[name].device, copy=True)
 
 
 def newest_checkpoint(run_dir: str) -> Path:
@@ -1091,6 +1116,8 @@ def setup(config: Config, env: World) -> State:
         state.iteration, state.updates = saved["iteration"], saved["updates"]
         for name, learner in zip(("policy", "critic"), learners, strict=True):
             load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+        if state.iteration >= state.num_iterations:
+            raise ValueError(f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations")
     return state
 
 
@@ -1198,7 +1225,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
 def train(config: Config, env: World) -> None:
     """Run the whole training: evaluation, iterations, checkpoints, final evaluation, transcripts and curve."""
     state = setup(config, env)
-    log = RunLog(config, state.iteration) if rank() == 0 else None
+    log = RunLog(config, state.iteration if config.resume else -1) if rank() == 0 else None
     if log:
         announce(state)
         (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -1283,7 +1310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(argv)
         if distributed:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
             config.run_dir = gather(config.run_dir)[0]  # the time in a default name may differ between ranks
         with open_world(config) as env:
             train(config, env)

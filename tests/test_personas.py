@@ -209,12 +209,13 @@ def test_load_never_raises_anything_but_value_error(load, content):
         assert all("\n" not in fact and fact.encode() for fact in persona.facts)
 
 
-# ---------------------------------------------------------------------------------------------- role prompt and messages
+# --------------------------------------------------------------------------------------------- role prompt and messages
 def test_role_prompt_states_the_rules_of_the_paper():
     """Guards: a rule of RLPA appendix C.4 is dropped when the prompt is edited."""
     prompt = role_prompt(Persona("a", ("Age: 34", "likes tea")))
     for rule in ("no personal information", "15 %", "three sentences", "answer what was asked", "cold at first",
-                 "Do not open topics", "asked or said again, say so", "Never break the role", "never say that you are an AI"):
+                 "Do not open topics", "asked or said again, say so", "Never break the role",
+                 "never say that you are an AI"):
         assert rule.casefold() in prompt.casefold()
     assert prompt.endswith("\n\nYour profile:\n- Age: 34\n- likes tea")
 

@@ -221,6 +221,22 @@ def test_select_and_cut(policy):
         cache.select(torch.tensor([0]), lengths=torch.tensor([1000]))
 
 
+def test_select_changes_the_capacity(policy):
+    """Guards the next turn's longer rows: a regrown cache continues as if it had been that large from the start."""
+    cache = new_cache(2, capacity=4)
+    with torch.no_grad():
+        policy(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), cache=cache)
+    with pytest.raises(ValueError, match="a kept row has 4 tokens, the capacity asked for is 3"):
+        cache.select(torch.tensor([1, 0]), capacity=3)
+    assert cache.capacity == 4 and cache.lengths.tolist() == [4, 4]
+    cache.select(torch.tensor([1, 0]), torch.tensor([4, 0]), capacity=20)
+    ours = generate(policy, cache, [[9], [9]], max_new_tokens=12, stop_ids=[], generators=streams(1, 2))
+    assert_same(ours, generate(policy, new_cache(2), [[5, 6, 7, 8, 9], [9]], max_new_tokens=12, stop_ids=[],
+                               generators=streams(1, 2)))  # fmt: skip
+    cache.select(torch.tensor([], dtype=torch.long))
+    assert cache.nbytes == 0
+
+
 def test_cache_size_and_release():
     """Guards the memory table: 2 * L * B * Hkv * capacity * Dh numbers, none after free()."""
     cache = new_cache(5, capacity=32)

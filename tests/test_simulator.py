@@ -6,6 +6,7 @@ with the connection.
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
@@ -47,7 +48,7 @@ ASK = [{"role": "user", "content": "hi"}]
 PERSONA = Persona("ann", ("Age: 34", "Location: Oslo", "Occupation: baker", "Others: parrot", "Interests: chess",
                           "Gender: woman", "Marital Status: single", "Educational Background: law"))
 HISTORY = [("user", "Hello"), ("assistant", "Hi! Where do you live?")]
-pytestmark = pytest.mark.timeout(120)  # the tests themselves assert no upper bound on time that a slow machine could miss
+pytestmark = pytest.mark.timeout(120)  # what these tests guard against would often show as a hang
 
 
 def completion(content) -> bytes:
@@ -61,7 +62,7 @@ def http_reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 @contextmanager
 def hostile_server(behave, port: int = 0):
-    """Serve `behave(sock, request_json, headers)` on a loopback port, keep-alive until it returns False; yield the URL."""
+    """Serve `behave(sock, request_json, headers)` on a loopback port until it returns False; yield the URL."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
@@ -101,7 +102,7 @@ def scripted(*replies: bytes):
     return behave
 
 
-# ------------------------------------------------------------------------------------------------------- hostile replies
+# ------------------------------------------------------------------------------------------------------ hostile replies
 def reset(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
@@ -109,11 +110,11 @@ def reset(sock):
 
 
 def drip(head: bytes):
-    """Send a byte every 50 ms for 40 s: the read time-out never fires."""
+    """Send a byte every 50 ms for five minutes: the read time-out never fires."""
 
     def behave(sock):
         sock.sendall(head)
-        for _ in range(800):
+        for _ in range(6000):
             sock.sendall(b"x")
             time.sleep(0.05)
 
@@ -127,6 +128,7 @@ PROMPT_FAILURES = [  # (reason, what the server sends or does)
     ("empty", http_reply(completion(""))),
     ("empty", http_reply(completion(" \n\t "))),
     ("too_large", http_reply(completion("x" * 5_000_000))),
+    ("too_large", http_reply(gzip.compress(b" " * 5_000_000), "200 OK", "Content-Encoding: gzip")),
     ("bad_json", http_reply(HTML)),
     ("bad_json", http_reply(completion("hi")[:-9])),
     ("bad_json", http_reply(b"\xff\xfe\xfa")),
@@ -159,6 +161,7 @@ PROMPT_FAILURES = [  # (reason, what the server sends or does)
 SLOW_FAILURES = [
     ("timeout", drip(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")),
     ("timeout", drip(b"HTTP/1.1 200 OK\r\n\r\n")),  # no length: what came until the cut must not pass for the body
+    ("timeout", drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n1;")),
     ("timeout", drip(b"HTTP/1.1 200 OK\r\nX-Header: ")),
     ("timeout", drip(b"")),
     ("timeout", lambda sock: time.sleep(3)),
@@ -190,11 +193,11 @@ def test_a_thousand_malformed_replies():
     start = time.monotonic()
     fail(PROMPT_FAILURES, 900)
     fail(SLOW_FAILURES, 100, read_timeout=0.6, total_timeout=0.6)
-    assert time.monotonic() - start < 60, "one drip lasts 40 s and there are eighty: somebody waited for them"
+    assert time.monotonic() - start < 100, "a drip lasts five minutes: somebody waited for it"
 
 
 def test_malformed_replies_are_retried_within_bounds_and_the_good_one_is_kept():
-    """Guards: a retry that never ends, or a reply lost although the server had recovered; errors hide the recoveries."""
+    """Guards: a retry that never ends, or a reply that is lost although the server had recovered."""
     cases = [case for case in PROMPT_FAILURES if case[0] not in {"http_4xx", "rate_limited"}]
     seen: Counter[int] = Counter()
 
@@ -241,7 +244,7 @@ def test_server_that_dies_and_comes_back():
 def test_server_that_stays_dead_is_a_typed_failure():
     """Guards: retrying for ever when nobody listens; the error names neither the address nor the cause."""
     with closing(ChatClient("http://127.0.0.1:9", "m", max_retries=1)) as client:
-        with pytest.raises(ChatError, match=r"no connection to http://127.0.0.1:9/v1/.*Connection ?[Rr]efused"):
+        with pytest.raises(ChatError, match=r"connection to http://127.0.0.1:9/v1/.*ConnectionRefused"):
             client.chat(ASK)
         assert client.counts["failures"] == {"connect": 1} and client.counts["retries"] == 1
 
@@ -300,7 +303,7 @@ def test_retry_after_is_honoured_and_capped():
         assert len(behave.requests) == 1
 
 
-@given(header=st.text(max_size=40) | st.sampled_from(["nan", "inf", "-1", "9" * 400, "Mon, 01 Jan 0001 00:00:00 -0000"]))
+@given(header=st.text(max_size=40) | st.sampled_from(["nan", "inf", "-1", "9" * 400, "Mon, 1 Jan 0001 00:00 -0000"]))
 @settings(max_examples=300, deadline=None)
 def test_any_retry_after_is_a_wait_of_zero_or_more(header):
     """Guards: NaN or a negative number reaches a sleep; an odd date crashes."""
@@ -333,11 +336,11 @@ def test_order_concurrency_and_request_body():
 
     def behave(sock, request, headers):
         with lock:
-            active.add(request["seed"])
+            active.add(sock)
             peak[0] = max(peak[0], len(active))
-        time.sleep(0.02 * (request["seed"] % 3))
+        time.sleep(0.02 * (request.get("seed", 0) % 3))
         with lock:
-            active.discard(request["seed"])
+            active.discard(sock)
         sock.sendall(http_reply(completion(json.dumps(request))))
 
     with hostile_server(behave) as url:
@@ -369,18 +372,21 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
     monkeypatch.setenv("RLPA_TEST_KEY", key)
     echoes = [http_reply(json.dumps({"error": {"message": f"Incorrect API key: {key}"}}).encode(), "401 No"),
               http_reply(f"<html>{key}</html>".encode()), http_reply(completion({"key": key})),
+              http_reply(b'{"error": "' + key.replace("-", "\\u002d").encode() + b'"}', "400 No"),
+              b"HTTP/1.1 " + b"x" * 60 + key.encode() + b"\r\n\r\n",  # in the middle of what is shortened
+              http_reply(b"y" * 290 + key.encode(), "400 No"),
               http_reply(completion(f"my key is {key}"))]
     behave = scripted(*echoes)
     with hostile_server(behave) as url:
         with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", max_retries=0)) as client:
             shown = [repr(client), str(client.counts)]
-            for _ in echoes[:3]:
+            for _ in echoes[:-1]:
                 with pytest.raises(ChatError) as caught:
                     client.chat(ASK)
                 shown += [str(caught.value), repr(caught.value), "".join(traceback.format_exception(caught.value))]
             shown.append(client.chat(ASK))
     assert all(headers["Authorization"] == f"Bearer {key}" for _, headers in behave.requests)
-    assert key not in "\n".join(shown) and "***" in shown[-1]
+    assert key[:10] not in "\n".join(shown) and "***" in shown[-1]
 
 
 def test_bad_keys_are_refused_without_showing_them(monkeypatch):
@@ -472,9 +478,10 @@ def test_bad_base_urls(base):
 
 
 @pytest.mark.parametrize("limit", [{"read_timeout": 0}, {"max_retries": -1}, {"max_concurrency": 0},
-                                   {"total_timeout": float("nan")}, {"max_tokens": 0}])
+                                   {"total_timeout": float("nan")}, {"max_tokens": 0}, {"read_timeout": float("inf")},
+                                   {"temperature": -0.5}])
 def test_bad_limits(limit):
-    """Guards: a limit of 0 means "for ever" in some libraries."""
+    """Guards: a limit of 0 or infinity means "for ever"."""
     with pytest.raises(ValueError, match=next(iter(limit))):
         ChatClient("http://127.0.0.1:9", "m", **limit)
 
@@ -597,8 +604,7 @@ def exchange(connection, method, path, body=None, headers=JSON_TYPE):
     ],
 )
 def test_status_of_each_request_and_the_connection_lives_on(address, status, method, path, body, headers):
-    """Guards: a traceback, a dropped connection or the wrong status for a malformed request; unread bytes of one request
-    that are taken for the next."""
+    """Guards: a traceback, a dropped connection or the wrong status; unread bytes of one request taken for the next."""
     with closing(http.client.HTTPConnection(*address, timeout=30)) as connection:
         response, reply = exchange(connection, method, path, body, headers)
         assert response.status == status and response.headers["Content-Type"] == "application/json"
@@ -633,7 +639,7 @@ def test_status_of_each_request_and_the_connection_lives_on(address, status, met
     ],
 )
 def test_requests_that_are_not_quite_http(address, status, raw):
-    """Guards: HTML errors of http.server, a reset that swallows the status, no status line for what looks like HTTP/0.9."""
+    """Guards: http.server's HTML errors, a reset that swallows the status, no status line for a seeming HTTP/0.9."""
     with closing(socket.create_connection(address, timeout=30)) as sock:
         sock.sendall(raw)
         sock.shutdown(socket.SHUT_WR)
@@ -698,13 +704,17 @@ def test_only_loopback(host):
 def test_bad_ports_are_one_line_errors(port, address):
     """Guards: a traceback for a port that is taken or out of range."""
     port = str(address[1]) if port == "taken" else port
-    run = subprocess.run([sys.executable, ROOT / "simulator.py", f"--port={port}"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, ROOT / "simulator.py", f"--port={port}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.splitlines()[-1].count("--port") == 1
 
 
 def test_embedded_server_dies_with_its_parent():
     """Guards: a killed trainer leaves a server behind, for good."""
-    code = "import simulator, time; s = simulator.start_embedded_server(); print(s.process.pid, s.url, flush=True); time.sleep(60)"
+    code = """import simulator, time
+server = simulator.start_embedded_server()
+print(server.process.pid, server.url, flush=True)
+time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pid, url = parent.stdout.readline().split()
     assert simulator.requests.get(url + "/models", timeout=10).status_code == 200
@@ -763,9 +773,9 @@ def make_checkpoint(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_our_client_talks_to_transformers_serve(tmp_path):
-    """Guards: we understand only our own server; a role order that a real chat template refuses."""
+    """Guards: we understand only our own server."""
     for package in ("transformers", "fastapi", "uvicorn"):
-        pytest.importorskip(package, reason=f"`transformers serve` needs {package}: pip install 'transformers[serving]'")
+        pytest.importorskip(package, reason=f"`transformers serve` needs {package} (transformers[serving])")
     make_checkpoint(tmp_path / "tiny")
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -777,9 +787,10 @@ def test_our_client_talks_to_transformers_serve(tmp_path):
     with subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
         try:
             base = f"http://127.0.0.1:{port}"
-            with closing(ChatClient(base, str(tmp_path / "tiny"), max_tokens=8, total_timeout=90, max_retries=60)) as client:
+            limits = {"max_tokens": 8, "total_timeout": 90.0, "max_retries": 60}
+            with closing(ChatClient(base, str(tmp_path / "tiny"), **limits)) as client:
                 replies = client.chat_many([simulator_messages(PERSONA, HISTORY)] * 3, range(3))  # waits until it is up
-                assert all(isinstance(reply, str) and reply for reply in replies), (replies, (tmp_path / "log").read_text())
+                assert all(isinstance(reply, str) for reply in replies), (replies, (tmp_path / "log").read_text())
             with closing(ChatClient(base, str(tmp_path / "no-such-model"))) as client:
                 with pytest.raises(ChatError) as caught:
                     client.chat(ASK)
