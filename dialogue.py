@@ -46,8 +46,12 @@ class ChatTokenizer:
                 raise ValueError(f"the tokenizer has no {name}; --ckpt needs a Qwen-2.5 (ChatML) tokenizer.json")
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True  # "<|im_end|>" inside text is eight characters, not a control token
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # as it came: to decode with, and to save beside a checkpoint
+        # Encoding needs a copy in which "<|im_end|>" inside text is ten characters. That switch spares only tokens marked
+        # special, and Qwen's <tool_call> and <|fim_prefix|> are not, so all added tokens are marked first.
+        self.plain = Tokenizer.from_str(tokenizer.to_str())
+        self.plain.add_special_tokens([token.content for token in tokenizer.get_added_tokens_decoder().values()])
+        self.plain.encode_special_tokens = True
         self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
         self.pad = tokenizer.token_to_id("<|endoftext|>")
         self.newline = self.encode("\n")
@@ -68,7 +72,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode text as plain characters: no control token can come out, whatever the text says."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, control tokens included as their names."""

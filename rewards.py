@@ -127,7 +127,9 @@ def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
     >>> match_lines(["Age: 34", "Age: 34", "Location: Oslo"], ["Location: Oslo", "Age: 34"])
     [1, None, 0]
     """
-    fits = [[f for f, fact in enumerate(facts) if line_matches_fact(line, fact)] for line in lines]
+    said = [world.words(line) for line in lines]
+    fits = [[f for f, fact in enumerate(facts) if said[i] not in said[:i] and line_matches_fact(line, fact)]
+            for i, line in enumerate(lines)]  # a repeated line states nothing new, even if it packs two facts
     owner: dict[int, int] = {}
 
     def claim(line: int, tried: set[int]) -> bool:
@@ -256,7 +258,7 @@ def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str
     slots = [world.split_fact(fact)[0] for fact in facts]
     open_slots = {slot for i, slot in enumerate(slots) if i not in ledger}
     if not open_slots or open_slots == {None}:  # all told, or prose: any question that is not the last one again
-        return not replies or world.sentences(response)[-1] != world.sentences(replies[-1] or " ")[-1:]
+        return not replies or world.sentences(response)[-1:] != world.sentences(replies[-1])[-1:]
     asked = world.asked_slots(response)
     return bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(world.asked_slots(replies[-1])))
 
@@ -342,10 +344,10 @@ def parse_covered(text: str) -> int:
 
 def _json_object(text: str) -> dict:
     """Return the one JSON object in a text; models like to wrap it in a code fence or a sentence."""
-    match = re.search(r"\{[^{}]*\}", text)
+    objects = set(re.findall(r"\{[^{}]*\}", text))  # two different ones are a hedge
     try:
-        found = json.loads(match[0]) if match else None
-    except ValueError:
+        found = json.loads(objects.pop()) if len(objects) == 1 else None
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"no JSON object in {text[:200]!r}")

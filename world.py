@@ -307,7 +307,7 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
     """
     if not history:
         return "Hello"
-    rng = random.Random(f"{seed}|{len(history)}|{history[-1][1]}")
+    rng = random.Random(f"{seed}|{len(history)}|{history[-1][1]}".encode("utf-8", "replace"))  # lone surrogates are legal JSON
     told = disclosed(facts, (text for who, text in history if who == "user"))
     replies = [text for who, text in history if who == "assistant"]
     budget = allowance(len(facts), len(told), sum(who == "user" for who, _ in history))
@@ -318,7 +318,10 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
         remark = "You said that before."
     spoken = [say_fact(facts[i], rng) for i in wanted[:budget]]
     if spoken:
-        return " ".join(part for part in (rng.choice(LEADS), *spoken[:2]) if part)
+        parts = [rng.choice(LEADS), *spoken[:2]]
+        if len(sentences(" ".join(parts))) > 3:  # some phrases are two sentences
+            parts = parts[:2]
+        return " ".join(part for part in parts if part)
     return remark or rng.choice(FILLERS)
 
 

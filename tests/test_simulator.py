@@ -290,12 +290,11 @@ def test_transient_statuses_are_retried(status):
 
 def test_retry_after_is_honoured_and_capped():
     """Guards: the client hammers a server that asked for patience, or sleeps for an hour because it was told to."""
-    soon, date = "Retry-After: 1", f"Retry-After: {formatdate(time.time() + 3, usegmt=True)}"
-    for header, at_least in ((soon, 1.0), (date, 1.0)):
-        behave = scripted(http_reply(b"", "429 Slow Down", header), http_reply(completion("ok")))
+    for wait in (lambda: "1", lambda: formatdate(time.time() + 3, usegmt=True)):  # a date has whole seconds
+        behave = scripted(http_reply(b"", "429 Slow Down", f"Retry-After: {wait()}"), http_reply(completion("ok")))
         with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
             start = time.monotonic()
-            assert client.chat(ASK) == "ok" and time.monotonic() - start >= at_least
+            assert client.chat(ASK) == "ok" and time.monotonic() - start >= 1
     behave = scripted(http_reply(b'{"error": {"message": "quota"}}', "429 Slow Down", "Retry-After: 3600"))
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         with pytest.raises(ChatError, match="rate_limited: .*quota"):
@@ -400,15 +399,17 @@ def test_bad_keys_are_refused_without_showing_them(monkeypatch):
     assert "secret" not in str(caught.value)
 
 
-def test_proxy_and_netrc_are_left_out(monkeypatch, tmp_path):
+def test_no_proxy_on_this_machine_and_no_netrc_anywhere(monkeypatch, tmp_path):
     """Guards: a company's HTTP_PROXY swallows requests to 127.0.0.1; requests replaces our key by a ~/.netrc entry."""
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login ann password other\n")
+    (tmp_path / "netrc").write_text("default login ann password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     behave = scripted(http_reply(completion("ok")))
-    with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
-        assert client.chat(ASK) == "ok" and "Authorization" not in behave.requests[0][1]
+    with hostile_server(behave) as url:
+        for proxy, base in (("http://127.0.0.1:9", url), (url, "http://hosted.invalid")):
+            monkeypatch.setenv("http_proxy", proxy)
+            with closing(ChatClient(base, "m")) as client:
+                assert client.chat(ASK) == "ok"
+    assert len(behave.requests) == 2 and all("Authorization" not in headers for _, headers in behave.requests)
 
 
 def test_drip_through_a_proxy_is_cut_off(monkeypatch):

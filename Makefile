@@ -1,0 +1,33 @@
+# make train: from a fresh clone to a learning curve.   make test: all tests.
+# Both only need Python >= 3.11; every command they run is printed and can be typed by hand.
+PYTHON ?= python3
+VENV ?= .venv
+PROCESSES ?= 2
+ARGS ?=
+
+.PHONY: train test lint tiny clean
+
+train: $(VENV)/runtime
+	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) train_rlpa.py --ckpt $(ARGS)
+
+test: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ $(ARGS)
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+
+tiny: $(VENV)/runtime
+	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) make_tiny.py --out tiny
+
+$(VENV)/runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: $(VENV)/runtime requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,795 @@
+"""PPO against slow references: advantages, the token tree, the losses, and one whole update in fp64.
+
+Most dialogues here are random ids: packing, advantages and losses never look at the text. Where the text matters
+(seams, `history_profile latest`, the profile's last token) scripted dialogues are encoded by a real tokenizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import train_rlpa
+from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn
+from make_tiny import render_turn, scripted_dialogue, train_tokenizer
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, random_policy
+from simulator import Persona
+from train_rlpa import (
+    Config,
+    Packed,
+    Play,
+    State,
+    World,
+    add_advantages,
+    add_statistics,
+    critic_values,
+    gae,
+    lr_share,
+    make_learner,
+    minibatch_update,
+    pack,
+    policy_logprobs,
+    policy_loss,
+    read_candidate,
+    rollout,
+    run_iteration,
+    token_rewards,
+    update,
+    value_loss,
+    whiten_advantages,
+)
+
+FACTS = ("Age: 34", "Occupation: baker", "Location: Oslo")
+
+
+def settings(**changes) -> Config:
+    """The published defaults at a size for tests; one dialogue per mini-batch."""
+    small = {"ckpt": "x", "rollout_batch_size": 2, "minibatch_size": 1, "max_turns": 2, "num_candidates": 2}
+    return Config(**{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatTokenizer:
+    """A byte-level tokenizer of about 400 ids with Qwen's control tokens."""
+    rng = random.Random(0)
+    return ChatTokenizer(
+        train_tokenizer([text for _ in range(100) for turn in scripted_dialogue(rng, 3) for text in turn], 400)
+    )
+
+
+@pytest.fixture(scope="module")
+def shape(chat) -> Qwen2Config:
+    """Two layers, hidden 32, grouped heads and a head that is not tied to the embedding."""
+    return Qwen2Config(vocab_size=chat.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
+
+
+def lively(shape: Qwen2Config, seed: int) -> Qwen2ForCausalLM:
+    """A policy of large random weights and biases, so that every token's distribution depends on all before it."""
+    policy = random_policy(shape, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.3, generator=generator)
+            elif parameter.dim() > 1:
+                parameter.mul_(5)
+    return policy
+
+
+@pytest.fixture
+def policy(shape) -> Qwen2ForCausalLM:
+    return lively(shape, 0)
+
+
+@pytest.fixture
+def critic(shape) -> Critic:
+    return Critic.from_policy(lively(shape, 10), seed=3)
+
+
+def ids(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(320) for _ in range(count)]
+
+
+def random_candidate(rng: random.Random, length: int) -> Candidate:
+    """Random ids with random rewards; the profile ends somewhere inside."""
+    candidate = Candidate(ids(rng, length), [-1.0] * length, "stop", profile_tokens=rng.randint(1, length))
+    candidate.profile_reward, candidate.response_reward = rng.random(), float(rng.random() < 0.5)
+    return candidate
+
+
+def random_dialogue(index: int, turns: list[list[int]], user_length: int = 4, seed: int = 0) -> Dialogue:
+    """A dialogue of random ids; `turns` lists the lengths of each turn's candidates; a random one goes on."""
+    rng = random.Random(f"{seed} {index}")
+    dialogue, prompt = Dialogue(index, f"persona {index}", FACTS), ids(rng, 5)
+    for lengths in turns:
+        candidates = [random_candidate(rng, length) for length in lengths]
+        dialogue.turns.append(Turn("", prompt, candidates, chosen=rng.randrange(len(lengths))))
+        prompt = prompt + dialogue.turns[-1].winner.token_ids + [7] * user_length
+    return dialogue
+
+
+def scripted(chat: ChatTokenizer, index: int, n_turns: int, n: int, history_profile: str = "all") -> Dialogue:
+    """A dialogue as a trained policy leads it; the last candidate of a turn was cut short, and sometimes goes on."""
+    rng = random.Random(index)
+    dialogue = Dialogue(index, f"persona {index}", FACTS)
+    for _ in range(n_turns):
+        scripts = [scripted_dialogue(rng, 1)[0] for _ in range(n)]
+        turn = open_turn(dialogue, scripts[0][0], chat, history_profile)
+        for _, text in scripts:
+            token_ids = [*chat.encode(text), chat.im_end]
+            turn.candidates.append(Candidate(token_ids, [-1.0] * len(token_ids), "stop"))
+        if n > 1:
+            turn.candidates[-1] = Candidate(token_ids[:-9], [-1.0] * (len(token_ids) - 9), "length")
+        for candidate in turn.candidates:
+            read_candidate(candidate, dialogue, chat)
+            candidate.profile_reward, candidate.response_reward = rng.random(), float(rng.random() < 0.5)
+        turn.chosen = rng.randrange(n)
+    return dialogue
+
+
+def rows(dialogue: Dialogue) -> list[tuple[list[int], list[int]]]:
+    """What the published code would train on: each judged candidate with its whole history, (prompt, sampled)."""
+    return [(turn.prompt_ids, c.token_ids) for turn in dialogue.turns for c in turn.candidates if c.judged]
+
+
+def with_values(p: Packed, seed: int = 0) -> Packed:
+    """Fill in random statistics, as if models had been asked."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("old_logprobs", "ref_logprobs"):
+        setattr(p, name, -5 * torch.rand(len(p.targets), generator=generator))
+    p.values = torch.randn(len(p.targets), generator=generator)
+    return p
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
+def test_gae_equals_the_direct_sum(gamma, lam):
+    """Guards the recursion: A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t, summed the slow way in fp64."""
+    rng = random.Random(0)
+    reward, value = ([rng.uniform(-1, 1) for _ in range(40)] for _ in range(2))
+    delta = [r + gamma * v1 - v for r, v, v1 in zip(reward, value, [*value[1:], 0.0], strict=True)]
+    expected = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, 40)) for t in range(40)]
+    assert gae(reward, value, 0.0, 0.0, gamma, lam) == pytest.approx(expected, abs=1e-12)
+
+
+def test_gae_by_hand():
+    """Guards off-by-one errors: three tokens worked out on paper, γ = ½, λ = ½, with something after the end.
+
+    δ = (0 + ½·2 − 1, 0 + ½·4 − 2, 8 + 3 − 4) = (0, 0, 7); A_3 = 7 + ½·2 = 8; A_2 = ¼·8 = 2; A_1 = ¼·2 = ½.
+    """
+    assert gae([0.0, 0.0, 8.0], [1.0, 2.0, 4.0], 3.0, 2.0, gamma=0.5, lam=0.5) == [0.5, 2.0, 8.0]
+
+
+def slow_advantages(
+    dialogue: Dialogue, reward: list[list[float]], value: list[list[float]], config: Config
+) -> list[list[float]]:
+    """Advantages from the definition, one list per judged candidate: follow each candidate to the end of its path.
+
+    A path is a list of (reward, value, discount to the next token's value, whether its advantage counts on).
+    """
+    gamma_turn = config.gamma_turn if config.credit == "dialogue" else 0.0
+    spans = [(t, c) for t, turn in enumerate(dialogue.turns) for c, x in enumerate(turn.candidates) if x.judged]
+    chosen = {t: s for s, (t, c) in enumerate(spans) if c == dialogue.turns[t].chosen}
+
+    def path(s: int, goes_on: bool) -> list[tuple[float, float, float, bool]]:
+        last = len(reward[s]) - 1
+        return [
+            (reward[s][i], value[s][i], config.gamma if i < last else gamma_turn, i < last or goes_on)
+            for i in range(last + 1)
+        ]
+
+    advantages = []
+    for s, (t, _) in enumerate(spans):
+        steps = path(s, s == chosen[t])
+        for later in range(t + 1, len(dialogue.turns)):
+            steps += path(chosen[later], True)
+        advantages.append([direct_sum(steps[i:], config.gae_lambda) for i in range(len(reward[s]))])
+    return advantages
+
+
+def direct_sum(steps: list[tuple[float, float, float, bool]], lam: float) -> float:
+    """Σ_k (Π_{j<k} d_j λ) (r_k + d_k V_{k+1} − V_k), up to the first token behind which nothing counts."""
+    total, weight = 0.0, 1.0
+    for k, (reward, value, discount, counts_on) in enumerate(steps):
+        next_value = steps[k + 1][1] if k + 1 < len(steps) else 0.0
+        total += weight * (reward + discount * next_value - value)
+        weight *= discount * lam * counts_on
+    return total
+
+
+@pytest.mark.parametrize("changes", [
+    {"credit": "turn"},
+    {"credit": "dialogue"},
+    {"credit": "dialogue", "gamma_turn": 0.7, "gamma": 0.98, "gae_lambda": 0.8},
+    {"credit": "dialogue", "reward_at": "segment", "kl_estimator": "k3"},
+])  # fmt: skip
+def test_advantages_equal_the_direct_sum_along_the_chosen_path(changes):
+    """Guards credit across turns: a ragged three-turn dialogue against Σ over the path that each token starts."""
+    config = settings(**changes)
+    dialogue = random_dialogue(0, [[3, 5, 1], [2, 2], [6, 1, 4]])
+    p = with_values(pack(dialogue, config))
+    reward = [token_rewards(span, p, config) for span in p.spans]
+    value = [p.values[span.start : span.stop].tolist() for span in p.spans]
+    expected = torch.tensor([a for part in slow_advantages(dialogue, reward, value, config) for a in part])
+    add_advantages(p, config)
+    torch.testing.assert_close(p.advantages, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(p.returns, expected + p.values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reward_at", ["turn", "segment"])
+def test_gamma_turn_zero_is_credit_turn(reward_at):
+    """Guards the promise that the published credit is the special case γ_turn = 0, to the last bit."""
+    results = []
+    for changes in ({"credit": "turn"}, {"credit": "dialogue", "gamma_turn": 0.0}, {"credit": "dialogue"}):
+        config = settings(reward_at=reward_at, **changes)
+        p = with_values(pack(random_dialogue(0, [[3, 5], [2, 4], [1, 3]]), config))
+        add_advantages(p, config)
+        results.append((p.advantages, p.returns))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+def test_two_turns_by_hand():
+    """Guards the chain between turns: γ = 1, λ = γ_turn = ½, A (chosen) and B, then C and D (chosen).
+
+    D: δ = (−½, 1½), A = (¼, 1½).     C: δ = −1.
+    A: its end sees ½·V_D = ½: δ = (−¼, ¼); A_2 = ¼ + ½·½·¼ = 5/16 (D's reward arrives); A_1 = −¼ + ½·5/16 = −3/32.
+    B: the same ½·V_D and no later advantage: 1 + ½ − ½ = 1. It is not punished for not having been continued.
+    """
+
+    def turn(prompt: list[int], chosen: int, *candidates: tuple[list[int], float, float]) -> Turn:
+        made = [Candidate(t, [0.0] * len(t), "stop", profile_reward=p, response_reward=r) for t, p, r in candidates]
+        return Turn("", prompt, made, chosen)
+
+    first = turn([1, 2], 0, ([3, 4], 0.0, 0.0), ([5], 1.0, 0.0))
+    second = turn([1, 2, 3, 4, 6], 1, ([7], 0.0, 0.0), ([8, 9], 1.0, 1.0))
+    config = settings(credit="dialogue", gamma=1.0, gae_lambda=0.5, gamma_turn=0.5, kl_coef=0.0)
+    p = with_values(pack(Dialogue(0, "p", FACTS, [first, second]), config))
+    p.values = torch.tensor([0.5, 0.25, 0.5, 1.0, 1.0, 0.5])
+    add_advantages(p, config)
+    assert p.advantages.tolist() == [-0.09375, 0.3125, 1.0, -1.0, 0.25, 1.5]
+    assert p.returns.tolist() == [0.40625, 0.5625, 1.5, 0.0, 1.25, 2.0]
+
+
+def test_user_tokens_are_skipped():
+    """Guards γλ per user token: what the user says has no reward and no advantage, and its length changes nothing."""
+    config = settings(credit="dialogue", gamma=0.9, gae_lambda=0.9)
+    short, long = (with_values(pack(random_dialogue(0, [[3, 2], [4, 2]], user_length=n), config)) for n in (1, 60))
+    for p in (short, long):
+        add_advantages(p, config)
+        assert len(p.advantages) == len(p.returns) == len(p.targets) == 11
+    assert len(long.token_ids) - len(short.token_ids) == 59
+    assert torch.equal(short.advantages, long.advantages)
+
+
+def test_unjudged_candidates_and_dropped_dialogues_are_not_trained_on():
+    """Guards masking: tokens of a lost dialogue or an unjudged candidate are in no tensor at all."""
+    config = settings()
+    dialogue = random_dialogue(0, [[3, 5], [2, 4]])
+    dialogue.turns[0].chosen, dialogue.turns[0].candidates[1].judged = 0, False
+    p = pack(dialogue, config)
+    assert p.targets.tolist() == [i for _, sampled in rows(dialogue) for i in sampled] and len(p.targets) == 9
+    assert [span.chosen for span in p.spans if span.turn == 0] == [True]
+    dialogue.dropped = "simulator: timeout"
+    assert pack(dialogue, config) is None
+
+
+# -------------------------------------------------------------------------------------------------------- token rewards
+
+
+def test_reward_placement(chat):
+    """Guards where a reward is earned: both places give the same sum, `segment` pays the profile where it closes."""
+    dialogue = Dialogue(0, "p", FACTS)
+    turn = open_turn(dialogue, "Hello, I am 34.", chat)
+    token_ids = [*chat.encode(render_turn(["Age: 34", "Location: Rome"], "Hi! Where do you live?")), chat.im_end]
+    turn.candidates = [Candidate(token_ids, [-1.0] * len(token_ids), "stop")]
+    read_candidate(turn.winner, dialogue, chat)
+    turn.winner.profile_reward, turn.winner.response_reward = 0.5, 1.0
+    at_end, at_segment = (
+        token_rewards(p.spans[0], p, config)
+        for config in (
+            settings(reward_at=at, kl_coef=0.0, profile_weight=3.0, response_weight=0.25) for at in ("turn", "segment")
+        )
+        for p in [with_values(pack(dialogue, config))]
+    )
+    closes = turn.winner.profile_tokens
+    assert "</profile>" in chat.decode(token_ids[:closes]) and "</profile>" not in chat.decode(token_ids[: closes - 1])
+    assert at_end == [0.0] * (len(token_ids) - 1) + [1.75]
+    assert at_segment[closes - 1] == 1.5 and at_segment[-1] == 0.25 and sum(at_segment) == sum(at_end)
+
+
+def test_kl_is_in_the_reward_or_in_the_loss():
+    """Guards against counting the KL twice or not at all: k1 per token in the reward, k3 in the loss."""
+    new = torch.linspace(-3, -1, 8)
+    losses, placed = {}, {}
+    for estimator, coef in (("k1", 0.1), ("k3", 0.1), ("k3", 0.0)):
+        config = settings(kl_estimator=estimator, kl_coef=coef, num_candidates=1)
+        p = with_values(pack(random_dialogue(0, [[8]]), config))
+        p.advantages, candidate = torch.zeros(8), p.spans[0].candidate
+        losses[estimator, coef] = policy_loss(new, torch.zeros(8), [p], config)[0].item()
+        placed[estimator, coef] = torch.tensor(token_rewards(p.spans[0], p, config))
+    end = torch.zeros(8)
+    end[-1] = candidate.profile_reward + candidate.response_reward
+    torch.testing.assert_close(placed["k1", 0.1], end - 0.1 * (p.old_logprobs - p.ref_logprobs))
+    torch.testing.assert_close(placed["k3", 0.1], end)
+    k3 = sum(math.exp(r - n) - (r - n) - 1 for r, n in zip(p.ref_logprobs.tolist(), new.tolist(), strict=True))
+    assert losses["k1", 0.1] == losses["k3", 0.0] == 0.0
+    assert losses["k3", 0.1] == pytest.approx(0.1 * k3, rel=1e-5)
+
+
+def test_whitening_is_over_all_action_tokens():
+    """Guards whitening per dialogue or per turn: mean 0 and standard deviation 1 over the tokens of the whole batch."""
+    packed = []
+    for i, turns in enumerate([[[2, 9]], [[30, 1], [4, 4]], [[1, 1]]]):
+        p = with_values(pack(random_dialogue(i, turns), settings()))
+        p.advantages = 3 * i + torch.randn(len(p.targets), generator=torch.Generator().manual_seed(i))
+        packed.append(p)
+    before = torch.cat([p.advantages for p in packed])
+    mean, std = whiten_advantages(packed)
+    after = torch.cat([p.advantages for p in packed])
+    assert (mean, std) == pytest.approx((before.mean().item(), before.std(correction=0).item()), rel=1e-5)
+    torch.testing.assert_close(after, (before - before.mean()) / before.std(correction=0))
+    assert abs(after.mean().item()) < 1e-6 and after.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- the tree
+
+
+def assert_close_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float) -> None:
+    """Compare gradients, relative to the largest one of each tensor."""
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        scale = other.grad.abs().max().item()
+        assert scale > 0, name
+        assert (one.grad - other.grad).abs().max().item() <= tolerance * scale, name
+
+
+def unjudged(dialogue: Dialogue) -> Dialogue:
+    """Lose the verdict on one candidate of each turn that did not go on."""
+    for turn in dialogue.turns:
+        turn.candidates[turn.chosen - 1].judged = False
+    return dialogue
+
+
+TREES = {
+    "ragged": lambda chat: [random_dialogue(0, [[3, 9, 1], [2], [6, 1, 4, 4]]), random_dialogue(1, [[1, 1]])],
+    "one candidate": lambda chat: [random_dialogue(0, [[5], [3], [4]])],
+    "same first tokens": lambda chat: [shared_start(random_dialogue(0, [[6, 7, 6], [4, 5]]))],
+    "unjudged": lambda chat: [unjudged(random_dialogue(i, [[3, 4, 2], [5, 2]])) for i in range(2)],
+    "scripted": lambda chat: [scripted(chat, i, n_turns=3, n=3) for i in range(2)],
+    "latest": lambda chat: [scripted(chat, i, n_turns=4, n=2, history_profile="latest") for i in range(2)],
+}
+
+
+def shared_start(dialogue: Dialogue) -> Dialogue:
+    """Let all candidates of a turn begin alike and two be the same."""
+    for turn in dialogue.turns:
+        for candidate in turn.candidates:
+            candidate.token_ids[:3] = turn.candidates[0].token_ids[:3]
+        turn.candidates[-1].token_ids[:] = turn.candidates[0].token_ids[: len(turn.candidates[-1].token_ids)]
+    first, second = dialogue.turns
+    second.prompt_ids = first.prompt_ids + first.winner.token_ids + [7, 7]
+    return dialogue
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("case", TREES)
+def test_the_tree_gives_the_logprobs_and_gradients_of_plain_rows(chat, policy, case, temperature):
+    """Guards mask, positions and node numbers: every candidate computed once in a tree equals its own causal row."""
+    dialogues = TREES[case](chat)
+    other = copy.deepcopy(policy)
+    logprobs, entropy = policy_logprobs(policy, [pack(d, settings()) for d in dialogues], temperature)
+    expected, expected_entropy = [], []
+    for prompt, sampled in (row for d in dialogues for row in rows(d)):
+        hidden = other(torch.tensor([prompt + sampled]))[0, len(prompt) - 1 : -1]  # causal, one row at a time
+        log_softmax = (other.logits(hidden) / temperature).log_softmax(-1)
+        expected.append(log_softmax.gather(-1, torch.tensor(sampled)[:, None])[:, 0])
+        expected_entropy.append(-(log_softmax.exp() * log_softmax).sum(-1))
+    torch.testing.assert_close(logprobs, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, torch.cat(expected_entropy), atol=1e-5, rtol=1e-5)
+    weights = torch.randn(2, len(logprobs), generator=torch.Generator().manual_seed(1))
+    (weights[0] @ logprobs + weights[1] @ entropy).backward()
+    (weights[0] @ torch.cat(expected) + weights[1] @ torch.cat(expected_entropy)).backward()
+    assert_close_gradients(policy, other, 1e-5)
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_the_tree_gives_the_values_of_plain_rows(chat, critic, case):
+    """Guards the critic's half of the same: the value before each action token, and its gradient."""
+    dialogues = TREES[case](chat)
+    other = copy.deepcopy(critic)
+    values = critic_values(critic, [pack(d, settings()) for d in dialogues])
+    expected = torch.cat([
+        other(torch.tensor([prompt + sampled]))[0, len(prompt) - 1 : -1]
+        for d in dialogues for prompt, sampled in rows(d)
+    ])  # fmt: skip
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
+    (weights @ values).backward()
+    (weights @ expected).backward()
+    assert_close_gradients(critic, other, 1e-5)
+
+
+def test_a_tree_stores_each_token_once(chat):
+    """Guards the saving: three turns of four candidates are no more tokens than the last prompt and all candidates."""
+    dialogue = scripted(chat, 0, n_turns=3, n=4)
+    p = pack(dialogue, settings())
+    assert len(p.token_ids) <= len(dialogue.turns[-1].prompt_ids) + len(p.targets)
+    assert len(p.token_ids) < sum(len(prompt) + len(sampled) for prompt, sampled in rows(dialogue)) / 3
+
+
+# ---------------------------------------------------------------------------------------------------------- the rollout
+
+
+class Talker:
+    """A user that always has something to say; it stands in for the HTTP client."""
+
+    def chat_many(self, batch, seeds):
+        return [f"I am {seed % 90} years old. <|im_end|>" for seed in seeds]
+
+
+def play(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> list[Dialogue]:
+    dialogues = [Dialogue(i, f"persona {i}", FACTS) for i in range(config.rollout_batch_size)]
+    rollout(
+        policy,
+        chat,
+        dialogues,
+        Play(config.num_candidates, config.temperature, (0, "test")),
+        config,
+        World(Talker(), None),
+    )
+    return dialogues
+
+
+@pytest.mark.parametrize("history_profile", ["all", "latest"])
+def test_action_tokens_are_the_sampled_ids(chat, shape, history_profile):
+    """Guards token-in, token-out: what was sampled is trained on, `<|im_end|>` too; `\\n` and the user are not."""
+    config = settings(max_new_tokens=40, history_profile=history_profile, num_candidates=3, rollout_batch_size=4)
+    policy = lively(shape, 0)
+    with torch.no_grad():
+        policy.lm_head.weight[chat.im_end] *= 3  # so that some turns end by themselves
+    dialogues = play(policy, chat, config)
+    candidates = [c for d in dialogues for turn in d.turns for c in turn.candidates]
+    assert {c.stop_reason for c in candidates} == {"stop", "length"}
+    assert all((c.token_ids[-1] == chat.im_end) == (c.stop_reason == "stop") for c in candidates)
+    for dialogue in dialogues:
+        p = pack(dialogue, config)
+        assert p.targets.tolist() == [i for _, sampled in rows(dialogue) for i in sampled]
+        before = [(prompt + sampled)[len(prompt) - 1 : -1] for prompt, sampled in rows(dialogue)]
+        assert p.token_ids[p.predict].tolist() == [i for part in before for i in part]
+        old_logprobs = policy_logprobs(policy, [p], config.temperature)[0]
+        torch.testing.assert_close(p.sampler_logprobs, old_logprobs.detach(), atol=2e-5, rtol=0)
+
+
+def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic, config: Config) -> list[Packed]:
+    """Pack dialogues and fill in statistics and whitened advantages, as an iteration does."""
+    packed = [pack(d, config) for d in dialogues]
+    add_statistics(packed, policy, lively(policy.config, 5), critic, config)
+    for p in packed:
+        add_advantages(p, config)
+    whiten_advantages(packed)
+    return packed
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 4])
+def test_the_first_ratio_is_one(chat, policy, critic, microbatch_size):
+    """Guards dropout, temperature, masks and padding that differ between the statistics and the update."""
+    config = settings(rollout_batch_size=4, minibatch_size=4, microbatch_size=microbatch_size, temperature=0.8)
+    packed = prepared([scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)], policy, critic, config)
+    for batch in train_rlpa.microbatches(packed, microbatch_size):
+        ratio = (policy_logprobs(policy, batch, 0.8)[0] - torch.cat([p.old_logprobs for p in batch])).exp()
+        assert (ratio - 1).abs().max().item() < 1e-5
+    learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
+    metrics = update(*learners, packed, config, (0, 10), True)
+    assert metrics["ratio_dev_first"] < 1e-5 and metrics["updates_skipped"] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- the losses
+
+
+def test_clipped_loss_against_a_loop():
+    """Guards sign and clipping: the loss token by token, and no gradient where the clip holds against the advantage."""
+    config = settings(entropy_coef=0.01, kl_coef=0.0)
+    p = with_values(pack(random_dialogue(0, [[60, 60]]), config))
+    generator = torch.Generator().manual_seed(4)
+    p.advantages = torch.randn(120, generator=generator)
+    new = (p.old_logprobs + 0.6 * torch.randn(120, generator=generator)).requires_grad_()
+    entropy = torch.rand(120, generator=generator)
+    loss, statistics = policy_loss(new, entropy, [p], config)
+    expected, held, outside = 0.0, [], 0
+    for n, o, a, h in zip(new.tolist(), p.old_logprobs.tolist(), p.advantages.tolist(), entropy.tolist(), strict=True):
+        ratio = math.exp(n - o)
+        clipped = min(max(ratio, 0.8), 1.2)
+        expected -= min(ratio * a, clipped * a) + 0.01 * h
+        held.append(clipped * a < ratio * a)
+        outside += ratio != clipped
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and statistics["clip_frac"].item() == outside
+    assert 10 < sum(held) < 110 and [g == 0 for g in new.grad.tolist()] == held
+
+
+def test_value_clip_by_hand():
+    """Guards the pessimistic maximum: a value that moved too far towards its return stops being pulled.
+
+    V_old = 0, clip 0.2, so ½ max((V − R)², (clip(V) − R)²): R = 1, V = ½: ½·0.64; R = 0.1, V = 1: ½·0.81; V = R: 0.
+    """
+    p = with_values(pack(random_dialogue(0, [[1, 2]]), settings()))
+    p.values, p.returns = torch.zeros(3), torch.tensor([1.0, 0.1, 0.15])
+    values = torch.tensor([0.5, 1.0, 0.15], requires_grad=True)
+    loss = value_loss(values, [p], settings(value_clip=0.2))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.64 + 0.81), rel=1e-6)
+    assert values.grad.tolist() == pytest.approx([0.0, 0.9, 0.0])
+
+
+def test_the_gradient_does_not_depend_on_the_microbatch_size(chat, policy, critic):
+    """Guards means per micro-batch, which weigh short dialogues more: gradients for 1, 2 and 4 dialogues at a time."""
+    results = []
+    for size in (1, 2, 4):
+        config = settings(
+            rollout_batch_size=4, minibatch_size=4, microbatch_size=size, max_grad_norm=1e9, entropy_coef=0.01
+        )
+        models = copy.deepcopy(policy), copy.deepcopy(critic)
+        dialogues = [scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)]
+        packed = prepared(dialogues, *models, settings(rollout_batch_size=4, minibatch_size=4))
+        learners = [make_learner(model, 1e-3, config) for model in models]
+        sums = minibatch_update(*learners, packed, sum(len(p.targets) for p in packed), 1.0, config, True)
+        results.append((sums, [torch.cat([q.grad.flatten() for q in model.parameters()]) for model in models]))
+    for sums, gradients in results[1:]:
+        for ours, reference in zip(gradients, results[0][1], strict=True):
+            assert ((ours - reference).norm() / reference.norm()).item() < 1e-6
+        for name in ("policy_loss", "value_loss", "entropy"):
+            assert sums[name] == pytest.approx(results[0][0][name], rel=1e-5, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- the update
+
+
+def weights_of(*models: torch.nn.Module) -> list[Tensor]:
+    return [q.detach().clone() for model in models for q in model.parameters()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["advantages", "returns"])
+def test_a_loss_that_is_not_finite_skips_the_update(policy, critic, name):
+    """Guards poisoned weights: NaN in either loss leaves both models as they were, and the next mini-batch trains."""
+    config = settings(lr=1e-3, critic_lr=1e-3)
+    packed = prepared([random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)], policy, critic, config)
+    getattr(packed[0], name)[1] = math.nan
+    learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
+    before = weights_of(policy, critic)
+    sums = minibatch_update(*learners, packed[:1], 11, 1.0, config, True)
+    assert sums["updates_skipped"] == 2 and same(before, weights_of(policy, critic))
+    metrics = update(*learners, packed, config, (0, 2), True)
+    assert metrics["updates_skipped"] == 2 and not same(before, weights_of(policy, critic))
+    assert all(q.isfinite().all() for q in weights_of(policy, critic))
+
+
+def test_a_gradient_that_is_not_finite_skips_that_model(policy, critic):
+    """Guards clip_grad_norm_, which turns one infinite gradient into NaN everywhere: the critic alone trains."""
+    config = settings()
+    packed = prepared([random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)], policy, critic, config)
+    learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
+    handle = policy.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    before = weights_of(policy), weights_of(critic)
+    sums = minibatch_update(*learners, packed, 22, 1.0, config, True)
+    assert sums["updates_skipped"] == 1 and not math.isfinite(sums["policy_grad_norm"])
+    assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
+    handle.remove()
+    assert minibatch_update(*learners, packed, 22, 1.0, config, True)["updates_skipped"] == 0
+    assert not same(before[0], weights_of(policy)) and all(q.isfinite().all() for q in weights_of(policy))
+
+
+def test_critic_warm_up_leaves_the_policy_alone(policy, critic):
+    """Guards --critic-warmup: the critic trains, the policy stays bit-identical, and that is no skipped update."""
+    config = settings()
+    packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
+    learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
+    before = weights_of(policy), weights_of(critic)
+    metrics = update(*learners, packed, config, (0, 2), False)
+    assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
+    assert metrics["updates_skipped"] == 0
+
+
+def test_learning_rate_schedule():
+    """Guards warm-up and cosine: linear to the peak, down to the last share, and what the optimizer is really given."""
+    config = settings(warmup_share=0.1, min_lr_share=0.2)
+    shares = [lr_share(u, 50, config) for u in range(50)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and shares[-1] == pytest.approx(0.2)
+    expected = [0.2 + 0.8 * (1 + math.cos(math.pi * (u - 5) / 44)) / 2 for u in range(5, 50)]
+    assert shares[5:] == pytest.approx(expected)
+    assert lr_share(0, 1, settings(warmup_share=0.0)) == 1.0
+    assert lr_share(60, 50, config) == pytest.approx(0.2)  # beyond the end, as after a resume with fewer iterations
+
+
+def test_the_schedule_reaches_the_optimizers(policy, critic):
+    """Guards a schedule that is computed and not applied, and epochs that do not advance it."""
+    config = settings(num_epochs=2, warmup_share=0.0, min_lr_share=0.0)
+    packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
+    learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-2, config)
+    update(*learners, packed, config, (4, 20), True)
+    share = 0.5 * (1 + math.cos(math.pi * 7 / 19))  # updates 4, 5, 6 and 7 were taken
+    assert [learner.optimizer.param_groups[0]["lr"] for learner in learners] == pytest.approx(
+        [1e-3 * share, 1e-2 * share]
+    )
+
+
+# ------------------------------------------------------------------------------------ one whole update in fp64, by hand
+
+
+def plain_forward(weights: dict[str, Tensor], token_ids: list[int], shape: Qwen2Config) -> Tensor:
+    """One row through Qwen-2.5 in fp64, written from the equations: no tree, no batch, no cache. Gives (T, D)."""
+    T, Dh = len(token_ids), shape.head_dim
+    angle = torch.arange(T).double()[:, None] / shape.rope_theta ** (torch.arange(0, Dh, 2).double() / Dh)  # (T, Dh/2)
+    causal = torch.ones(T, T).tril().log().double()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return weights[f"{name}.weight"] * x / (x.pow(2).mean(-1, keepdim=True) + shape.rms_norm_eps).sqrt()
+
+    def heads(x: Tensor, name: str, n: int) -> Tensor:
+        return (x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]).view(T, n, Dh).transpose(0, 1)  # (n, T, Dh)
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+    x = weights["model.embed_tokens.weight"][token_ids]
+    for i in range(shape.num_hidden_layers):
+        layer, groups = f"model.layers.{i}", shape.num_attention_heads // shape.num_key_value_heads
+        h = norm(x, f"{layer}.input_layernorm")
+        q = rotated(heads(h, f"{layer}.self_attn.q_proj", shape.num_attention_heads))
+        k = rotated(heads(h, f"{layer}.self_attn.k_proj", shape.num_key_value_heads)).repeat_interleave(groups, 0)
+        v = heads(h, f"{layer}.self_attn.v_proj", shape.num_key_value_heads).repeat_interleave(groups, 0)
+        mixed = (q @ k.transpose(1, 2) / math.sqrt(Dh) + causal).softmax(-1) @ v
+        x = x + mixed.transpose(0, 1).reshape(T, -1) @ weights[f"{layer}.self_attn.o_proj.weight"].T
+        h = norm(x, f"{layer}.post_attention_layernorm")
+        gate, up = h @ weights[f"{layer}.mlp.gate_proj.weight"].T, h @ weights[f"{layer}.mlp.up_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ weights[f"{layer}.mlp.down_proj.weight"].T
+    return norm(x, "model.norm")
+
+
+def plain_statistics(
+    weights: dict[str, Tensor], dialogue: Dialogue, shape: Qwen2Config, head: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs and entropies (head "lm_head"), or values twice (head "value_head"), one tensor per candidate."""
+    first, second = [], []
+    for prompt, sampled in rows(dialogue):
+        out = plain_forward(weights, prompt + sampled, shape)[len(prompt) - 1 : -1] @ weights[f"{head}.weight"].T
+        log_softmax = out.log_softmax(-1)
+        first.append(out[:, 0] if head == "value_head" else log_softmax[range(len(sampled)), sampled])
+        second.append(out[:, 0] if head == "value_head" else -(log_softmax.exp() * log_softmax).sum(-1))
+    return first, second
+
+
+def adam_step(
+    weights: dict[str, Tensor], moments: dict[str, list[Tensor]], loss: Tensor, step: int, lr: float, config: Config
+) -> float:
+    """Clip the gradient and take one Adam step, as published; returns the norm before clipping."""
+    gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    norm = math.sqrt(sum(g.pow(2).sum().item() for g in gradients.values()))
+    b1, b2 = config.adam_beta1, config.adam_beta2
+    for name, g in gradients.items():
+        g = g * min(1.0, config.max_grad_norm / norm)
+        m, v = moments.setdefault(name, [torch.zeros_like(g), torch.zeros_like(g)])
+        moments[name] = [b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2]
+        m, v = moments[name][0] / (1 - b1**step), moments[name][1] / (1 - b2**step)
+        weights[name] = (weights[name].detach() - lr * m / (v.sqrt() + 1e-8)).requires_grad_()
+    return norm
+
+
+def fp64(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: q.detach().double().requires_grad_() for name, q in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"credit": "turn"}, {"credit": "dialogue", "kl_estimator": "k3", "gamma_turn": 0.8, "reward_at": "segment"}],
+)
+def test_a_whole_update_in_fp64(policy, critic, shape, changes):
+    """Guards the whole chain at once: statistics, rewards, GAE, whitening, both losses, clipping, AdamW, four steps."""
+    config = settings(num_epochs=2, lr=4e-3, critic_lr=4e-3, entropy_coef=0.02, kl_coef=0.05, max_grad_norm=0.7,
+                      warmup_share=0.0, min_lr_share=1.0, **changes)  # fmt: skip
+    dialogues = [random_dialogue(0, [[3, 2], [4, 1]]), random_dialogue(1, [[2, 5, 3], [3, 3]])]
+    ref_policy = lively(shape, 5)
+    theirs, reference, their_critic = fp64(policy), fp64(ref_policy), fp64(critic)
+    start = theirs, their_critic = dict(theirs), dict(their_critic)
+    start = [{name: w.detach() for name, w in weights.items()} for weights in start]
+
+    packed = prepared(dialogues, policy, critic, config)
+    metrics = update(
+        make_learner(policy, config.lr, config),
+        make_learner(critic, config.critic_lr, config),
+        packed,
+        config,
+        (0, 4),
+        True,
+    )
+
+    fixed = []  # per dialogue: old log-probs, reference log-probs, old values, advantages, returns
+    for dialogue, p in zip(dialogues, packed, strict=True):
+        old, ref = (torch.cat(plain_statistics(w, dialogue, shape, "lm_head")[0]).detach() for w in (theirs, reference))
+        values = [v.tolist() for v in plain_statistics(their_critic, dialogue, shape, "value_head")[0]]
+        reward = [
+            [-0.05 * kl * (config.kl_estimator == "k1") for kl in (old - ref)[s.start : s.stop].tolist()]
+            for s in p.spans
+        ]
+        for placed, span in zip(reward, p.spans, strict=True):
+            placed[span.candidate.profile_tokens - 1 if config.reward_at == "segment" else -1] += (
+                span.candidate.profile_reward
+            )
+            placed[-1] += span.candidate.response_reward
+        advantages = torch.tensor(sum(slow_advantages(dialogue, reward, values, config), []), dtype=torch.double)
+        old_values = torch.tensor(sum(values, []), dtype=torch.double)
+        fixed.append([old, ref, old_values, advantages, advantages + old_values])
+    everything = torch.cat([f[3] for f in fixed])
+    moments: list[dict] = [{}, {}]
+    expected = dict.fromkeys(("policy_loss", "value_loss", "clip_frac", "policy_grad_norm", "critic_grad_norm"), 0.0)
+    for step in range(4):
+        dialogue, (old, ref, old_values, advantages, returns) = dialogues[step % 2], fixed[step % 2]
+        advantages = (advantages - everything.mean()) / everything.std(correction=0)
+        new, entropy = (torch.cat(x) for x in plain_statistics(theirs, dialogue, shape, "lm_head"))
+        ratio = (new - old).exp()
+        loss = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages) - 0.02 * entropy
+        if config.kl_estimator == "k3":
+            loss = loss + 0.05 * ((ref - new).exp() - (ref - new) - 1)
+        values = torch.cat(plain_statistics(their_critic, dialogue, shape, "value_head")[0])
+        near = old_values + (values - old_values).clamp(-0.2, 0.2)
+        vf_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+        for name, part in (("policy_loss", loss), ("value_loss", vf_loss), ("clip_frac", (ratio - 1).abs() > 0.2)):
+            expected[name] += part.sum().item() / (2 * len(everything))
+        expected["policy_grad_norm"] += adam_step(theirs, moments[0], loss.mean(), step + 1, 4e-3, config) / 4
+        expected["critic_grad_norm"] += adam_step(their_critic, moments[1], vf_loss.mean(), step + 1, 4e-3, config) / 4
+
+    assert expected["clip_frac"] > 0 and expected["policy_grad_norm"] > 0.7  # else less is tested than promised
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    for model, weights, first in ((policy, theirs, start[0]), (critic, their_critic, start[1])):
+        ours = torch.cat([q.detach().double().flatten() for q in model.parameters()])
+        reached, begun = (
+            torch.cat([w[name].detach().flatten() for name, _ in model.named_parameters()]) for w in (weights, first)
+        )
+        # The norm of all moves, not each: Adam makes a full step of a gradient that is zero but for rounding.
+        assert ((ours - reached).norm() / (reached - begun).norm()).item() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_ppo_learns_a_bandit(chat, shape, monkeypatch):
+    """Guards the sign of everything together: sampled ids that are rewarded become likely, from ½ to above 0.8."""
+    config = settings(rollout_batch_size=8, minibatch_size=4, microbatch_size=4, max_turns=1, num_candidates=8,
+                      max_new_tokens=1, num_iterations=16, lr=1.5e-2, critic_lr=1.5e-2, kl_coef=0.0)  # fmt: skip
+
+    def score_turns(dialogues, *args):
+        for candidate in (c for d in dialogues for c in d.turns[-1].candidates):
+            candidate.response_reward = float(candidate.token_ids[0] % 2 == 0)
+            candidate.ledger = dict.fromkeys(
+                ("f1", "n_lines", "n_unsupported", "n_disclosed", "n_recalled", "evidence_f1", "max_f1"), 0
+            )
+
+    monkeypatch.setattr(train_rlpa, "score_turns", score_turns)
+    policy = random_policy(shape, 0)
+    learners = (
+        make_learner(policy, config.lr, config),
+        make_learner(Critic.from_policy(policy), config.critic_lr, config),
+    )
+    personas = [Persona(str(i), FACTS) for i in range(8)]
+    state = State(config, chat, *learners, None, personas, {}, World(Talker(), None))
+    prompt = open_turn(Dialogue(0, "p", FACTS), config.first_user_message, chat).prompt_ids
+
+    def even() -> float:
+        with torch.no_grad():
+            return policy.logits(policy(torch.tensor([prompt]))[0, -1]).softmax(-1)[::2].sum().item()
+
+    assert 0.4 < even() < 0.6
+    history = [run_iteration(state)[0]["response_reward"] for _ in range(config.num_iterations)]
+    assert even() > 0.8 and sum(history[-3:]) > sum(history[:3])
