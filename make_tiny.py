@@ -1,23 +1,24 @@
 """Rebuild the tiny checkpoint: its tokenizer, and a warm start by supervised fine-tuning on scripted dialogues.
 
-    python make_tiny.py --out tiny
+    torchrun --nproc-per-node 2 make_tiny.py --out tiny
 
-The scripted assistant is deliberately imperfect, and systematically so: it forgets earlier facts, guesses, repeats its
-question or does not ask at all, and sometimes breaks the format. What RL is to teach is therefore in the data, as a
-habit that is rarer than its opposite. A part of the personas have made-up words for values, so that the model learns to
+The scripted assistant is deliberately imperfect, and systematically so: in most dialogues it forgets earlier facts,
+guesses, repeats its question or does not ask at all, and sometimes breaks the format; in a few it is attentive. What RL
+is to teach is therefore in the data, as a habit that is rarer than its opposite. A part of the personas have made-up words for values, so that the model learns to
 copy what it reads rather than to recognise it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -25,28 +26,30 @@ import world
 from dialogue import SYSTEM_PROMPT, ChatTokenizer
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
+from train_rlpa import all_sum_gradients, rank, world_size
 
 
 @dataclass(frozen=True)
 class Habits:
     """How the scripted assistant behaves: probabilities per turn."""
 
-    keep_news: float = 0.6  # a fact told just now makes it into the profile
-    keep_older: float = 0.3  # a fact told earlier does
+    keep_news: float = 0.55  # a fact told just now makes it into the profile
+    keep_older: float = 0.15  # a fact told earlier does
     guess: float = 0.3  # a line that nothing supports is added
     corrupt: float = 0.04  # a line gets a wrong value
     acknowledge: float = 0.75  # it takes up what the user said
     hallucinate: float = 0.1  # it takes up what the user did not say
     comment: float = 0.65  # it adds a comment …
     new_comment: float = 0.75  # … that it has not made before
-    ask_open: float = 0.26  # it asks about a slot that is still open (the next one round)
-    ask_again: float = 0.16  # about a known one
-    ask_any: float = 0.08  # about any; otherwise it does not ask
+    ask_open: float = 0.2  # it asks about a slot that is still open (the next one round)
+    ask_again: float = 0.12  # about a known one
+    ask_any: float = 0.06  # about any; otherwise it does not ask
     break_format: float = 0.03  # it loses a tag
 
 
-ATTENTIVE = Habits(1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.8, 1.0, 0.6, 0.1, 0.1, 0.0)  # to learn copying from, before the bad habits
 FORGETFUL = Habits()
+ATTENTIVE = Habits(1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.8, 1.0, 0.6, 0.1, 0.1, 0.0)
+LEARNING_SHARE, ATTENTIVE_SHARE = 0.7, 0.12  # share of attentive dialogues at first, to learn copying from, and in the end
 MADE_UP = 0.4  # share of the warm-up personas whose values are made-up words
 
 QUESTION_PHRASES: dict[str, list[str]] = {
@@ -145,7 +148,7 @@ def scripted_opening(facts: list[str], history: list[tuple[str, str]], habits: H
         return world.fill(rng.choice(ACKNOWLEDGEMENTS[slot]), value)
     if len(texts) == 1:
         return rng.choice(GREETINGS)
-    complains = any(remark in texts[-1] for remark in world.REPEATED)
+    complains = any(remark in texts[-1] for remark in world.COMPLAINTS)
     return rng.choice(APOLOGIES) if complains else rng.choice(BLANDS)
 
 
@@ -260,23 +263,25 @@ def make_optimizers(policy: Qwen2ForCausalLM, args: argparse.Namespace) -> list[
 
 
 def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Namespace) -> None:
-    """Fine-tune on fresh scripted dialogues: short and attentive ones first, which teach copying, then forgetful ones."""
-    rng = random.Random(args.seed)
+    """Fine-tune on fresh scripted dialogues: short and attentive ones at first, which teach copying, in the end as they come."""
+    rng = random.Random(f"{args.seed}|{rank()}")
     optimizers = make_optimizers(policy, args)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     started, tokens, smooth = time.time(), 0, 0.0
-    bar = tqdm(range(args.steps), desc="fine-tuning", unit="step")
+    bar = tqdm(range(args.steps), desc="fine-tuning", unit="step", disable=rank() != 0)
     for step in bar:
         progress = step / args.steps
         share = min(1.0, (step + 1) / 50) * min(1.0, 0.02 + (1 - progress) / 0.7)  # warm-up, plateau, linear decay
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * share
         n_turns = 2 if progress < 0.1 else rng.choice((2, 4, args.max_turns)) if progress < 0.3 else args.max_turns
-        habits = ATTENTIVE if progress < args.attentive_share else FORGETFUL
-        batch = [encode_dialogue(scripted_dialogue(rng, n_turns, habits), chat) for _ in range(args.batch_size)]
+        attentive = LEARNING_SHARE if progress < args.learning else ATTENTIVE_SHARE
+        habits = [ATTENTIVE if rng.random() < attentive else FORGETFUL for _ in range(args.batch_size // world_size())]
+        batch = [encode_dialogue(scripted_dialogue(rng, n_turns, habit), chat) for habit in habits]
         loss = sft_loss(policy, batch, chat.pad)
         policy.zero_grad()
-        loss.backward()
+        (loss / world_size()).backward()
+        all_sum_gradients(policy)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -290,11 +295,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=8, help="dialogues per step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="AdamW, for embeddings, norms and biases")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=8, help="dialogues per step, over all processes")
+    parser.add_argument("--lr", type=float, default=1e-2, help="AdamW, for embeddings, norms and biases")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon, for the layers' matrices")
-    parser.add_argument("--attentive-share", type=float, default=0.7, help="share of the steps with attentive dialogues")
+    parser.add_argument("--learning", type=float, default=0.65, help="share of the steps with mostly attentive dialogues")
     parser.add_argument("--max-turns", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=768)
     parser.add_argument("--hidden-size", type=int, default=96)
@@ -302,9 +307,10 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--intermediate-size", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # with so small a model a second thread costs more in waiting than it computes
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo")
     rng = random.Random(args.seed + 1)
     corpus = [text for _ in range(2000) for turn in scripted_dialogue(rng, args.max_turns) for text in turn] + [SYSTEM_PROMPT]
     chat = ChatTokenizer(train_tokenizer(corpus, args.vocab_size))
@@ -316,11 +322,14 @@ def main() -> None:
     )
     policy = random_policy(config, args.seed)
     correlate(policy)
-    print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, vocabulary {chat.vocab_size}")
+    if rank() == 0:
+        print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, vocabulary {chat.vocab_size}")
     fine_tune(policy, chat, args)
-    save_pretrained(policy, args.out)
-    chat.tokenizer.save(str(args.out / "tokenizer.json"))
-    (args.out / "build.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items() if k != "out"}, indent=1) + "\n")
+    if rank() == 0:
+        save_pretrained(policy, args.out)
+        chat.tokenizer.save(str(args.out / "tokenizer.json"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

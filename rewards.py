@@ -239,7 +239,7 @@ def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str])
     news = [facts[i] for i in world.disclosed(facts, [latest])]
     if news:
         return any(world.mentions(fact, response) for fact in news)
-    if any(remark in latest for remark in [*world.REPEATED, "You said that before."]):
+    if any(remark in latest for remark in world.COMPLAINTS):
         return bool(re.search(r"\b(?:sorry|apolog\w+|my mistake|forgive)\b", response, re.IGNORECASE))
     if len(user_texts) == 1:
         return bool(re.search(r"\b(?:hello|hi|hey|welcome|nice to meet)\b", response, re.IGNORECASE))

@@ -703,7 +703,9 @@ def policy_loss(new_logprobs: Tensor, entropy: Tensor, batch: list[Packed], conf
     logratio = (new_logprobs - old_logprobs).clamp(-20, 20)
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages).sum() - config.entropy_coef * entropy.sum()
+    loss = -torch.minimum(ratio * advantages, clipped * advantages).sum()
+    if config.entropy_coef:  # not "0 * entropy": that would still send a backward through every logit
+        loss = loss - config.entropy_coef * entropy.sum()
     if config.kl_estimator == "k3" and config.kl_coef:
         log_r = (concat(batch, "ref_logprobs", device) - new_logprobs).clamp(-20, 20)
         loss = loss + config.kl_coef * (log_r.exp() - log_r - 1).sum()
@@ -868,15 +870,15 @@ def unseen_sums(candidate: Candidate, dialogue: Dialogue, t: int) -> dict[str, f
 
 def rates(sums: Counter) -> dict[str, float]:
     """Turn summed counts into metrics (README, "Metrics")."""
-    n = max(1, sums["candidates"])
+    n = sums["candidates"] or math.nan  # what nobody played was not measured: it is not 0
     turns = [t for t in range(1, 1000) if sums[f"max_f1_turn{t}"] > 0]
     metrics = {
         "reward": (sums["profile_reward"] + sums["response_reward"]) / n,
         "profile_reward": sums["profile_reward"] / n,
         "response_reward": sums["response_reward"] / n,
         "profile_f1": sums["f1"] / n,
-        "recall": sums["recalled"] / max(1, sums["disclosed"]),
-        "f1_over_max": sum(sums[f"evidence_f1_turn{t}"] for t in turns) / max(1e-9, sum(sums[f"max_f1_turn{t}"] for t in turns)),
+        "recall": sums["recalled"] / (sums["disclosed"] or math.nan),
+        "f1_over_max": sum(sums[f"evidence_f1_turn{t}"] for t in turns) / (sum(sums[f"max_f1_turn{t}"] for t in turns) or math.nan),
         "unsupported_lines": sums["unsupported"] / n,
         "profile_lines": sums["lines"] / n,
         "disclosed_facts": sums["disclosed"] / n,
@@ -905,14 +907,14 @@ def batch_statistics(packed: list[Packed]) -> dict[str, float]:
         parts = (len(p.targets), (p.old_logprobs - p.ref_logprobs).sum(), error.sum(), (error**2).sum(),
                  p.returns.sum(), (p.returns**2).sum(), gap.sum())
         sums += torch.tensor([float(part) for part in parts], dtype=torch.double)
-    n, kl, error, error2, returns, returns2, gap = all_sum(sums).tolist()
-    n = max(1.0, n)
+    count, kl, error, error2, returns, returns2, gap = all_sum(sums).tolist()
+    n = count or math.nan
     variance = returns2 / n - (returns / n) ** 2
     return {
         "kl_ref": kl / n,
         "explained_variance": 1 - (error2 / n - (error / n) ** 2) / variance if variance > 1e-12 else 0.0,
         "sampler_trainer_logprob_gap": gap / n,
-        "action_tokens": n,
+        "action_tokens": count,
     }
 
 
@@ -960,9 +962,10 @@ class RunLog:
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_iteration + 1)
 
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
-        """Append one record of a kind ("train", "heldout/greedy", …)."""
+        """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
+        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": iteration, "kind": kind, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, iteration)
@@ -1025,7 +1028,8 @@ def plot_curve(folder: Path) -> None:
                     axis.plot(*zip(*points, strict=True), style, color=f"C{color}", alpha=alpha, markersize=3.5, label=f"{label}, {kind}")
         axis.set(title=title, xlabel="iteration", ylim=(0, None))
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figure.suptitle(f"RLPA: {folder.name}")
     figure.savefig(folder / "curve.png", dpi=120)
     plt.close(figure)

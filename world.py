@@ -44,7 +44,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         "psychology, robotics, food science, journalism".split(", "),
     ),
     "Personality Traits": (
-        """shy, patient, stubborn, cheerful, curious, calm, ambitious, honest, impulsive, thoughtful, sarcastic, generous,
+        """shy, patient, stubborn, cheerful, inquisitive, calm, ambitious, honest, impulsive, thoughtful, sarcastic, generous,
         anxious, practical, dreamy, organized, playful, reserved, loyal, outgoing, moody, fearless, modest, punctual,
         restless, gentle, witty, skeptical""".replace("\n", " ").split(", "),
         "optimistic, cautious, messy, perfectionist, talkative".split(", "),
@@ -74,10 +74,10 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         "Copenhagen, Melbourne, Santiago, Budapest, Casablanca, Buenos Aires, Salt Lake City".split(", "),
     ),
     "Others": (
-        """parrot, nut allergy, vegan diet, motorbike, stamp collection, guitar, bad knee, wheelchair, sailing boat,
+        """parrot, nut allergy, vegan diet, motorbike, stamp collection, guitar, bad knee, wheelchair, houseboat,
         pet snake, black cat, old dog, food blog, night shift, sweet tooth, vintage car, secret recipe, green tattoo,
         gluten allergy, rooftop garden, telescope, camper van, pet rabbit, coffee habit, golden retriever, red bicycle,
-        lake house, hearing aid, piano, ukulele""".replace("\n", " ").split(", "),
+        lake house, hearing aid, accordion, ukulele""".replace("\n", " ").split(", "),
         "pet turtle, dairy allergy, wooden leg, blue scooter, vinyl collection".split(", "),
     ),
 }
@@ -100,6 +100,8 @@ DISCLOSURES: dict[str, list[str]] = {
 LEADS = ["", "", "Well.", "Sure.", "Okay.", "Hm."]
 FILLERS = ["Oh.", "Okay.", "I see.", "Hm.", "Right."]
 REPEATED = ["I already told you that.", "You asked me that before.", "We talked about that already."]
+ECHO = "You said that before."  # to a reply that is the same as an earlier one
+COMPLAINTS = [*REPEATED, ECHO]
 UNKNOWN = ["I would rather not say.", "I don't know."]
 
 # A question is about the slots whose pattern it matches.
@@ -307,7 +309,7 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
     """
     if not history:
         return "Hello"
-    rng = random.Random(f"{seed}|{len(history)}|{history[-1][1]}".encode("utf-8", "replace"))  # lone surrogates are legal JSON
+    rng = random.Random(f"{seed}|{len(history)}|{history[-1][1]}".encode("utf-8", "replace"))  # JSON allows surrogates
     told = disclosed(facts, (text for who, text in history if who == "user"))
     replies = [text for who, text in history if who == "assistant"]
     budget = allowance(len(facts), len(told), sum(who == "user" for who, _ in history))
@@ -315,7 +317,7 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
     question = replies[-1] if replies else ""
     wanted, remark = _what_to_tell(facts, hidden, question, rng)
     if question and question in replies[:-1] and not wanted:
-        remark = "You said that before."
+        remark = ECHO
     spoken = [say_fact(facts[i], rng) for i in wanted[:budget]]
     if spoken:
         parts = [rng.choice(LEADS), *spoken[:2]]

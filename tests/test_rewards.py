@@ -14,7 +14,8 @@ from dialogue import SYSTEM_PROMPT
 from rewards import VERDICTS, line_matches_fact, match_lines, parse_turn, rule_verdicts, score_profile
 
 FACTS = ["Age: 34", "Gender: woman", "Interests: chess", "Educational Background: law", "Personality Traits: calm",
-         "Occupation: nurse", "Marital Status: single", "Family Background: two sons", "Location: New York", "Others: parrot"]
+         "Occupation: nurse", "Marital Status: single", "Family Background: two sons", "Location: New York",
+         "Others: parrot"]
 PROSE = ["He is a 34-year-old optician from Oslo.", "He plays the guitar in a band.", "He has a fear of heights."]
 GOOD = "<profile>\n- Age: 34\n- likes tea\n</profile>\n\n<response>\nHi! How are you?\n</response>"
 
@@ -22,12 +23,16 @@ GOOD = "<profile>\n- Age: 34\n- likes tea\n</profile>\n\n<response>\nHi! How are
 # -------------------------------------------------------------------------------------------------------------- parser
 BROKEN = {
     "truncated": [(GOOD, "length"), ("<profile>\n- Age: 3", "length"), ("", "length")],
-    "control_token": [(GOOD + "<|endoftext|>", "stop"), (GOOD.replace("tea", "<|im_start|>"), "stop"), ("<|im_end|>", "stop")],
-    "no_profile": [("Hi!", "stop"), ("", "stop"), ("<response>\nHi!\n</response>", "stop"), (GOOD.replace("<profile>", ""), "stop")],
+    "control_token": [(GOOD + "<|endoftext|>", "stop"), (GOOD.replace("tea", "<|im_start|>"), "stop"),
+                      ("<|im_end|>", "stop")],
+    "no_profile": [("Hi!", "stop"), ("", "stop"), ("<response>\nHi!\n</response>", "stop"),
+                   (GOOD.replace("<profile>", ""), "stop")],
     "no_response": [("<profile>\n- Age: 34\n</profile>\nHi!", "stop"), (GOOD.replace("<response>", ""), "stop")],
     "unclosed": [(GOOD.replace("</profile>", ""), "stop"), (GOOD.replace("</response>", ""), "stop")],
-    "duplicate_tag": [(GOOD + GOOD, "stop"), (GOOD.replace("Hi!", "Hi! </response>"), "stop"), ("<profile>" + GOOD, "stop")],
-    "outside_text": [("Sure: " + GOOD, "stop"), (GOOD + " Bye.", "stop"), (GOOD.replace("</profile>", "</profile> so"), "stop"),
+    "duplicate_tag": [(GOOD + GOOD, "stop"), (GOOD.replace("Hi!", "Hi! </response>"), "stop"),
+                      ("<profile>" + GOOD, "stop")],
+    "outside_text": [("Sure: " + GOOD, "stop"), (GOOD + " Bye.", "stop"),
+                     (GOOD.replace("</profile>", "</profile> so"), "stop"),
                      ("<response>Hi!</response><profile>- a</profile>", "stop")],
     "empty_response": [("<profile>\n- Age: 34\n</profile>\n<response>\n \n</response>", "stop")],
 }
@@ -44,7 +49,8 @@ def test_every_failure_has_its_name_and_leaves_no_profile(failure):
 
 def test_what_the_user_sees_of_a_broken_turn_has_no_profile_block():
     """Guards: the user answering to the policy's notes about itself."""
-    for text in (GOOD.replace("</profile>", ""), GOOD.replace("</response>", ""), "<profile>\n- Age: 3", GOOD + GOOD, GOOD + " Bye."):
+    for text in (GOOD.replace("</profile>", ""), GOOD.replace("</response>", ""), "<profile>\n- Age: 3", GOOD + GOOD,
+                 GOOD + " Bye."):
         assert "Age" not in parse_turn(text).response, text
     assert parse_turn("<profile>\n- Age: 3", "length").response == "..."
     assert parse_turn(GOOD.replace("</response>", "<|im_start|>")).response == "Hi! How are you?"
@@ -62,8 +68,9 @@ def test_the_parser_is_tolerant_of_white_space_and_bullets_only():
 
 
 SOUP = st.lists(
-    st.sampled_from(["<profile>", "</profile>", "<response>", "</response>", "<", ">", "/", "<|im_end|>", "<|", "|>", "- Age: 34",
-                     "\n", " ", "Hi!", "<pro", "file>", "im_end", "é\u2028", "\x00", "</", "profile", "response"]), max_size=24,
+    st.sampled_from(["<profile>", "</profile>", "<response>", "</response>", "<", ">", "/", "<|im_end|>", "<|", "|>",
+                     "- Age: 34", "\n", " ", "Hi!", "<pro", "file>", "im_end", "é\u2028", "\x00", "</", "profile",
+                     "response"]), max_size=24,
 ).map("".join)
 SHAPED = st.tuples(SOUP, SOUP).map(lambda s: f"<profile>{s[0]}</profile>\n<response>{s[1]}</response>")
 
@@ -113,27 +120,25 @@ def test_lines_match_by_slot_and_value():
     for line in ("Location: nurse", "Occupation: nurses", "Occupation: nurse, baker", "nursery", "Occupation:", "",
                  "a nurse, a baker, a pilot, a poet and a dentist"):
         assert not line_matches_fact(line, "Occupation: nurse"), line
-    assert line_matches_fact("Plays guitar in a band", PROSE[1]) and line_matches_fact("Interests: plays the guitar", PROSE[1])
+    assert line_matches_fact("Plays guitar in a band", PROSE[1])
+    assert line_matches_fact("Interests: plays the guitar", PROSE[1])
     assert not line_matches_fact("Plays", PROSE[0]) and not line_matches_fact("He is the one", PROSE[2])
 
 
-WEAK_LINES = [f"{a} {b}" for a, b in itertools.permutations(("nurse", "chess", "34", "parrot"), 2)]
+PACKED = [f"{a} {b}" for a, b in itertools.permutations(("nurse", "chess", "34", "parrot"), 2)]
 LINES = st.lists(st.sampled_from([
-    *FACTS, *(fact.lower() for fact in FACTS), *(world.split_fact(fact)[1] for fact in FACTS), *WEAK_LINES, "Age: 35", "Gender: man",
-    "Location: Oslo", "Location: nurse", "likes chess, 34", "single calm nurse", "tea", "", "- ", "Occupation: nurse baker"]), max_size=7)
+    *FACTS, *(fact.lower() for fact in FACTS), *(world.split_fact(fact)[1] for fact in FACTS), *PACKED, "Age: 35",
+    "Gender: man", "Location: Oslo", "Location: nurse", "likes chess, 34", "single calm nurse", "tea", "", "- ",
+    "Occupation: nurse baker"]), max_size=7)
 
 
 def largest_matching(lines: list[str], facts: list[str]) -> int:
-    """Try everything: each line takes one of the free facts it states, or none; a line said before states nothing."""
+    """Try everything: each line takes one of the free facts that it states, or none."""
     if not lines:
         return 0
-    rest = lines[1:] if lines[0] in lines[1:] else None
-    best = largest_matching(lines[1:], facts)
-    if rest is None:
-        for fact in facts:
-            if line_matches_fact(lines[0], fact):
-                best = max(best, 1 + largest_matching(lines[1:], [f for f in facts if f != fact]))
-    return best
+    stated = [fact for fact in facts if line_matches_fact(lines[0], fact)]
+    sizes = [1 + largest_matching(lines[1:], [f for f in facts if f != fact]) for fact in stated]
+    return max([largest_matching(lines[1:], facts), *sizes])
 
 
 @settings(max_examples=300, deadline=None)
@@ -143,7 +148,7 @@ def test_the_matching_is_valid_and_as_large_as_any(lines, facts):
     matches = match_lines(lines, facts)
     paired = [match for match in matches if match is not None]
     assert len(matches) == len(lines) and len(set(paired)) == len(paired)
-    assert all(match is None or line_matches_fact(line, facts[match]) for line, match in zip(lines, matches, strict=True))
+    assert all(line_matches_fact(lines[i], facts[match]) for i, match in enumerate(matches) if match is not None)
     distinct = list({tuple(world.words(line)): line for line in lines}.values())
     assert len(paired) == largest_matching(distinct, facts)
     assert sum(match is not None for match in match_lines(lines[::-1], facts)) == len(paired)
@@ -165,7 +170,8 @@ def test_a_line_pays_only_if_it_states_a_told_fact_not_yet_stated(lines, line, a
     before, after = score_profile(lines, FACTS, texts), score_profile([*lines[:at], line, *lines[at:]], FACTS, texts)
     for score in (before, after):
         assert 0 <= score.evidence_f1 <= score.f1 <= 1 and score.evidence_f1 <= score.max_f1 <= 1
-        assert score.n_recalled + score.n_unsupported == score.n_lines and score.n_recalled <= score.n_disclosed == len(told)
+        assert score.n_recalled + score.n_unsupported == score.n_lines
+        assert score.n_recalled <= score.n_disclosed == len(told)
     stated_before = {tuple(world.words(earlier)) for earlier in lines}
     new = after.n_recalled - before.n_recalled
     assert new in (0, 1) and (new == 1) == (after.evidence_f1 > before.evidence_f1)
@@ -184,7 +190,8 @@ def test_repeating_a_packed_line_gains_nothing():
 def test_a_lucky_guess_raises_f1_and_never_the_evidence():
     """Guards: an evidence target that pays for what nobody said."""
     texts = ["Hello", "I'm 34."]
-    honest, lucky, unlucky = (score_profile(["Age: 34", *guess], FACTS, texts) for guess in ([], ["Gender: woman"], ["Gender: man"]))
+    honest, lucky, unlucky = (score_profile(["Age: 34", *guess], FACTS, texts)
+                              for guess in ([], ["Gender: woman"], ["Gender: man"]))
     assert honest.evidence_f1 == honest.f1 == honest.max_f1 == 2 / 11
     assert lucky.f1 == 4 / 12 > honest.f1 and lucky.evidence_f1 == unlucky.evidence_f1 == 2 / 12 < honest.evidence_f1
     assert (lucky.n_recalled, lucky.n_unsupported, unlucky.n_unsupported) == (1, 1, 1)
@@ -214,7 +221,8 @@ ONE_VERDICT_APART = [  # (verdict, passing reply, failing reply, history)
     ("naturalness", PASSING, " ".join(f"word{i}" for i in range(60)).capitalize() + ". " + PASSING, WORK),
     ("relevance", PASSING, "That must be very tough. Where do you live?", WORK),
     ("relevance", "Oh, sorry about that one. Where do you live?", "Oh, I like that one. Where do you live?", COMPLAINT),
-    ("relevance", "Hello and welcome to you! What is your job?", "There is no hurry at all! What is your job?", WORK[:1]),
+    ("relevance", "Hello and welcome to you! What is your job?", "There is no hurry at all! What is your job?",
+     WORK[:1]),
     ("logical_consistency", PASSING, "Working as a nurse in Paris must be tough. Where do you live?", WORK),
     ("logical_consistency", PASSING, "Working as a nurse and baker must be tough. Where do you live?", WORK),
     ("engagement", PASSING, "Working as a nurse must be tough.", WORK),
@@ -222,7 +230,8 @@ ONE_VERDICT_APART = [  # (verdict, passing reply, failing reply, history)
     ("engagement", PASSING, "Working as a nurse must be tough. Is it?", WORK),
     ("engagement", "I am glad to hear it. What is your job?", "I am glad to hear it. Which city are you in?", DODGED),
     ("informativeness", PASSING, "A nurse! Where do you live?", WORK),
-    ("informativeness", "Sorry, you are a nurse. Where do you live?", "Sorry. So you are a nurse. Where do you live?", COMPLAINT),
+    ("informativeness", "Sorry, you are a nurse. Where do you live?", "Sorry. So you are a nurse. Where do you live?",
+     COMPLAINT),
 ]
 
 
@@ -236,7 +245,8 @@ def test_each_verdict_can_fail_alone(verdict, passing, failing, history):
 
 def test_after_an_empty_remark_only_a_question_is_relevant():
     """Guards: a reply to "Hm." that ends the dialogue."""
-    asking, silent = (rule_verdicts(reply, DODGED, TWO_FACTS) for reply in ("I see. What is your job?", "Let us take it slowly."))
+    asking = rule_verdicts("I see. What is your job?", DODGED, TWO_FACTS)
+    silent = rule_verdicts("Let us take it slowly.", DODGED, TWO_FACTS)
     assert asking["relevance"] and not silent["relevance"] and not silent["engagement"]
 
 
@@ -244,7 +254,8 @@ def test_all_five_verdicts_pass_on_a_good_reply_at_every_stage():
     """Guards: a stage of the dialogue at which the Response Reward cannot be had."""
     told = [*WORK, ("assistant", PASSING), ("user", "I moved to Oslo.")]
     for reply, history in (("Hello, it is nice to meet you! What is your job?", WORK[:1]), (PASSING, WORK),
-                           ("I am sorry about that. Where do you live?", COMPLAINT), ("There is no hurry at all. What is your job?", DODGED),
+                           ("I am sorry about that. Where do you live?", COMPLAINT),
+                           ("There is no hurry at all. What is your job?", DODGED),
                            ("I hear Oslo is lovely. Shall we talk some more?", told)):
         assert all(rule_verdicts(reply, history, TWO_FACTS).values()), reply
 
@@ -277,13 +288,15 @@ def test_the_judge_sees_named_roles_and_no_system_prompt():
     for name in VERDICTS:
         assert f"- {name}:" in empty and f'"{name}": ' in empty
     message, = rewards.profile_judge_messages(["Age: 34", braces], [*FACTS, braces])
-    assert all(f"- {fact}\n" in message["content"] for fact in [*FACTS, braces]) and '{"covered": 2}' in message["content"]
+    assert all(f"- {fact}\n" in message["content"] for fact in [*FACTS, braces])
+    assert '{"covered": 2}' in message["content"]
 
 
 VERDICT_JSON = '{"naturalness": 1, "relevance": 0, "logical_consistency": 1, "engagement": 1, "informativeness": 0}'
 
 
-@pytest.mark.parametrize("wrapping", ["%s", "```json\n%s\n```", "Here you are:\n\n%s\nI hope this helps.", '{"verdicts": %s}'])
+@pytest.mark.parametrize("wrapping", ["%s", "```json\n%s\n```", "Here you are:\n\n%s\nI hope this helps.",
+                                      '{"verdicts": %s}'])
 def test_judges_may_wrap_their_json(wrapping):
     """Guards: a code fence or a friendly sentence that costs a verdict."""
     verdicts = rewards.parse_verdicts(wrapping.replace("%s", VERDICT_JSON))
@@ -291,23 +304,28 @@ def test_judges_may_wrap_their_json(wrapping):
     assert rewards.parse_covered(wrapping.replace("%s", '{"covered": 7}')) == 7
 
 
-NO_JSON = ["", "1", "yes", "{}", "[1, 1, 1, 1, 1]", "null", "{'covered': 1}", "{covered: 1}", '{"covered": 1', "}{", "\x00",
-           '{"a": ' + "[" * 100_000 + "}"]
+NO_JSON = ["", "1", "yes", "{}", "[1, 1, 1, 1, 1]", "null", "{'covered': 1}", "{covered: 1}", '{"covered": 1', "}{",
+           "\x00", '{"a": ' + "[" * 100_000 + "}"]
+
+
+def short(text: str) -> str:
+    return ascii(text[-30:])
 
 
 @pytest.mark.parametrize("text", [
-    *NO_JSON, *(VERDICT_JSON.replace('"engagement": 1', f'"engagement": {hedge}') for hedge in ("0.5", '"1"', "null", "2", "-1", "[1]")),
+    *NO_JSON, *(VERDICT_JSON.replace('"engagement": 1', f'"engagement": {hedge}')
+                for hedge in ("0.5", '"1"', "null", "2", "-1", "[1]")),
     VERDICT_JSON.replace('"engagement": 1, ', ""), VERDICT_JSON.replace("engagement", "engaging"),
-    f"{VERDICT_JSON} or rather {VERDICT_JSON.replace('0', '1')}", VERDICT_JSON.replace("1", "NaN", 1)])
+    f"{VERDICT_JSON} or rather {VERDICT_JSON.replace('0', '1')}", VERDICT_JSON.replace("1", "NaN", 1)], ids=short)
 def test_a_judge_that_hedges_has_not_judged(text):
     """Guards: a doubtful verdict scored as 0 or 1 by mistake; deep nesting that raises RecursionError."""
     with pytest.raises(ValueError):
         rewards.parse_verdicts(text)
 
 
-@pytest.mark.parametrize("text", [*NO_JSON, *('{"covered": %s}' % count for count in (
+@pytest.mark.parametrize("text", [*NO_JSON, *(f'{{"covered": {count}}}' for count in (
     "true", "false", "-1", "2.0", "2.5", '"2"', "null", "[2]", "NaN", "1e999", "9" * 5000)),
-    '{"count": 2}', '{"covered": 2} or {"covered": 3}'])
+    '{"count": 2}', '{"covered": 2} or {"covered": 3}'], ids=short)
 def test_only_a_count_is_a_count(text):
     """Guards: true read as 1, a negative or fractional count, the first of two answers."""
     with pytest.raises(ValueError):
@@ -328,7 +346,8 @@ class ScriptedJudge:
 
 def test_unparsable_answers_are_asked_again_and_failures_are_not():
     """Guards: a lost verdict scored 0, an endless retry, a retry with the same seed, answers that change places."""
-    judge = ScriptedJudge(["?", '{"covered": 1}'], [TimeoutError("late")], ['{"covered": 2}'], ["?"] * 3, ["?", ConnectionError("gone")])
+    judge = ScriptedJudge(["?", '{"covered": 1}'], [TimeoutError("late")], ['{"covered": 2}'], ["?"] * 3,
+                          ["?", ConnectionError("gone")])
     requests = [[{"role": "user", "content": str(i)}] for i in range(5)]
     verdicts = rewards.ask_judge(judge.chat_many, requests, rewards.parse_covered, seeds=[10, 20, 30, 40, 50])
     assert verdicts == [1, None, 2, None, None]
