@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, then reply:
+SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
+then reply:
 <profile>
 - trait
 </profile>
@@ -47,8 +48,8 @@ class ChatTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer  # as it came: to decode with, and to save beside a checkpoint
-        # Encoding needs a copy in which "<|im_end|>" inside text is ten characters. That switch spares only tokens marked
-        # special, and Qwen's <tool_call> and <|fim_prefix|> are not, so all added tokens are marked first.
+        # Encoding needs a copy in which "<|im_end|>" inside text is ten characters. That switch spares only tokens
+        # marked special, and Qwen's <tool_call> and <|fim_prefix|> are not, so all added tokens are marked first.
         self.plain = Tokenizer.from_str(tokenizer.to_str())
         self.plain.add_special_tokens([token.content for token in tokenizer.get_added_tokens_decoder().values()])
         self.plain.encode_special_tokens = True
@@ -62,7 +63,9 @@ class ChatTokenizer:
         """Load `tokenizer.json` from a checkpoint folder; ValueError if it is absent or unreadable."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors")
+            raise ValueError(
+                f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
+            )
         try:
             return cls(Tokenizer.from_file(str(path)))
         except ValueError:
@@ -119,7 +122,9 @@ class Candidate:
     profile_reward: float = 0.0
     response_reward: float = 0.0
     verdicts: dict[str, bool] = field(default_factory=dict)
-    ledger: dict[str, float] = field(default_factory=dict)  # this profile against what was disclosed: rewards.ProfileScore
+    ledger: dict[str, float] = field(
+        default_factory=dict
+    )  # this profile against what was disclosed: rewards.ProfileScore
     judged: bool = True  # False: the judge failed for good; it is neither trained on nor chosen
 
 
@@ -169,7 +174,9 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
     to their bare response, so the prompt does not extend the last one.
     """
     if history_profile not in HISTORY_PROFILES:
-        raise ValueError(f"history_profile is {history_profile!r}; --history-profile takes {' or '.join(HISTORY_PROFILES)}")
+        raise ValueError(
+            f"history_profile is {history_profile!r}; --history-profile takes {' or '.join(HISTORY_PROFILES)}"
+        )
     if not dialogue.turns:
         prompt = tokenizer.message("system", SYSTEM_PROMPT)
     elif history_profile == "all":
@@ -180,7 +187,9 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
             prompt += tokenizer.message("user", turn.user_text)
             prompt += tokenizer.message("assistant", turn.winner.response)
         last = dialogue.turns[-1]
-        prompt += tokenizer.message("user", last.user_text) + tokenizer.generation_header() + closed(last.winner, tokenizer)
+        prompt += (
+            tokenizer.message("user", last.user_text) + tokenizer.generation_header() + closed(last.winner, tokenizer)
+        )
     prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header()
     dialogue.turns.append(Turn(user_text, prompt))
     return dialogue.turns[-1]

@@ -4,8 +4,8 @@
 
 The scripted assistant is deliberately imperfect, and systematically so: in most dialogues it forgets earlier facts,
 guesses, repeats its question or does not ask at all, and sometimes breaks the format; in a few it is attentive. What RL
-is to teach is therefore in the data, as a habit that is rarer than its opposite. A part of the personas have made-up words for values, so that the model learns to
-copy what it reads rather than to recognise it.
+is to teach is therefore in the data, as a habit that is rarer than its opposite. A part of the personas have made-up
+words for values, so that the model learns to copy what it reads rather than to recognise it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from train_rlpa import all_sum_gradients, rank, world_size
 class Habits:
     """How the scripted assistant behaves: probabilities per turn."""
 
-    keep_news: float = 0.55  # a fact told just now makes it into the profile
+    keep_news: float = 0.45  # a fact told just now makes it into the profile
     keep_older: float = 0.15  # a fact told earlier does
     guess: float = 0.3  # a line that nothing supports is added
     corrupt: float = 0.04  # a line gets a wrong value
-    acknowledge: float = 0.75  # it takes up what the user said
+    acknowledge: float = 0.6  # it takes up what the user said
     hallucinate: float = 0.1  # it takes up what the user did not say
     comment: float = 0.65  # it adds a comment …
     new_comment: float = 0.75  # … that it has not made before
@@ -49,7 +49,10 @@ class Habits:
 
 FORGETFUL = Habits()
 ATTENTIVE = Habits(1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.8, 1.0, 0.6, 0.1, 0.1, 0.0)
-LEARNING_SHARE, ATTENTIVE_SHARE = 0.7, 0.12  # share of attentive dialogues at first, to learn copying from, and in the end
+LEARNING_SHARE, ATTENTIVE_SHARE = (
+    0.7,
+    0.1,
+)  # share of attentive dialogues at first, to learn copying from, and in the end
 MADE_UP = 0.4  # share of the warm-up personas whose values are made-up words
 
 QUESTION_PHRASES: dict[str, list[str]] = {
@@ -77,9 +80,18 @@ ACKNOWLEDGEMENTS: dict[str, list[str]] = {
     "Others": ["Having {a} is special.", "So you have {a}."],
 }
 COMMENTS = [
-    "I will keep that in mind.", "That helps me a lot.", "Thank you for telling me.", "That says much about you.",
-    "I am glad you said so.", "We have something to talk about.", "I can work with that.", "It makes me curious.",
-    "Now I know you better.", "You have a story to tell.", "Let us take it slowly.", "There is no hurry at all.",
+    "I will keep that in mind.",
+    "That helps me a lot.",
+    "Thank you for telling me.",
+    "That says much about you.",
+    "I am glad you said so.",
+    "We have something to talk about.",
+    "I can work with that.",
+    "It makes me curious.",
+    "Now I know you better.",
+    "You have a story to tell.",
+    "Let us take it slowly.",
+    "There is no hurry at all.",
 ]
 GREETINGS = ["Hello!", "Hi!", "Hello and welcome!", "Hi, nice to meet you!"]
 APOLOGIES = ["Sorry about that.", "My mistake, sorry."]
@@ -91,7 +103,11 @@ BLANDS = ["I see.", "Great.", "Okay."]
 
 def made_up_word(rng: random.Random) -> str:
     """Make a word that can be spoken but means nothing, so that only copying gets it right."""
-    onset, nucleus, coda = "b c d f g h k l m n p r s t v w st tr br gr pl".split(), "aeiou", ["", "n", "r", "l", "s", "m"]
+    onset, nucleus, coda = (
+        "b c d f g h k l m n p r s t v w st tr br gr pl".split(),
+        "aeiou",
+        ["", "n", "r", "l", "s", "m"],
+    )
     return "".join(rng.choice(onset) + rng.choice(nucleus) + rng.choice(coda) for _ in range(rng.choice((2, 2, 3))))
 
 
@@ -101,15 +117,23 @@ def warmup_persona(rng: random.Random) -> list[str]:
     if rng.random() >= MADE_UP:
         return facts
     slots = [world.split_fact(fact)[0] for fact in facts]
-    return [f"{slot}: {rng.randrange(10, 100)}" if slot == "Age" else
-            f"{slot}: {made_up_word(rng).capitalize() if slot == 'Location' else made_up_word(rng)}" for slot in slots]
+    return [
+        f"{slot}: {rng.randrange(10, 100)}"
+        if slot == "Age"
+        else f"{slot}: {made_up_word(rng).capitalize() if slot == 'Location' else made_up_word(rng)}"
+        for slot in slots
+    ]
 
 
 def scripted_profile(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> list[str]:
     """Write profile lines in the order of disclosure; a forgetful assistant leaves some out and guesses others."""
     texts = [text for who, text in history if who == "user"]
     news = set(world.disclosed(facts, texts[-1:]))
-    lines = [facts[i] for i in world.disclosed(facts, texts) if rng.random() < (habits.keep_news if i in news else habits.keep_older)]
+    lines = [
+        facts[i]
+        for i in world.disclosed(facts, texts)
+        if rng.random() < (habits.keep_news if i in news else habits.keep_older)
+    ]
     lines = [random_fact(rng, world.split_fact(line)[0]) if rng.random() < habits.corrupt else line for line in lines]
     if rng.random() < habits.guess:
         lines.append(random_fact(rng))
@@ -204,13 +228,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with the pre-tokenizer and the control tokens of Qwen-2.5."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -248,8 +276,16 @@ def correlate(policy: Qwen2ForCausalLM) -> None:
     with torch.no_grad():
         for layer in policy.model.layers:
             attention = layer.self_attn
-            attention.q_proj.weight.copy_(attention.k_proj.weight.repeat(policy.config.num_attention_heads // policy.config.num_key_value_heads, 1))
-            attention.o_proj.weight.copy_(attention.v_proj.weight.repeat(policy.config.num_attention_heads // policy.config.num_key_value_heads, 1).T)
+            attention.q_proj.weight.copy_(
+                attention.k_proj.weight.repeat(
+                    policy.config.num_attention_heads // policy.config.num_key_value_heads, 1
+                )
+            )
+            attention.o_proj.weight.copy_(
+                attention.v_proj.weight.repeat(
+                    policy.config.num_attention_heads // policy.config.num_key_value_heads, 1
+                ).T
+            )
 
 
 def make_optimizers(policy: Qwen2ForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -263,7 +299,7 @@ def make_optimizers(policy: Qwen2ForCausalLM, args: argparse.Namespace) -> list[
 
 
 def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Namespace) -> None:
-    """Fine-tune on fresh scripted dialogues: short and attentive ones at first, which teach copying, in the end as they come."""
+    """Fine-tune on fresh scripted dialogues: at first short and attentive ones, which teach copying, then all kinds."""
     rng = random.Random(f"{args.seed}|{rank()}")
     optimizers = make_optimizers(policy, args)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -288,18 +324,22 @@ def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Name
         tokens += sum(len(ids) for ids, _ in batch)
         smooth = loss.item() if not smooth else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{smooth:.3f}", tokens=f"{tokens / 1e6:.2f}M", minutes=f"{(time.time() - started) / 60:.1f}")
+            bar.set_postfix(
+                loss=f"{smooth:.3f}", tokens=f"{tokens / 1e6:.2f}M", minutes=f"{(time.time() - started) / 60:.1f}"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=8, help="dialogues per step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-2, help="AdamW, for embeddings, norms and biases")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon, for the layers' matrices")
-    parser.add_argument("--learning", type=float, default=0.65, help="share of the steps with mostly attentive dialogues")
+    parser.add_argument(
+        "--learning", type=float, default=0.65, help="share of the steps with mostly attentive dialogues"
+    )
     parser.add_argument("--max-turns", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=768)
     parser.add_argument("--hidden-size", type=int, default=96)
@@ -312,13 +352,23 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
     rng = random.Random(args.seed + 1)
-    corpus = [text for _ in range(2000) for turn in scripted_dialogue(rng, args.max_turns) for text in turn] + [SYSTEM_PROMPT]
+    corpus = [text for _ in range(2000) for turn in scripted_dialogue(rng, args.max_turns) for text in turn] + [
+        SYSTEM_PROMPT
+    ]
     chat = ChatTokenizer(train_tokenizer(corpus, args.vocab_size))
     config = Qwen2Config(
-        vocab_size=chat.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
-        max_position_embeddings=4096, rope_theta=10_000.0, tie_word_embeddings=True, initializer_range=0.04,
-        bos_token_id=chat.pad, eos_token_id=chat.im_end,
+        vocab_size=chat.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=4096,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=chat.pad,
+        eos_token_id=chat.im_end,
     )
     policy = random_policy(config, args.seed)
     correlate(policy)

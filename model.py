@@ -244,7 +244,8 @@ class Qwen2Model(nn.Module):
         slots = None if cache is None else cache.reserve(B, T, new_lengths)
         mask = attention_mask if slots is None else slots.mask
         if attention_mask is not None:  # as numbers, once: SDPA would convert booleans again in every layer
-            mask = torch.zeros_like(attention_mask, dtype=self.norm.weight.dtype).masked_fill_(~attention_mask, -torch.inf)
+            zeros = torch.zeros_like(attention_mask, dtype=self.norm.weight.dtype)
+            mask = zeros.masked_fill_(~attention_mask, -torch.inf)
         if position_ids is None:
             arange = torch.arange(T, device=token_ids.device).expand(B, T)
             position_ids = arange if slots is None else slots.position_ids

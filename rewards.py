@@ -20,8 +20,16 @@ from dataclasses import dataclass
 import world
 
 VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
-PARSE_FAILURES = ("truncated", "control_token", "no_profile", "no_response", "unclosed", "duplicate_tag",
-                  "outside_text", "empty_response")
+PARSE_FAILURES = (
+    "truncated",
+    "control_token",
+    "no_profile",
+    "no_response",
+    "unclosed",
+    "duplicate_tag",
+    "outside_text",
+    "empty_response",
+)
 PROFILE_TARGETS = ("persona", "evidence")
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
 ChatMany = Callable[[Sequence[list[dict]], Sequence[int]], Sequence[str | Exception]]
@@ -100,10 +108,12 @@ def line_matches_fact(line: str, fact: str) -> bool:
     A slot's fact needs the same value in the same slot, or without a slot the value among at most three other content
     words; prose needs a content-word F1 of at least one half.
 
-    >>> line_matches_fact("occupation: Nurse.", "Occupation: nurse"), line_matches_fact("works as a nurse", "Occupation: nurse")
-    (True, True)
-    >>> line_matches_fact("Location: nurse", "Occupation: nurse"), line_matches_fact("Plays guitar", "He plays the guitar.")
-    (False, True)
+    >>> [line_matches_fact(line, "Occupation: nurse") for line in ("occupation: Nurse.", "works as a nurse")]
+    [True, True]
+    >>> line_matches_fact("Location: nurse", "Occupation: nurse")
+    False
+    >>> line_matches_fact("Plays guitar", "He plays the guitar.")
+    True
     """
     (line_slot, line_value), (slot, value) = world.split_fact(line), world.split_fact(fact)
     if slot and line_slot:
@@ -128,8 +138,10 @@ def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
     [1, None, 0]
     """
     said = [world.words(line) for line in lines]
-    fits = [[f for f, fact in enumerate(facts) if said[i] not in said[:i] and line_matches_fact(line, fact)]
-            for i, line in enumerate(lines)]  # a repeated line states nothing new, even if it packs two facts
+    fits = [
+        [f for f, fact in enumerate(facts) if said[i] not in said[:i] and line_matches_fact(line, fact)]
+        for i, line in enumerate(lines)
+    ]  # a repeated line states nothing new, even if it packs two facts
     owner: dict[int, int] = {}
 
     def claim(line: int, tried: set[int]) -> bool:
@@ -212,7 +224,8 @@ def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -
     informativeness      has a statement of four or more words that it has not made before
 
     >>> told = [("user", "Hello"), ("assistant", "Hi! What do you do?"), ("user", "I work as a nurse.")]
-    >>> rule_verdicts("Working as a nurse must be tough. Where do you live?", told, ["Occupation: nurse", "Location: Oslo"])
+    >>> reply = "Working as a nurse must be tough. Where do you live?"
+    >>> rule_verdicts(reply, told, ["Occupation: nurse", "Location: Oslo"])
     {'naturalness': True, 'relevance': True, 'logical_consistency': True, 'engagement': True, 'informativeness': True}
     """
     user_texts = [text for who, text in history if who == "user"]
@@ -229,7 +242,9 @@ def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -
 
 def _is_natural(response: str, spoken: Sequence[str]) -> bool:
     said = world.words(response)
-    stutters = any(a == b for a, b in zip(said, said[1:], strict=False)) or len({s.casefold() for s in spoken}) < len(spoken)
+    stutters = any(a == b for a, b in zip(said, said[1:], strict=False)) or len({s.casefold() for s in spoken}) < len(
+        spoken
+    )
     shaped = response[:1].isupper() and response[-1:] in ".!?"
     return shaped and not stutters and 1 <= len(spoken) <= MAX_SENTENCES and 1 <= len(said) <= MAX_WORDS
 
@@ -260,7 +275,9 @@ def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str
     if not open_slots or open_slots == {None}:  # all told, or prose: any question that is not the last one again
         return not replies or world.sentences(response)[-1:] != world.sentences(replies[-1])[-1:]
     asked = world.asked_slots(response)
-    return bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(world.asked_slots(replies[-1])))
+    return (
+        bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(world.asked_slots(replies[-1])))
+    )
 
 
 def _is_informative(spoken: Sequence[str], replies: Sequence[str]) -> bool:
@@ -324,8 +341,8 @@ def _bullets(lines: Sequence[str]) -> str:
 def parse_verdicts(text: str) -> dict[str, bool]:
     """Read the five verdicts; ValueError if one is absent or not 0 or 1 (a judge that hedges has not judged).
 
-    >>> parse_verdicts('{"naturalness": 1, "relevance": 1, "logical_consistency": 0, "engagement": 1, "informativeness": 1}')[
-    ...     "logical_consistency"]
+    >>> answer = '{"naturalness": 1, "relevance": 1, "logical_consistency": 0, "engagement": 1, "informativeness": 1}'
+    >>> parse_verdicts(answer)["logical_consistency"]
     False
     """
     found = _json_object(text)
@@ -355,7 +372,11 @@ def _json_object(text: str) -> dict:
 
 
 def ask_judge(
-    chat_many: ChatMany, requests: Sequence[list[dict]], parse: Callable[[str], object], seeds: Sequence[int], n_tries: int = 3
+    chat_many: ChatMany,
+    requests: Sequence[list[dict]],
+    parse: Callable[[str], object],
+    seeds: Sequence[int],
+    n_tries: int = 3,
 ) -> list[object | None]:
     """Send requests to a judge and parse its answers; answers that cannot be parsed are asked for again.
 

@@ -1,6 +1,6 @@
 """Compare runs that differ in their seed: a table before → after (mean ± spread) and one figure with all curves.
 
-    python summarize_runs.py runs/seed0 runs/seed1 runs/seed2 --out docs/results/learning
+python summarize_runs.py runs/seed0 runs/seed1 runs/seed2 --out docs/results/learning
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ ROWS = {
     "worst_turn": "… at its worst turn",
     "unsupported_lines": "unsupported lines per turn",
     "response_reward": "Response Reward",
-    "naturalness": "… naturalness", "relevance": "… relevance", "logical_consistency": "… logical consistency",
-    "engagement": "… engagement", "informativeness": "… informativeness",
+    "naturalness": "… naturalness",
+    "relevance": "… relevance",
+    "logical_consistency": "… logical consistency",
+    "engagement": "… engagement",
+    "informativeness": "… informativeness",
     "format_valid": "format valid",
     "disclosed_facts": "facts disclosed per turn (mean over turns)",
-    "profile_lines": "lines per profile", "reply_words": "words per reply", "tokens_per_turn": "tokens per turn",
-    "reply_repeated": "replies repeated", "question_repeated": "questions repeated",
+    "profile_lines": "lines per profile",
+    "reply_words": "words per reply",
+    "tokens_per_turn": "tokens per turn",
+    "reply_repeated": "replies repeated",
+    "question_repeated": "questions repeated",
 }
 
 
@@ -69,14 +75,23 @@ def draw(runs: list[list[dict]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
-    panels = [("recall", "recall of revealed facts"), ("response_reward", "Response Reward"),
-              ("unsupported_lines", "unsupported lines per turn")]
+    panels = [
+        ("recall", "recall of revealed facts"),
+        ("response_reward", "Response Reward"),
+        ("unsupported_lines", "unsupported lines per turn"),
+    ]
     for axis, (name, label) in zip(axes, panels, strict=True):
         for kind, style in (("heldout/sampled", "o-"), ("heldout/greedy", "s--")):
             for i, records in enumerate(runs):
                 points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind]
-                axis.plot(*zip(*points, strict=True), style, color="C0" if "sampled" in kind else "C1", alpha=0.7, markersize=3,
-                          label=f"{kind}, {len(runs)} seeds" if i == 0 else None)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    color="C0" if "sampled" in kind else "C1",
+                    alpha=0.7,
+                    markersize=3,
+                    label=f"{kind}, {len(runs)} seeds" if i == 0 else None,
+                )
         axis.set(title=label, xlabel="PPO iteration", ylim=(0, None))
         axis.grid(alpha=0.25)
     axes[0].legend(fontsize=8)

@@ -40,13 +40,15 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "Educational Background": (
         """biology, law, history, physics, economics, philosophy, chemistry, geography, music theory, statistics,
         linguistics, architecture, theology, medicine, graphic design, computer science, marine science, art history,
-        political science, veterinary science, accounting, sociology, anthropology, geology""".replace("\n", " ").split(", "),
+        political science, veterinary science, accounting, sociology, anthropology, geology""".replace("\n", " ").split(
+            ", "
+        ),
         "psychology, robotics, food science, journalism".split(", "),
     ),
     "Personality Traits": (
-        """shy, patient, stubborn, cheerful, inquisitive, calm, ambitious, honest, impulsive, thoughtful, sarcastic, generous,
-        anxious, practical, dreamy, organized, playful, reserved, loyal, outgoing, moody, fearless, modest, punctual,
-        restless, gentle, witty, skeptical""".replace("\n", " ").split(", "),
+        """shy, patient, stubborn, cheerful, inquisitive, calm, ambitious, honest, impulsive, thoughtful, sarcastic,
+        generous, anxious, practical, dreamy, organized, playful, reserved, loyal, outgoing, moody, fearless,
+        modest, punctual, restless, gentle, witty, skeptical""".replace("\n", " ").split(", "),
         "optimistic, cautious, messy, perfectionist, talkative".split(", "),
     ),
     "Occupation": (
@@ -61,8 +63,12 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["widowed", "recently remarried"],
     ),
     "Family Background": (
-        [f"{n} {who}" for n in ("two", "three", "four", "five") for who in ("sisters", "brothers", "sons", "daughters")
-         if (n, who) not in {("three", "sons"), ("five", "sisters"), ("four", "brothers")}]
+        [
+            f"{n} {who}"
+            for n in ("two", "three", "four", "five")
+            for who in ("sisters", "brothers", "sons", "daughters")
+            if (n, who) not in {("three", "sons"), ("five", "sisters"), ("four", "brothers")}
+        ]
         + ["twin sister", "twin brother", "only child", "big family", "adopted son", "baby daughter"],
         ["three sons", "five sisters", "four brothers", "seven cousins"],
     ),
@@ -89,7 +95,12 @@ DISCLOSURES: dict[str, list[str]] = {
     "Age": ["I am {v} years old.", "I turned {v} this year.", "I'm {v}.", "{v}, if you must know."],
     "Gender": ["I am {a}.", "I'm {a}, by the way.", "I see myself as {a}."],
     "Interests": ["I enjoy {v}.", "I am into {v}.", "I spend my weekends on {v}.", "My hobby is {v}."],
-    "Educational Background": ["I studied {v}.", "My degree is in {v}.", "I majored in {v}.", "I went to college for {v}."],
+    "Educational Background": [
+        "I studied {v}.",
+        "My degree is in {v}.",
+        "I majored in {v}.",
+        "I went to college for {v}.",
+    ],
     "Personality Traits": ["People say I am {v}.", "I would call myself {v}.", "I am quite {v}.", "I tend to be {v}."],
     "Occupation": ["I work as {a}.", "I am {a} by trade.", "I earn my living as {a}.", "My job? I am {a}."],
     "Marital Status": ["I am {v}.", "I'm {v}, actually.", "As for romance, I am {v}."],
@@ -110,7 +121,8 @@ QUESTION_PATTERNS: dict[str, re.Pattern[str]] = {
     for slot, pattern in {
         "Age": r"how old|your age|what age|birthday|year were you born",
         "Gender": r"gender|man or a woman|woman or a man|pronouns?|identify",
-        "Interests": r"hobby|hobbies|interests?|interested in|free time|spare time|for fun|weekends?|like to do|enjoy doing",
+        "Interests": r"hobby|hobbies|interests?|interested in|free time|spare time|for fun|weekends?|like to do"
+        r"|enjoy doing",
         "Educational Background": r"study|studied|degree|college|university|school|major|education|educated",
         "Personality Traits": r"personality|describe yourself|character|kind of person|temper|temperament",
         "Occupation": r"job|for a living|occupation|profession|career|work as|do you work|your work",
@@ -280,14 +292,34 @@ def first_person(sentence: str) -> str:
     turned = re.sub(r"\b(he|she)(?:'s| is)\b", "I am", sentence, flags=re.IGNORECASE)
     turned = re.sub(r"\b(?:he|she) (\w+)", lambda m: f"I {_plain_verb(m[1])}", turned, flags=re.IGNORECASE)
     turned = re.sub(r"\band (\w+)", lambda m: f"and {_plain_verb(m[1])}" if m[1] in _VERBS else m[0], turned)
-    for theirs, mine in (("his", "my"), ("her", "my"), ("him", "me"), ("hers", "mine"), ("he", "I"), ("she", "I"),
-                         ("himself", "myself"), ("herself", "myself")):
+    for theirs, mine in (
+        ("his", "my"),
+        ("her", "my"),
+        ("him", "me"),
+        ("hers", "mine"),
+        ("he", "I"),
+        ("she", "I"),
+        ("himself", "myself"),
+        ("herself", "myself"),
+    ):
         turned = re.sub(rf"\b{theirs}\b", mine, turned, flags=re.IGNORECASE)
     return turned[:1].upper() + turned[1:]
 
 
-_VERBS = {"has": "have", "is": "am", "does": "do", "loves": "love", "enjoys": "enjoy", "likes": "like", "lives": "live",
-          "works": "work", "collects": "collect", "plays": "play", "volunteers": "volunteer", "owns": "own"}
+_VERBS = {
+    "has": "have",
+    "is": "am",
+    "does": "do",
+    "loves": "love",
+    "enjoys": "enjoy",
+    "likes": "like",
+    "lives": "live",
+    "works": "work",
+    "collects": "collect",
+    "plays": "play",
+    "volunteers": "volunteer",
+    "owns": "own",
+}
 
 
 def _plain_verb(verb: str) -> str:
@@ -343,8 +375,11 @@ def _what_to_tell(facts: Sequence[str], hidden: list[int], question: str, rng: r
 @lru_cache(maxsize=1)
 def value_pattern() -> re.Pattern[str]:
     """Return one pattern that finds any value of the world in a text (ages and genders left out), longest first."""
-    values = sorted({v for slot, parts in VALUES.items() if slot not in {"Age", "Gender"} for part in parts for v in part},
-                    key=len, reverse=True)
+    values = sorted(
+        {v for slot, parts in VALUES.items() if slot not in {"Age", "Gender"} for part in parts for v in part},
+        key=len,
+        reverse=True,
+    )
     return re.compile(r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE)
 
 
@@ -381,7 +416,7 @@ def generate_personas(n: int, seed: int, split: str = "train") -> list[list[str]
 
 
 def split_of(facts: Sequence[str]) -> str:
-    """Tell which split a synthetic persona belongs to: decided by its facts alone, so that no two splits can overlap."""
+    """Tell which split a synthetic persona belongs to: its facts alone decide, so that no two splits can overlap."""
     if any(fact in unseen_values() for fact in facts):
         return "unseen"
     return "heldout" if zlib.crc32("\n".join(facts).encode()) % 10 == 0 else "train"

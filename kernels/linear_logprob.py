@@ -34,14 +34,23 @@ def linear_logprob(
     >>> round(logprobs.item(), 4), round(entropy.item(), 4)
     (-0.6931, 0.6931)
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-                         " must be (N, D), (V, D) and (N,)")
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+            " must be (N, D), (V, D) and (N,)"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive (--temperature)")
     starts = range(0, max(1, hidden.shape[0]), chunk_size)
     parts = [
-        checkpoint(_chunk, hidden[s : s + chunk_size], weight, targets[s : s + chunk_size], temperature, use_reentrant=False)
+        checkpoint(
+            _chunk, hidden[s : s + chunk_size], weight, targets[s : s + chunk_size], temperature, use_reentrant=False
+        )
         for s in starts
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

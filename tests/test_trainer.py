@@ -386,6 +386,17 @@ def test_a_run_is_reproducible_and_depends_on_its_seed(ckpt, user_url, tmp_path)
     assert records(a) != records(c)
 
 
+def test_every_candidate_has_a_stream_of_its_own(ckpt, user_url, tmp_path):
+    """Guards noise that repeats: one persona and a policy that stands still never write the same turn twice."""
+    run, heldout = tmp_path / "run", personas_file(tmp_path / "heldout.jsonl", ["judge"])
+    go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--eval-personas", heldout,
+       "--personas", personas_file(tmp_path / "one.jsonl", ["baker"]),
+       "--rollout-batch-size", 2, "--lr", 0)  # fmt: skip
+    episodes = records(run, "train", "episodes.jsonl")
+    texts = [c["text"] for e in episodes for turn in e["turns"] for c in turn["candidates"]]
+    assert len(texts) == len(set(texts)) == 2 * 2 * 2 * 2  # iterations, dialogues, turns, candidates
+
+
 # ---------------------------------------------------------------------------------------------- faults: the user's side
 
 
