@@ -382,11 +382,11 @@ class ChatClient:
 
     def _call(self, messages: list[Message], seed: int | None) -> str | ChatError:
         self._count("requests")
-        body = json.dumps(self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})).encode()
+        request = self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})
         deadline = time.monotonic() + self.total_timeout
         for attempt in range(self.max_retries + 1):
             try:
-                return self._attempt(body, deadline)
+                return self._attempt(json.dumps(request).encode(), deadline)
             except ChatError as error:
                 failure = error
             failure.args = (self._redact(str(failure)),)  # the server may have quoted the key, in JSON escapes even
@@ -399,6 +399,8 @@ class ChatClient:
             if self._closed.wait(pause):
                 break
             self._count("retries")
+            if failure.reason == "empty" and seed is not None:
+                request["seed"] += 1  # a seeded server that said nothing would say nothing again
         self._count(f"failures {failure.reason}")
         return failure
 
@@ -582,8 +584,8 @@ def parse_retry_after(header: str, now: float) -> float:
     >>> parse_retry_after("2", now=0.0), parse_retry_after("Thu, 01 Jan 1970 00:00:05 GMT", now=1.0)
     (2.0, 4.0)
     """
-    if re.fullmatch(r"\s*[0-9]+(?:\.[0-9]+)?\s*", header):
-        return float(header)
+    if number := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", header):
+        return float(number[1])
     try:
         moment = parsedate_to_datetime(header)
     except (TypeError, ValueError, IndexError, OverflowError):

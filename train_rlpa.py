@@ -29,7 +29,7 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -47,8 +47,17 @@ import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import linear_logprob
 from model import (
-    Critic, KVCache, Qwen2ForCausalLM, Samples, generate, load_critic, load_policy, resolve_checkpoint, save_pretrained,
+    Critic,
+    KVCache,
+    Qwen2ForCausalLM,
+    Samples,
+    generate,
+    load_critic,
+    load_policy,
+    resolve_checkpoint,
+    save_pretrained,
 )
+from runlog import RunLog, episode_record, rates, show_transcripts, sum_counters, tally
 from simulator import ChatClient, ChatError, Persona, load_personas, simulator_messages, start_embedded_server
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
@@ -103,7 +112,9 @@ class Config:
     kl_coef: float = 0.01  # weight of the KL to the reference policy; 0 switches it off and saves its forward
     # update
     num_iterations: int = 0  # iterations to run; 0: one pass over the personas
-    minibatch_size: int = 4  # dialogues per optimizer step, over all processes (4 x 10 turns x 4 candidates = 160 samples)
+    minibatch_size: int = (
+        4  # dialogues per optimizer step, over all processes (4 x 10 turns x 4 candidates = 160 samples)
+    )
     microbatch_size: int = 1  # dialogues per forward and backward in one process
     num_epochs: int = 1  # passes over a rollout batch
     lr: float = 5e-7  # policy's peak learning rate
@@ -137,26 +148,67 @@ class Config:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must lie in [{low}, {high}]")
         if self.rollout_batch_size % self.minibatch_size:
-            raise ValueError(f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of"
-                             f" --minibatch-size {self.minibatch_size}")
+            raise ValueError(
+                f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of"
+                f" --minibatch-size {self.minibatch_size}"
+            )
         if self.profile_judge == "http" and not self.judge_url:
             raise ValueError("--profile-judge http needs --judge-url")
         if self.profile_judge == "http" and self.profile_target == "evidence":
-            raise ValueError("--profile-target evidence needs --profile-judge rule: an LLM's count does not say which lines match")
+            raise ValueError(
+                "--profile-target evidence needs --profile-judge rule: an LLM's count does not say which lines match"
+            )
 
 
 MANY = 10**9
 CHOICES = {
-    "history_profile": HISTORY_PROFILES, "profile_target": rewards.PROFILE_TARGETS, "reward_at": ("turn", "segment"),
-    "credit": ("turn", "dialogue"), "kl_estimator": ("k1", "k3"), "profile_judge": ("rule", "http"),
+    "history_profile": HISTORY_PROFILES,
+    "profile_target": rewards.PROFILE_TARGETS,
+    "reward_at": ("turn", "segment"),
+    "credit": ("turn", "dialogue"),
+    "kl_estimator": ("k1", "k3"),
+    "profile_judge": ("rule", "http"),
 }
 LIMITS = {
-    **dict.fromkeys(("num_personas", "rollout_batch_size", "decode_batch_size", "max_turns", "num_candidates",
-                     "max_new_tokens", "max_user_tokens", "minibatch_size", "microbatch_size", "num_epochs",
-                     "eval_dialogues", "max_concurrency"), (1, MANY)),
-    **dict.fromkeys(("seed", "num_iterations", "max_retries", "critic_warmup", "eval_every", "episodes_every", "save_every",
-                     "threads", "profile_weight", "response_weight", "kl_coef", "entropy_coef", "lr", "critic_lr"), (0, MANY)),
-    **dict.fromkeys(("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)),
+    **dict.fromkeys(
+        (
+            "num_personas",
+            "rollout_batch_size",
+            "decode_batch_size",
+            "max_turns",
+            "num_candidates",
+            "max_new_tokens",
+            "max_user_tokens",
+            "minibatch_size",
+            "microbatch_size",
+            "num_epochs",
+            "eval_dialogues",
+            "max_concurrency",
+        ),
+        (1, MANY),
+    ),
+    **dict.fromkeys(
+        (
+            "seed",
+            "num_iterations",
+            "max_retries",
+            "critic_warmup",
+            "eval_every",
+            "episodes_every",
+            "save_every",
+            "threads",
+            "profile_weight",
+            "response_weight",
+            "kl_coef",
+            "entropy_coef",
+            "lr",
+            "critic_lr",
+        ),
+        (0, MANY),
+    ),
+    **dict.fromkeys(
+        ("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)
+    ),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
 }
 
@@ -173,7 +225,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
         kind = type(f.default)
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        options = (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"type": kind, "metavar": kind.__name__.upper()}
+        )
         if f.name == "ckpt":
             options |= {"nargs": "?", "const": str(TINY_CHECKPOINT)}
         shown = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
@@ -187,6 +243,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
     if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
         raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
+    for name in ("critic_ckpt", "personas", "eval_personas"):  # absolute, so that --resume works from any folder
+        if getattr(config, name):
+            setattr(config, name, str(Path(getattr(config, name)).resolve()))
     config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     return config
 
@@ -223,7 +282,9 @@ def resumed_config(given: dict) -> Config:
         raise ValueError(f"--resume {given['resume']}: {path} does not exist; give a run folder")
     others = set(given) - {"resume", "num_iterations", "threads", "eval_every", "save_every", "episodes_every"}
     if others:
-        raise ValueError(f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}")
+        raise ValueError(
+            f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
+        )
     return Config(**{**read_settings(path), **given, "run_dir": given["resume"]})
 
 
@@ -316,7 +377,9 @@ class Play:
     stream: tuple  # key prefix of the random streams
 
 
-def rollout(policy: Qwen2ForCausalLM, chat: ChatTokenizer, dialogues: list[Dialogue], play: Play, config: Config, env: World) -> None:
+def rollout(
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, dialogues: list[Dialogue], play: Play, config: Config, env: World
+) -> None:
     """Play dialogues to their end, `decode_batch_size` at a time; fills in `turns` and `dropped`."""
     for start in range(0, len(dialogues), config.decode_batch_size):
         group = dialogues[start : start + config.decode_batch_size]
@@ -340,7 +403,9 @@ def hear_users(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, confi
         replies: Sequence[str | ChatError] = [config.first_user_message] * len(dialogues)
     else:
         requests = [simulator_messages(Persona(d.persona_id, d.persona_facts), d.history()) for d in dialogues]
-        replies = env.user.chat_many(requests, [stream_seed(*play.stream, "user", d.index, len(d.turns)) for d in dialogues])
+        replies = env.user.chat_many(
+            requests, [stream_seed(*play.stream, "user", d.index, len(d.turns)) for d in dialogues]
+        )
     for dialogue, reply in zip(dialogues, replies, strict=True):
         if isinstance(reply, ChatError):
             dialogue.dropped = f"simulator: {reply.reason}"
@@ -369,11 +434,18 @@ class Sampler:
         new_ids = self.keep_prefixes(dialogues, prompts)
         streams = [
             torch.Generator().manual_seed(stream_seed(*self.play.stream, "sample", d.index, len(d.turns), c))
-            for d in dialogues for c in range(n)
+            for d in dialogues
+            for c in range(n)
         ]
         samples = generate(
-            self.policy, self.cache, new_ids, n=n, max_new_tokens=config.max_new_tokens, stop_ids=[self.chat.im_end],
-            temperature=self.play.temperature, generators=streams,
+            self.policy,
+            self.cache,
+            new_ids,
+            n=n,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=[self.chat.im_end],
+            temperature=self.play.temperature,
+            generators=streams,
         )
         self.take_up(dialogues, samples)
 
@@ -391,7 +463,9 @@ class Sampler:
             cached = self.cached.get(dialogue.index, [[]] * (chosen + 1))[chosen]
             kept.append(min(common_prefix(cached, prompt), len(prompt) - 1))
         if self.cache is None:
-            self.cache = KVCache(self.policy.config, len(dialogues), capacity, self.policy.head_weight.dtype, self.device)
+            self.cache = KVCache(
+                self.policy.config, len(dialogues), capacity, self.policy.head_weight.dtype, self.device
+            )
         else:
             self.cache.select(torch.tensor(rows, device=self.device), torch.tensor(kept, device=self.device), capacity)
         return [prompt[k:] for prompt, k in zip(prompts, kept, strict=True)]
@@ -401,7 +475,9 @@ class Sampler:
         n = self.play.num_candidates
         for i, dialogue in enumerate(dialogues):
             turn, rows = dialogue.turns[-1], range(i * n, i * n + n)
-            turn.candidates = [Candidate(samples.token_ids[r], samples.logprobs[r], samples.stop_reasons[r]) for r in rows]
+            turn.candidates = [
+                Candidate(samples.token_ids[r], samples.logprobs[r], samples.stop_reasons[r]) for r in rows
+            ]
             self.first_row[dialogue.index] = i * n
             self.cached[dialogue.index] = [turn.prompt_ids + samples.token_ids[r][:-1] for r in rows]
 
@@ -431,7 +507,9 @@ def score_turns(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, conf
         judged = [c for c in range(len(turn.candidates)) if turn.candidates[c].judged]
         env.counts["candidates_unjudged"] += len(turn.candidates) - len(judged)
         if judged:
-            turn.chosen = max(judged, key=lambda c: turn_reward(turn.candidates[c], config))  # max keeps the first of equals
+            turn.chosen = max(
+                judged, key=lambda c: turn_reward(turn.candidates[c], config)
+            )  # max keeps the first of equals
         else:
             dialogue.dropped = "judge: no verdict on any candidate"
 
@@ -569,7 +647,9 @@ def tree_inputs(batch: list[Packed], device: torch.device) -> tuple[tuple[Tensor
     T = max(len(p.token_ids) for p in batch)
     token_ids = torch.zeros(len(batch), T, dtype=torch.long)
     position_ids = torch.zeros(len(batch), T, dtype=torch.long)
-    attention_mask = torch.eye(T, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding sees itself: a softmax over nothing is NaN
+    attention_mask = torch.eye(T, dtype=torch.bool).repeat(
+        len(batch), 1, 1
+    )  # padding sees itself: a softmax over nothing is NaN
     for b, p in enumerate(batch):
         t = len(p.token_ids)
         token_ids[b, :t], position_ids[b, :t], attention_mask[b, :t, :t] = p.token_ids, p.position_ids, p.attention_mask
@@ -602,14 +682,18 @@ def concat(batch: list[Packed], name: str, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def add_statistics(packed: list[Packed], policy: nn.Module, ref_policy: nn.Module | None, critic: Critic, config: Config) -> None:
+def add_statistics(
+    packed: list[Packed], policy: nn.Module, ref_policy: nn.Module | None, critic: Critic, config: Config
+) -> None:
     """Compute old log-probs, reference log-probs and values, each once, under the weights that sampled."""
     for batch in by_minibatch(packed, config):
         sizes = [len(p.targets) for p in batch]
         old_logprobs = policy_logprobs(policy, batch, config.temperature)[0]
         ref_logprobs = policy_logprobs(ref_policy, batch, config.temperature)[0] if ref_policy else old_logprobs
         values = critic_values(critic, batch)
-        for p, old, ref, value in zip(batch, *(x.cpu().split(sizes) for x in (old_logprobs, ref_logprobs, values)), strict=True):
+        for p, old, ref, value in zip(
+            batch, *(x.cpu().split(sizes) for x in (old_logprobs, ref_logprobs, values)), strict=True
+        ):
             p.old_logprobs, p.ref_logprobs, p.values = old, ref, value
 
 
@@ -622,7 +706,11 @@ def by_minibatch(packed: list[Packed], config: Config) -> Iterator[list[Packed]]
 def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
     """Place a candidate's rewards on its tokens: −kl_coef · k1 everywhere, the rest on the last token, or, with
     `reward_at segment`, the Profile Reward on the token that closes the profile."""
-    kl = config.kl_coef * (p.old_logprobs - p.ref_logprobs)[span.start : span.stop] if config.kl_estimator == "k1" else None
+    kl = (
+        config.kl_coef * (p.old_logprobs - p.ref_logprobs)[span.start : span.stop]
+        if config.kl_estimator == "k1"
+        else None
+    )
     placed = (-kl).tolist() if kl is not None else [0.0] * (span.stop - span.start)
     profile_at = span.candidate.profile_tokens - 1 if config.reward_at == "segment" else -1
     placed[profile_at] += config.profile_weight * span.candidate.profile_reward
@@ -631,7 +719,12 @@ def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
 
 
 def gae(
-    token_reward: Sequence[float], values: Sequence[float], next_value: float, next_advantage: float, gamma: float, lam: float
+    token_reward: Sequence[float],
+    values: Sequence[float],
+    next_value: float,
+    next_advantage: float,
+    gamma: float,
+    lam: float,
 ) -> list[float]:
     """Return generalised advantage estimates (arXiv 1506.02438, eq. 16) of one run of tokens.
 
@@ -668,8 +761,12 @@ def add_advantages(p: Packed, config: Config) -> None:
         for span in (s for s in p.spans if s.turn == t):
             tail = gamma_turn * next_advantage if span.chosen else 0.0
             advantages[span.start : span.stop] = gae(
-                token_rewards(span, p, config), values[span.start : span.stop], gamma_turn * next_value, tail,
-                config.gamma, config.gae_lambda,
+                token_rewards(span, p, config),
+                values[span.start : span.stop],
+                gamma_turn * next_value,
+                tail,
+                config.gamma,
+                config.gae_lambda,
             )
             first_of_chosen = span.start if span.chosen else first_of_chosen
         next_value, next_advantage = values[first_of_chosen], advantages[first_of_chosen]
@@ -680,7 +777,9 @@ def add_advantages(p: Packed, config: Config) -> None:
 def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
     """Give all action tokens of the global batch mean 0 and standard deviation 1; returns what these were before."""
     flat = torch.cat([p.advantages for p in packed]).double() if packed else torch.zeros(0, dtype=torch.double)
-    count, total, squares = all_sum(torch.stack([torch.tensor(float(len(flat))).double(), flat.sum(), (flat**2).sum()])).tolist()
+    count, total, squares = all_sum(
+        torch.stack([torch.tensor(float(len(flat))).double(), flat.sum(), (flat**2).sum()])
+    ).tolist()
     mean = total / max(1, count)
     std = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
     for p in packed:
@@ -692,7 +791,9 @@ def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
 # Losses and update
 
 
-def policy_loss(new_logprobs: Tensor, entropy: Tensor, batch: list[Packed], config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(
+    new_logprobs: Tensor, entropy: Tensor, batch: list[Packed], config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed clipped PPO loss (arXiv 1707.06347, eq. 7) of a micro-batch's action tokens and its statistics.
 
     The sum, not the mean: the caller divides by the global count of action tokens in the mini-batch, so that neither
@@ -737,7 +838,9 @@ class Learner:
 
 def make_learner(model: nn.Module, lr: float, config: Config) -> Learner:
     """Wrap a model with AdamW (fp32, no weight decay)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True
+    )
     return Learner(model, optimizer, lr)
 
 
@@ -769,7 +872,14 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     return norm, True
 
 
-def update(policy: Learner, critic: Learner, packed: list[Packed], config: Config, progress: tuple[int, int], train_policy: bool) -> dict:
+def update(
+    policy: Learner,
+    critic: Learner,
+    packed: list[Packed],
+    config: Config,
+    progress: tuple[int, int],
+    train_policy: bool,
+) -> dict:
     """Run PPO over one rollout batch; `progress` is (updates done before, updates of the whole run). Returns metrics."""
     num_minibatches = config.rollout_batch_size // config.minibatch_size
     totals: Counter = Counter()
@@ -793,7 +903,13 @@ def update(policy: Learner, critic: Learner, packed: list[Packed], config: Confi
 
 
 def minibatch_update(
-    policy: Learner, critic: Learner, minibatch: list[Packed], count: float, share: float, config: Config, train_policy: bool
+    policy: Learner,
+    critic: Learner,
+    minibatch: list[Packed],
+    count: float,
+    share: float,
+    config: Config,
+    train_policy: bool,
 ) -> dict[str, float]:
     """Take one optimizer step of policy and critic on one mini-batch; returns sums over all ranks."""
     policy.optimizer.zero_grad()
@@ -815,88 +931,13 @@ def minibatch_update(
         if train_policy:
             norms["policy_grad_norm"] = optimizer_step(policy, share, config.max_grad_norm)
     skipped = sum(not taken for _, taken in norms.values())
-    return result | {"tokens": count, "steps": 1, "updates_skipped": skipped} | {k: norm for k, (norm, _) in norms.items()}
+    return (
+        result | {"tokens": count, "steps": 1, "updates_skipped": skipped} | {k: norm for k, (norm, _) in norms.items()}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
-
-
-def tally(dialogues: list[Dialogue]) -> Counter:
-    """Sum up what happened in dialogues, over all candidates; `rates` turns the sums of all ranks into metrics."""
-    sums: Counter = Counter(dialogues=len(dialogues))
-    for dialogue in dialogues:
-        if dialogue.dropped is not None:
-            sums["dropped"] += 1
-            sums[f"dropped_{dialogue.dropped.partition(':')[0]}"] += 1
-            continue
-        for t, turn in enumerate(dialogue.turns):
-            before = [earlier.winner.response for earlier in dialogue.turns[:t]]
-            for candidate in turn.candidates:
-                if candidate.judged:
-                    sums.update(candidate_sums(candidate, before, t))
-                    sums.update(unseen_sums(candidate, dialogue, t))
-    return sums
-
-
-def candidate_sums(candidate: Candidate, before: list[str], t: int) -> dict[str, float]:
-    """Sum up one candidate; `before` are the replies that the dialogue had already heard."""
-    ledger = candidate.ledger
-    asked_before = {slot for reply in before for slot in world.asked_slots(reply)}
-    sums = {
-        "candidates": 1, "valid": candidate.failure is None, "tokens": len(candidate.token_ids),
-        "profile_reward": candidate.profile_reward, "response_reward": candidate.response_reward,
-        "f1": ledger["f1"], "lines": ledger["n_lines"], "unsupported": ledger["n_unsupported"],
-        "disclosed": ledger["n_disclosed"], "recalled": ledger["n_recalled"],
-        f"evidence_f1_turn{t + 1}": ledger["evidence_f1"], f"max_f1_turn{t + 1}": ledger["max_f1"],
-        "reply_words": len(world.words(candidate.response)), "reply_repeated": candidate.response in before,
-        "question_repeated": bool(asked_before & set(world.asked_slots(candidate.response))),
-    }
-    if candidate.failure:
-        sums[f"failure_{candidate.failure}"] = 1
-    return sums | {f"verdict_{name}": verdict for name, verdict in candidate.verdicts.items()}
-
-
-def unseen_sums(candidate: Candidate, dialogue: Dialogue, t: int) -> dict[str, float]:
-    """Count the disclosed facts whose value no training persona has (embedded world), and those the profile recalls."""
-    texts = [turn.user_text for turn in dialogue.turns[: t + 1]]
-    facts = [dialogue.persona_facts[i] for i in world.disclosed(dialogue.persona_facts, texts)]
-    unseen = [fact for fact in facts if fact in world.unseen_values()]
-    if not unseen:
-        return {}
-    recalled = sum(match is not None for match in rewards.match_lines(candidate.profile, unseen))
-    return {"unseen_disclosed": len(unseen), "unseen_recalled": recalled}
-
-
-def rates(sums: Counter) -> dict[str, float]:
-    """Turn summed counts into metrics (README, "Metrics")."""
-    n = sums["candidates"] or math.nan  # what nobody played was not measured: it is not 0
-    turns = [t for t in range(1, 1000) if sums[f"max_f1_turn{t}"] > 0]
-    metrics = {
-        "reward": (sums["profile_reward"] + sums["response_reward"]) / n,
-        "profile_reward": sums["profile_reward"] / n,
-        "response_reward": sums["response_reward"] / n,
-        "profile_f1": sums["f1"] / n,
-        "recall": sums["recalled"] / (sums["disclosed"] or math.nan),
-        "f1_over_max": sum(sums[f"evidence_f1_turn{t}"] for t in turns) / (sum(sums[f"max_f1_turn{t}"] for t in turns) or math.nan),
-        "unsupported_lines": sums["unsupported"] / n,
-        "profile_lines": sums["lines"] / n,
-        "disclosed_facts": sums["disclosed"] / n,
-        "format_valid": sums["valid"] / n,
-        "tokens_per_turn": sums["tokens"] / n,
-        "reply_words": sums["reply_words"] / n,
-        "reply_repeated": sums["reply_repeated"] / n,
-        "question_repeated": sums["question_repeated"] / n,
-        "dialogues": sums["dialogues"],
-        "dialogues_dropped": sums["dropped"],
-    }
-    metrics |= {f"f1_over_max_turn{t}": sums[f"evidence_f1_turn{t}"] / sums[f"max_f1_turn{t}"] for t in turns}
-    metrics |= {name: sums[f"verdict_{name}"] / n for name in rewards.VERDICTS}
-    metrics |= {f"failure_{name}": sums[f"failure_{name}"] / n for name in rewards.PARSE_FAILURES if sums[f"failure_{name}"]}
-    metrics |= {name: sums[name] for name in sums if name.startswith("dropped_")}
-    if sums["unseen_disclosed"]:
-        metrics["recall_unseen_values"] = sums["unseen_recalled"] / sums["unseen_disclosed"]
-    return metrics
 
 
 def batch_statistics(packed: list[Packed]) -> dict[str, float]:
@@ -904,8 +945,15 @@ def batch_statistics(packed: list[Packed]) -> dict[str, float]:
     sums = torch.zeros(7, dtype=torch.double)
     for p in packed:
         error, gap = p.returns - p.values, (p.old_logprobs - p.sampler_logprobs).abs()
-        parts = (len(p.targets), (p.old_logprobs - p.ref_logprobs).sum(), error.sum(), (error**2).sum(),
-                 p.returns.sum(), (p.returns**2).sum(), gap.sum())
+        parts = (
+            len(p.targets),
+            (p.old_logprobs - p.ref_logprobs).sum(),
+            error.sum(),
+            (error**2).sum(),
+            p.returns.sum(),
+            (p.returns**2).sum(),
+            gap.sum(),
+        )
         sums += torch.tensor([float(part) for part in parts], dtype=torch.double)
     count, kl, error, error2, returns, returns2, gap = all_sum(sums).tolist()
     n = count or math.nan
@@ -922,8 +970,15 @@ def batch_statistics(packed: list[Packed]) -> dict[str, float]:
 # Evaluation
 
 
-def evaluate(policy: Qwen2ForCausalLM, chat: ChatTokenizer, personas: list[Persona], config: Config, env: World, iteration: int,
-             temperature: float) -> tuple[dict[str, float], list[Dialogue]]:
+def evaluate(
+    policy: Qwen2ForCausalLM,
+    chat: ChatTokenizer,
+    personas: list[Persona],
+    config: Config,
+    env: World,
+    iteration: int,
+    temperature: float,
+) -> tuple[dict[str, float], list[Dialogue]]:
     """Play held-out personas with one candidate per turn; returns the metrics over all ranks and this rank's dialogues."""
     chosen = personas[: config.eval_dialogues]
     dialogues = [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
@@ -932,107 +987,8 @@ def evaluate(policy: Qwen2ForCausalLM, chat: ChatTokenizer, personas: list[Perso
     return rates(sum_counters(gather(tally(dialogues)))), dialogues
 
 
-def sum_counters(counters: Sequence[Counter]) -> Counter:
-    """Add counters up (negative counts are kept, unlike with +)."""
-    total: Counter = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Run folder: metrics, episodes, curve, checkpoints
-
-
-class RunLog:
-    """Rank 0's records of a run: metrics.jsonl, TensorBoard events, episodes.jsonl and the learning curve."""
-
-    def __init__(self, config: Config, last_iteration: int):
-        self.folder = Path(config.run_dir)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--run-dir {config.run_dir} cannot be made a folder: {error.strerror}") from None
-        self.writer = None
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            forget_after(self.folder / name, last_iteration)
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_iteration + 1)
-
-    def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
-        """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
-        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
-
-    def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
-        """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
-        with (self.folder / "episodes.jsonl").open("a") as file:
-            for dialogue in dialogues:
-                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
-
-    def close(self) -> None:
-        """Draw the learning curve and close the event file."""
-        if self.writer:
-            self.writer.close()
-        plot_curve(self.folder)
-
-
-def forget_after(path: Path, last_iteration: int) -> None:
-    """Drop the records that a run will write again: all after `last_iteration`, and a line that a kill cut short."""
-    if path.exists():
-        whole = path.read_text().split("\n")[:-1]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
-        path.write_text("".join(line + "\n" for line in kept))
-
-
-def episode_record(dialogue: Dialogue) -> dict:
-    """Return a dialogue as plain data for episodes.jsonl; token ids are left out of prompts, which repeat the history."""
-    record = asdict(dialogue)
-    for turn in record["turns"]:
-        turn["prompt_tokens"] = len(turn.pop("prompt_ids"))
-        for candidate in turn["candidates"]:
-            candidate["mean_logprob"] = round(sum(candidate.pop("logprobs")) / max(1, len(candidate["token_ids"])), 4)
-            candidate["tokens"] = len(candidate.pop("token_ids"))
-    return record
-
-
-CURVES = [
-    ("What is revealed gets into the profile", {"recall": "recall of revealed facts", "f1_over_max": "F1 ÷ honest maximum"}),
-    ("Replies that pass all five verdicts", {"response_reward": "response reward", "engagement": "engagement", "relevance": "relevance"}),
-    ("Lines per profile that nothing supports", {"unsupported_lines": "unsupported lines"}),
-    ("Guards", {"format_valid": "format valid", "reply_repeated": "replies repeated", "question_repeated": "questions repeated"}),
-]
-
-
-def plot_curve(folder: Path) -> None:
-    """Draw curve.png from metrics.jsonl: training (all candidates, sampled) and held-out evaluations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    styles = {"train": ("-", 0.35), "heldout/sampled": ("o-", 1.0), "heldout/greedy": ("s--", 0.8)}
-    for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
-        for color, (name, label) in enumerate(names.items()):
-            for kind, (style, alpha) in styles.items():
-                points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind and name in r]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, color=f"C{color}", alpha=alpha, markersize=3.5, label=f"{label}, {kind}")
-        axis.set(title=title, xlabel="iteration", ylim=(0, None))
-        axis.grid(alpha=0.25)
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.suptitle(f"RLPA: {folder.name}")
-    figure.savefig(folder / "curve.png", dpi=120)
-    plt.close(figure)
 
 
 def save_checkpoint(state: State) -> Path:
@@ -1045,6 +1001,8 @@ def save_checkpoint(state: State) -> Path:
         save_pretrained(learner.model, temporary / name)
         save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
     state.chat.tokenizer.save(str(temporary / "policy" / "tokenizer.json"))
+    if (Path(state.config.ckpt) / "rlpa.json").is_file():  # settings that suit this model go with it
+        shutil.copy(Path(state.config.ckpt) / "rlpa.json", temporary / "policy")
     (temporary / "trainer.json").write_text(json.dumps({"iteration": state.iteration, "updates": state.updates}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -1054,7 +1012,11 @@ def save_checkpoint(state: State) -> Path:
 def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
     """Return AdamW's moments and step counts by parameter name: tensors only, so that they fit safetensors."""
     names = {parameter: name for name, parameter in learner.model.named_parameters()}
-    return {f"{names[p]}|{key}": value.contiguous() for p, moments in learner.optimizer.state.items() for key, value in moments.items()}
+    return {
+        f"{names[p]}|{key}": value.contiguous()
+        for p, moments in learner.optimizer.state.items()
+        for key, value in moments.items()
+    }
 
 
 def load_optimizer(learner: Learner, path: Path) -> None:
@@ -1107,7 +1069,9 @@ def setup(config: Config, env: World) -> State:
     set_threads(policy, config)
     chat = ChatTokenizer.from_folder(config.ckpt)
     if chat.vocab_size > policy.config.vocab_size:
-        raise ValueError(f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only {policy.config.vocab_size}")
+        raise ValueError(
+            f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only {policy.config.vocab_size}"
+        )
     if folder or config.critic_ckpt:
         critic = load_critic(folder / "critic" if folder else config.critic_ckpt, device=device)
     else:
@@ -1121,13 +1085,16 @@ def setup(config: Config, env: World) -> State:
         for name, learner in zip(("policy", "critic"), learners, strict=True):
             load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
         if state.iteration >= state.num_iterations:
-            raise ValueError(f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations")
+            raise ValueError(
+                f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
+            )
     return state
 
 
 def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
     """Return training personas and named evaluation sets, which share no persona with them."""
     if not config.personas:
+
         def synthetic(n: int, split: str, seed: int) -> list[Persona]:
             return [Persona(f"{split}-{i}", tuple(f)) for i, f in enumerate(world.generate_personas(n, seed, split))]
 
@@ -1138,7 +1105,9 @@ def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Per
     if config.eval_personas:
         return personas, {"heldout": load_personas(config.eval_personas)}
     if len(personas) < 2:
-        raise ValueError(f"{config.personas} holds one persona; give more, or --eval-personas to evaluate on another file")
+        raise ValueError(
+            f"{config.personas} holds one persona; give more, or --eval-personas to evaluate on another file"
+        )
     heldout = personas[9::10] or personas[-1:]
     return [p for p in personas if p not in heldout], {"heldout": heldout}
 
@@ -1160,7 +1129,9 @@ def persona_batch(state: State) -> list[Dialogue]:
         place, cursor = i, state.iteration * config.rollout_batch_size + i
         if cursor >= n and not config.num_iterations:
             break  # the last, partial batch of the one pass
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(config.seed, "order", cursor // n)))
+        order = torch.randperm(
+            n, generator=torch.Generator().manual_seed(stream_seed(config.seed, "order", cursor // n))
+        )
         persona = state.personas[order[cursor % n]]
         if place % world_size() == rank():
             dialogues.append(Dialogue(place, persona.persona_id, persona.facts))
@@ -1193,19 +1164,26 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     metrics |= {k: float(v) for k, v in sum_counters(gather(env.counts)).items()}
     tree_tokens = all_sum(torch.tensor(float(sum(len(p.token_ids) for p in packed)))).item()
     seconds = time.perf_counter() - start
-    metrics |= {"tree_tokens": tree_tokens, "seconds": seconds, "sampled_tokens_per_second": metrics["action_tokens"] / seconds}
+    metrics |= {
+        "tree_tokens": tree_tokens,
+        "seconds": seconds,
+        "sampled_tokens_per_second": metrics["action_tokens"] / seconds,
+    }
     return metrics | {f"seconds_{k}": v for k, v in env.timers.seconds.items()}, dialogues
 
 
 def progress_line(state: State, m: dict[str, float]) -> str:
     """Write an iteration in one readable line."""
-    split = " ".join(f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "simulator", "rewards", "statistics", "update"))
+    split = " ".join(
+        f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "simulator", "rewards", "statistics", "update")
+    )
     return (
         f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
         f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
         f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
         f" clip {m.get('clip_frac', 0):.3f} ev {m['explained_variance']:.2f} | {m['seconds']:.1f}s ({split})"
-        f" {m['sampled_tokens_per_second']:.0f} tok/s" + (f" dropped {m['dialogues_dropped']:.0f}" if m["dialogues_dropped"] else "")
+        f" {m['sampled_tokens_per_second']:.0f} tok/s"
+        + (f" dropped {m['dialogues_dropped']:.0f}" if m["dialogues_dropped"] else "")
     )
 
 
@@ -1216,20 +1194,24 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
         if name != "heldout" and not ends:
             continue
         for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            metrics, dialogues = evaluate(state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature)
+            metrics, dialogues = evaluate(
+                state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature
+            )
             played[f"{name}/{how}"] = dialogues
             if log:
                 log.metrics(state.iteration, f"{name}/{how}", metrics)
-                tqdm.write(f"     {name + '/' + how:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
-                           f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
-                           f" valid {metrics['format_valid']:.3f}")
+                tqdm.write(
+                    f"     {name + '/' + how:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
+                    f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
+                    f" valid {metrics['format_valid']:.3f}"
+                )
     return played
 
 
 def train(config: Config, env: World) -> None:
     """Run the whole training: evaluation, iterations, checkpoints, final evaluation, transcripts and curve."""
     state = setup(config, env)
-    log = RunLog(config, state.iteration if config.resume else -1) if rank() == 0 else None
+    log = RunLog(config.run_dir, state.iteration if config.resume else -1, config.tensorboard) if rank() == 0 else None
     if log:
         announce(state)
         (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -1254,7 +1236,9 @@ def train(config: Config, env: World) -> None:
     if log:
         log.close()
         show_transcripts(before, after)
-        print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {newest_checkpoint(config.run_dir) / 'policy'}")
+        print(
+            f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {newest_checkpoint(config.run_dir) / 'policy'}"
+        )
 
 
 def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
@@ -1273,28 +1257,24 @@ def announce(state: State) -> None:
         f" {torch.get_num_threads()} thread(s) each\n      {len(state.personas)} training personas,"
         f" {', '.join(f'{len(p)} {name}' for name, p in state.eval_sets.items())}; user {config.simulator_url or 'embedded'},"
         f" judge {config.judge_url or 'by rule'}\n      {state.num_iterations} iterations x {config.rollout_batch_size} dialogues x"
-        f" {config.max_turns} turns x {config.num_candidates} candidates -> {config.run_dir}", flush=True,
+        f" {config.max_turns} turns x {config.num_candidates} candidates -> {config.run_dir}",
+        flush=True,
     )
-
-
-def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Dialogue]]) -> None:
-    """Print one held-out dialogue as the policy led it before and after training."""
-    for when, played in (("before", before), ("after", after)):
-        for dialogue in played.get("heldout/sampled", [])[:1]:
-            print(f"\n===== {when}: persona {dialogue.persona_id} ({'; '.join(dialogue.persona_facts)})")
-            for turn in dialogue.turns:
-                scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
-                print(f"  user      {turn.user_text}\n  profile   {'; '.join(turn.winner.profile) or '-'}   [{scores}]"
-                      f"\n  assistant {turn.winner.response}")
-    print()
 
 
 @contextmanager
 def open_world(config: Config) -> Iterator[World]:
     """Open the clients of user and judge; starts the embedded user for this process if no --simulator-url is given."""
+
     def client(url: str, model: str) -> ChatClient:
-        return ChatClient(url, model, config.api_key_env or None, total_timeout=config.request_timeout,
-                          max_retries=config.max_retries, max_concurrency=config.max_concurrency)
+        return ChatClient(
+            url,
+            model,
+            config.api_key_env or None,
+            total_timeout=config.request_timeout,
+            max_retries=config.max_retries,
+            max_concurrency=config.max_concurrency,
+        )
 
     server = None if config.simulator_url else start_embedded_server()
     user = client(config.simulator_url or server.url, config.simulator_model)
@@ -1314,7 +1294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(argv)
         if distributed:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
+            )
             config.run_dir = gather(config.run_dir)[0]  # the time in a default name may differ between ranks
         with open_world(config) as env:
             train(config, env)

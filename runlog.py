@@ -1,0 +1,246 @@
+"""What a run is judged by and leaves behind: metrics of dialogues, and the records in the run folder.
+
+`tally` counts what happened in dialogues, `rates` turns counts (of all ranks) into the metrics of the README's glossary.
+`RunLog` writes metrics.jsonl, TensorBoard events and episodes.jsonl and draws the learning curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import rewards
+import world
+from dialogue import Candidate, Dialogue
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics of dialogues
+
+
+def tally(dialogues: list[Dialogue]) -> Counter:
+    """Sum up what happened in dialogues, over all candidates; `rates` turns the sums of all ranks into metrics."""
+    sums: Counter = Counter(dialogues=len(dialogues))
+    for dialogue in dialogues:
+        if dialogue.dropped is not None:
+            sums["dropped"] += 1
+            sums[f"dropped_{dialogue.dropped.partition(':')[0]}"] += 1
+            continue
+        for t, turn in enumerate(dialogue.turns):
+            before = [earlier.winner.response for earlier in dialogue.turns[:t]]
+            for candidate in turn.candidates:
+                if candidate.judged:
+                    sums.update(candidate_sums(candidate, before, t))
+                    sums.update(unseen_sums(candidate, dialogue, t))
+    return sums
+
+
+def candidate_sums(candidate: Candidate, before: list[str], t: int) -> dict[str, float]:
+    """Sum up one candidate; `before` are the replies that the dialogue had already heard."""
+    ledger = candidate.ledger
+    asked_before = {slot for reply in before for slot in world.asked_slots(reply)}
+    sums = {
+        "candidates": 1,
+        "valid": candidate.failure is None,
+        "tokens": len(candidate.token_ids),
+        "profile_reward": candidate.profile_reward,
+        "response_reward": candidate.response_reward,
+        "f1": ledger["f1"],
+        "lines": ledger["n_lines"],
+        "unsupported": ledger["n_unsupported"],
+        "disclosed": ledger["n_disclosed"],
+        "recalled": ledger["n_recalled"],
+        f"evidence_f1_turn{t + 1}": ledger["evidence_f1"],
+        f"max_f1_turn{t + 1}": ledger["max_f1"],
+        "reply_words": len(world.words(candidate.response)),
+        "reply_repeated": candidate.response in before,
+        "question_repeated": bool(asked_before & set(world.asked_slots(candidate.response))),
+    }
+    if candidate.failure:
+        sums[f"failure_{candidate.failure}"] = 1
+    return sums | {f"verdict_{name}": verdict for name, verdict in candidate.verdicts.items()}
+
+
+def unseen_sums(candidate: Candidate, dialogue: Dialogue, t: int) -> dict[str, float]:
+    """Count the disclosed facts whose value no training persona has (embedded world), and those the profile recalls."""
+    texts = [turn.user_text for turn in dialogue.turns[: t + 1]]
+    facts = [dialogue.persona_facts[i] for i in world.disclosed(dialogue.persona_facts, texts)]
+    unseen = [fact for fact in facts if fact in world.unseen_values()]
+    if not unseen:
+        return {}
+    recalled = sum(match is not None for match in rewards.match_lines(candidate.profile, unseen))
+    return {"unseen_disclosed": len(unseen), "unseen_recalled": recalled}
+
+
+def rates(sums: Counter) -> dict[str, float]:
+    """Turn summed counts into metrics (README, "Metrics")."""
+    n = sums["candidates"] or math.nan  # what nobody played was not measured: it is not 0
+    turns = [t for t in range(1, 1000) if sums[f"max_f1_turn{t}"] > 0]
+    metrics = {
+        "reward": (sums["profile_reward"] + sums["response_reward"]) / n,
+        "profile_reward": sums["profile_reward"] / n,
+        "response_reward": sums["response_reward"] / n,
+        "profile_f1": sums["f1"] / n,
+        "recall": sums["recalled"] / (sums["disclosed"] or math.nan),
+        "f1_over_max": sum(sums[f"evidence_f1_turn{t}"] for t in turns)
+        / (sum(sums[f"max_f1_turn{t}"] for t in turns) or math.nan),
+        "unsupported_lines": sums["unsupported"] / n,
+        "profile_lines": sums["lines"] / n,
+        "disclosed_facts": sums["disclosed"] / n,
+        "format_valid": sums["valid"] / n,
+        "tokens_per_turn": sums["tokens"] / n,
+        "reply_words": sums["reply_words"] / n,
+        "reply_repeated": sums["reply_repeated"] / n,
+        "question_repeated": sums["question_repeated"] / n,
+        "dialogues": sums["dialogues"],
+        "dialogues_dropped": sums["dropped"],
+    }
+    metrics |= {f"f1_over_max_turn{t}": sums[f"evidence_f1_turn{t}"] / sums[f"max_f1_turn{t}"] for t in turns}
+    metrics |= {name: sums[f"verdict_{name}"] / n for name in rewards.VERDICTS}
+    metrics |= {
+        f"failure_{name}": sums[f"failure_{name}"] / n for name in rewards.PARSE_FAILURES if sums[f"failure_{name}"]
+    }
+    metrics |= {name: sums[name] for name in sums if name.startswith("dropped_")}
+    if sums["unseen_disclosed"]:
+        metrics["recall_unseen_values"] = sums["unseen_recalled"] / sums["unseen_disclosed"]
+    return metrics
+
+
+def sum_counters(counters: Sequence[Counter]) -> Counter:
+    """Add counters up (negative counts are kept, unlike with +)."""
+    total: Counter = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+class RunLog:
+    """Rank 0's records of a run: metrics.jsonl, TensorBoard events, episodes.jsonl and the learning curve."""
+
+    def __init__(self, folder: str, last_iteration: int, tensorboard: bool):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--run-dir {folder} cannot be made a folder: {error.strerror}") from None
+        self.writer = None
+        for name in ("metrics.jsonl", "episodes.jsonl"):
+            forget_after(self.folder / name, last_iteration)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_iteration + 1)
+
+    def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
+        """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
+        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
+
+    def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
+        """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
+        with (self.folder / "episodes.jsonl").open("a") as file:
+            for dialogue in dialogues:
+                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
+
+    def close(self) -> None:
+        """Draw the learning curve and close the event file."""
+        if self.writer:
+            self.writer.close()
+        plot_curve(self.folder)
+
+
+def forget_after(path: Path, last_iteration: int) -> None:
+    """Drop the records that a run will write again: all after `last_iteration`, and a line that a kill cut short."""
+    if path.exists():
+        whole = path.read_text().split("\n")[:-1]
+        kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def episode_record(dialogue: Dialogue) -> dict:
+    """Return a dialogue as plain data for episodes.jsonl; token ids are left out of prompts, which repeat the history."""
+    record = asdict(dialogue)
+    for turn in record["turns"]:
+        turn["prompt_tokens"] = len(turn.pop("prompt_ids"))
+        for candidate in turn["candidates"]:
+            candidate["mean_logprob"] = round(sum(candidate.pop("logprobs")) / max(1, len(candidate["token_ids"])), 4)
+            candidate["tokens"] = len(candidate.pop("token_ids"))
+    return record
+
+
+CURVES = [
+    (
+        "What is revealed gets into the profile",
+        {"recall": "recall of revealed facts", "f1_over_max": "F1 ÷ honest maximum"},
+    ),
+    (
+        "Replies that pass all five verdicts",
+        {"response_reward": "response reward", "engagement": "engagement", "relevance": "relevance"},
+    ),
+    ("Lines per profile that nothing supports", {"unsupported_lines": "unsupported lines"}),
+    (
+        "Guards",
+        {
+            "format_valid": "format valid",
+            "reply_repeated": "replies repeated",
+            "question_repeated": "questions repeated",
+        },
+    ),
+]
+
+
+def plot_curve(folder: Path) -> None:
+    """Draw curve.png from metrics.jsonl: training (all candidates, sampled) and held-out evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    styles = {"train": ("-", 0.35), "heldout/sampled": ("o-", 1.0), "heldout/greedy": ("s--", 0.8)}
+    for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
+        for color, (name, label) in enumerate(names.items()):
+            for kind, (style, alpha) in styles.items():
+                points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind and name in r]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=f"C{color}",
+                        alpha=alpha,
+                        markersize=3.5,
+                        label=f"{label}, {kind}",
+                    )
+        axis.set(title=title, xlabel="iteration", ylim=(0, None))
+        axis.grid(alpha=0.25)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.suptitle(f"RLPA: {folder.name}")
+    figure.savefig(folder / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Dialogue]]) -> None:
+    """Print one held-out dialogue as the policy led it before and after training."""
+    for when, played in (("before", before), ("after", after)):
+        for dialogue in played.get("heldout/sampled", [])[:1]:
+            print(f"\n===== {when}: persona {dialogue.persona_id} ({'; '.join(dialogue.persona_facts)})")
+            for turn in dialogue.turns:
+                scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
+                print(
+                    f"  user      {turn.user_text}\n  profile   {'; '.join(turn.winner.profile) or '-'}   [{scores}]"
+                    f"\n  assistant {turn.winner.response}"
+                )
+    print()
