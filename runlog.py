@@ -1,6 +1,7 @@
 """What a run is judged by and leaves behind: metrics of dialogues, and the records in the run folder.
 
-`tally` counts what happened in dialogues, `rates` turns counts (of all ranks) into the metrics of the README's glossary.
+`tally` counts what happened in dialogues, `rates` turns the counts of all ranks into the metrics of the README's
+glossary.
 `RunLog` writes metrics.jsonl, TensorBoard events and episodes.jsonl and draws the learning curve.
 """
 
@@ -169,7 +170,7 @@ def forget_after(path: Path, last_iteration: int) -> None:
 
 
 def episode_record(dialogue: Dialogue) -> dict:
-    """Return a dialogue as plain data for episodes.jsonl; token ids are left out of prompts, which repeat the history."""
+    """Return a dialogue as plain data for episodes.jsonl, without the prompts' ids, which only repeat the history."""
     record = asdict(dialogue)
     for turn in record["turns"]:
         turn["prompt_tokens"] = len(turn.pop("prompt_ids"))

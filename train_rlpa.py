@@ -11,8 +11,8 @@ One iteration, in the order of this file:
     advantages   per-token rewards → GAE within a turn (credit "turn") or along the chosen path (credit "dialogue")
     update       clipped PPO loss for the policy, clipped value loss for the critic, normalised by global token counts
 
-Changed against the published code: README, "What differs from the paper". Letters: B dialogues in a micro-batch, T padded
-tree tokens, N action tokens (sampled ids), D hidden, V vocabulary.
+Changed against the published code: README, "What differs from the paper". Letters: B dialogues in a micro-batch, T
+padded tree tokens, N action tokens (sampled ids), D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ class Config:
     kl_coef: float = 0.01  # weight of the KL to the reference policy; 0 switches it off and saves its forward
     # update
     num_iterations: int = 0  # iterations to run; 0: one pass over the personas
-    minibatch_size: int = (
-        4  # dialogues per optimizer step, over all processes (4 x 10 turns x 4 candidates = 160 samples)
-    )
+    minibatch_size: int = 4  # dialogues per optimizer step, over all processes (4 x 10 turns x 4 candidates: 160 samples)
     microbatch_size: int = 1  # dialogues per forward and backward in one process
     num_epochs: int = 1  # passes over a rollout batch
     lr: float = 5e-7  # policy's peak learning rate
@@ -219,7 +217,7 @@ def flag(name: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """Read the flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
+    """Read flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse_arguments
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
@@ -450,7 +448,7 @@ class Sampler:
         self.take_up(dialogues, samples)
 
     def keep_prefixes(self, dialogues: list[Dialogue], prompts: list[list[int]]) -> list[list[int]]:
-        """Cut the cache to the winners' rows and to what they share with the new prompts; return the ids still to compute.
+        """Cut the cache to the winners' rows and what they share with the new prompts; return the ids still to compute.
 
         With `history_profile latest` a prompt departs from the cached ids where the older profile was taken out: the
         common prefix is kept and the rest is computed again, so one rule serves both.
@@ -471,7 +469,7 @@ class Sampler:
         return [prompt[k:] for prompt, k in zip(prompts, kept, strict=True)]
 
     def take_up(self, dialogues: list[Dialogue], samples: Samples) -> None:
-        """Write the samples into the dialogues and remember which ids the cache rows hold (the last one's K/V is pending)."""
+        """Write the samples into the dialogues; remember the ids behind the cache rows (the last id's K/V is pending)."""
         n = self.play.num_candidates
         for i, dialogue in enumerate(dialogues):
             turn, rows = dialogue.turns[-1], range(i * n, i * n + n)
@@ -496,7 +494,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def score_turns(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, config: Config, env: World) -> None:
-    """Parse and score the newest candidates of every dialogue and choose the best, which goes on (ties: lowest index)."""
+    """Parse and score the newest candidates of every dialogue and choose the best to go on (ties: lowest index)."""
     for dialogue in dialogues:
         for candidate in dialogue.turns[-1].candidates:
             read_candidate(candidate, dialogue, chat)
@@ -525,7 +523,7 @@ def read_candidate(candidate: Candidate, dialogue: Dialogue, chat: ChatTokenizer
 
 
 def turn_reward(candidate: Candidate, config: Config) -> float:
-    """Return profile_weight · Profile Reward + response_weight · Response Reward; a format failure has earned neither."""
+    """Return profile_weight · Profile Reward + response_weight · Response Reward; a format failure earns neither."""
     return config.profile_weight * candidate.profile_reward + config.response_weight * candidate.response_reward
 
 
@@ -643,7 +641,7 @@ def microbatches(packed: Sequence[Packed], size: int) -> Iterator[list[Packed]]:
 
 
 def tree_inputs(batch: list[Packed], device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Pad trees to (token_ids (B, T), position_ids (B, T), attention_mask (B, 1, T, T)); and predict (N,) into (B·T)."""
+    """Pad trees to token_ids (B, T), position_ids (B, T), attention_mask (B, 1, T, T); and predict (N,) into (B·T)."""
     T = max(len(p.token_ids) for p in batch)
     token_ids = torch.zeros(len(batch), T, dtype=torch.long)
     position_ids = torch.zeros(len(batch), T, dtype=torch.long)
@@ -659,7 +657,7 @@ def tree_inputs(batch: list[Packed], device: torch.device) -> tuple[tuple[Tensor
 
 
 def policy_logprobs(policy: Qwen2ForCausalLM, batch: list[Packed], temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log-probs (N,) of a micro-batch's action tokens and the entropies (N,) of the distributions they came from."""
+    """Return log-probs (N,) of a micro-batch's action tokens and entropies (N,) of the distributions they came from."""
     device = policy.head_weight.device
     inputs, predict = tree_inputs(batch, device)
     hidden = policy(*inputs).flatten(0, 1)[predict]  # (N, D)
@@ -880,7 +878,7 @@ def update(
     progress: tuple[int, int],
     train_policy: bool,
 ) -> dict:
-    """Run PPO over one rollout batch; `progress` is (updates done before, updates of the whole run). Returns metrics."""
+    """Run PPO over one rollout batch; `progress` is (updates done so far, updates of the whole run). Gives metrics."""
     num_minibatches = config.rollout_batch_size // config.minibatch_size
     totals: Counter = Counter()
     first: dict[str, float] = {}
@@ -941,7 +939,7 @@ def minibatch_update(
 
 
 def batch_statistics(packed: list[Packed]) -> dict[str, float]:
-    """Return token statistics of a rollout batch: KL to the reference, the critic's explained variance, the sampler's gap."""
+    """Return statistics of a batch's tokens: KL to the reference, the critic's explained variance, the sampler's gap."""
     sums = torch.zeros(7, dtype=torch.double)
     for p in packed:
         error, gap = p.returns - p.values, (p.old_logprobs - p.sampler_logprobs).abs()
@@ -979,7 +977,7 @@ def evaluate(
     iteration: int,
     temperature: float,
 ) -> tuple[dict[str, float], list[Dialogue]]:
-    """Play held-out personas with one candidate per turn; returns the metrics over all ranks and this rank's dialogues."""
+    """Play held-out personas, one candidate per turn; returns metrics over all ranks and this rank's dialogues."""
     chosen = personas[: config.eval_dialogues]
     dialogues = [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
     play = Play(1, temperature, (config.seed, "eval", iteration, temperature))
@@ -1070,7 +1068,8 @@ def setup(config: Config, env: World) -> State:
     chat = ChatTokenizer.from_folder(config.ckpt)
     if chat.vocab_size > policy.config.vocab_size:
         raise ValueError(
-            f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only {policy.config.vocab_size}"
+            f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only"
+            f" {policy.config.vocab_size}"
         )
     if folder or config.critic_ckpt:
         critic = load_critic(folder / "critic" if folder else config.critic_ckpt, device=device)
@@ -1237,7 +1236,8 @@ def train(config: Config, env: World) -> None:
         log.close()
         show_transcripts(before, after)
         print(
-            f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {newest_checkpoint(config.run_dir) / 'policy'}"
+            f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}"
+            f"   policy: {newest_checkpoint(config.run_dir) / 'policy'}"
         )
 
 
@@ -1251,15 +1251,17 @@ def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dia
 
 def announce(state: State) -> None:
     """Say what is about to run."""
-    config, parameters = state.config, sum(p.numel() for p in state.policy.model.parameters())
-    print(
-        f"RLPA: policy {config.ckpt} ({parameters / 1e6:.2f} M parameters, and a critic of that size), {world_size()} process(es),"
-        f" {torch.get_num_threads()} thread(s) each\n      {len(state.personas)} training personas,"
-        f" {', '.join(f'{len(p)} {name}' for name, p in state.eval_sets.items())}; user {config.simulator_url or 'embedded'},"
-        f" judge {config.judge_url or 'by rule'}\n      {state.num_iterations} iterations x {config.rollout_batch_size} dialogues x"
-        f" {config.max_turns} turns x {config.num_candidates} candidates -> {config.run_dir}",
-        flush=True,
+    config, millions = state.config, sum(p.numel() for p in state.policy.model.parameters()) / 1e6
+    sets = ", ".join(f"{len(personas)} {name}" for name, personas in state.eval_sets.items())
+    batch = f"{config.rollout_batch_size} dialogues x {config.max_turns} turns x {config.num_candidates} candidates"
+    lines = (
+        f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, and a critic of that size)",
+        f"{world_size()} process(es), {torch.get_num_threads()} thread(s) each",
+        f"{len(state.personas)} training personas, {sets}",
+        f"user {config.simulator_url or 'embedded'}, judge {config.judge_url or 'by rule'}",
+        f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )
+    print("\n      ".join(lines), flush=True)
 
 
 @contextmanager
