@@ -112,7 +112,7 @@ class Config:
     kl_coef: float = 0.01  # weight of the KL to the reference policy; 0 switches it off and saves its forward
     # update
     num_iterations: int = 0  # iterations to run; 0: one pass over the personas
-    minibatch_size: int = 4  # dialogues per optimizer step, over all processes (4 x 10 turns x 4 candidates: 160 samples)
+    minibatch_size: int = 4  # dialogues per optimizer step, over all processes (x 10 turns x 4 candidates: 160)
     microbatch_size: int = 1  # dialogues per forward and backward in one process
     num_epochs: int = 1  # passes over a rollout batch
     lr: float = 5e-7  # policy's peak learning rate
@@ -469,7 +469,7 @@ class Sampler:
         return [prompt[k:] for prompt, k in zip(prompts, kept, strict=True)]
 
     def take_up(self, dialogues: list[Dialogue], samples: Samples) -> None:
-        """Write the samples into the dialogues; remember the ids behind the cache rows (the last id's K/V is pending)."""
+        """Write the samples into the dialogues; remember the ids behind the cache rows (the last K/V is pending)."""
         n = self.play.num_candidates
         for i, dialogue in enumerate(dialogues):
             turn, rows = dialogue.turns[-1], range(i * n, i * n + n)
@@ -939,7 +939,7 @@ def minibatch_update(
 
 
 def batch_statistics(packed: list[Packed]) -> dict[str, float]:
-    """Return statistics of a batch's tokens: KL to the reference, the critic's explained variance, the sampler's gap."""
+    """Return statistics of a batch's tokens: KL to the reference, the critic's explained variance, sampler's gap."""
     sums = torch.zeros(7, dtype=torch.double)
     for p in packed:
         error, gap = p.returns - p.values, (p.old_logprobs - p.sampler_logprobs).abs()
@@ -1160,7 +1160,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     state.updates += per_iteration
     metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
-    metrics |= {k: float(v) for k, v in sum_counters(gather(env.counts)).items()}
+    metrics |= sum_counters(gather(env.counts)) | sum_counters(gather(endpoint_counts(env)))
     tree_tokens = all_sum(torch.tensor(float(sum(len(p.token_ids) for p in packed)))).item()
     seconds = time.perf_counter() - start
     metrics |= {
@@ -1169,6 +1169,17 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         "sampled_tokens_per_second": metrics["action_tokens"] / seconds,
     }
     return metrics | {f"seconds_{k}": v for k, v in env.timers.seconds.items()}, dialogues
+
+
+def endpoint_counts(env: World) -> Counter:
+    """Return this process's requests, retries and failed attempts by reason since the start, per endpoint."""
+    counts: Counter = Counter()
+    for name, client in (("simulator", env.user), ("judge", env.judge)):
+        if client is not None:
+            totals = client.counts
+            counts.update({f"{name}_requests": totals["requests"], f"{name}_retries": totals["retries"]})
+            counts.update({f"{name}_error_{reason}": n for reason, n in totals["errors"].items()})
+    return counts
 
 
 def progress_line(state: State, m: dict[str, float]) -> str:
