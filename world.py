@@ -288,44 +288,38 @@ def say_fact(fact: str, rng: random.Random) -> str:
 
 
 def first_person(sentence: str) -> str:
-    """Turn a sentence about him or her into one about me (as far as a few rules go)."""
-    turned = re.sub(r"\b(he|she)(?:'s| is)\b", "I am", sentence, flags=re.IGNORECASE)
-    turned = re.sub(r"\b(?:he|she) (\w+)", lambda m: f"I {_plain_verb(m[1])}", turned, flags=re.IGNORECASE)
-    turned = re.sub(r"\band (\w+)", lambda m: f"and {_plain_verb(m[1])}" if m[1] in _VERBS else m[0], turned)
-    for theirs, mine in (
-        ("his", "my"),
-        ("her", "my"),
-        ("him", "me"),
-        ("hers", "mine"),
-        ("he", "I"),
-        ("she", "I"),
-        ("himself", "myself"),
-        ("herself", "myself"),
-    ):
+    """Turn a sentence about him or her into one about me (as far as a few rules go).
+
+    >>> first_person("He is a nurse and often works at night; his cat adores him.")
+    'I am a nurse and often work at night; my cat adores me.'
+    """
+    turned = re.sub(r"\b(?:he|she)(?:'s| is)\b", "I am", sentence, flags=re.IGNORECASE)
+    turned = re.sub(rf"\b(?:he|she)\b(?P<adverb>{_ADVERB}) (?P<verb>\w+)", _my_verb, turned, flags=re.IGNORECASE)
+    turned = re.sub(rf"\band(?P<adverb>{_ADVERB}) (?P<verb>{'|'.join(_VERBS)})\b", _my_verb, turned)
+    for theirs, mine in _PRONOUNS.items():
         turned = re.sub(rf"\b{theirs}\b", mine, turned, flags=re.IGNORECASE)
     return turned[:1].upper() + turned[1:]
 
 
-_VERBS = {
-    "has": "have",
-    "is": "am",
-    "does": "do",
-    "loves": "love",
-    "enjoys": "enjoy",
-    "likes": "like",
-    "lives": "live",
-    "works": "work",
-    "collects": "collect",
-    "plays": "play",
-    "volunteers": "volunteer",
-    "owns": "own",
-}
+_ADVERB = r"(?: (?:often|also|always|usually|frequently|regularly|sometimes|never|currently|recently|really))?"
+_PRONOUNS = {"his": "my", "her": "my", "him": "me", "hers": "mine", "he": "I", "she": "I", "himself": "myself",
+             "herself": "myself"}  # fmt: skip
+_VERBS = {"has": "have", "is": "am", "does": "do", "was": "was", "loves": "love", "enjoys": "enjoy", "likes": "like",
+          "lives": "live", "works": "work", "collects": "collect", "plays": "play", "volunteers": "volunteer",
+          "owns": "own", "makes": "make", "knits": "knit"}  # fmt: skip
 
 
-def _plain_verb(verb: str) -> str:
-    if verb in _VERBS or not verb.endswith("s") or verb.endswith("ss") or verb in {"was", "always", "sometimes"}:
-        return {"was": "was"}.get(verb, _VERBS.get(verb, verb))
-    return verb[:-2] if verb.endswith(("ches", "shes", "sses", "xes")) else verb[:-1]
+def _my_verb(match: re.Match[str]) -> str:
+    """Put a verb of the third person into the first, with "I" for "he" or "she"."""
+    verb = match["verb"]
+    subject = "and" if match[0].startswith("and") else "I"
+    if verb in _VERBS:
+        plain = _VERBS[verb]
+    elif verb.endswith(("ches", "shes", "sses", "xes")):
+        plain = verb[:-2]
+    else:
+        plain = verb[:-1] if verb.endswith("s") and not verb.endswith("ss") else verb
+    return f"{subject}{match['adverb']} {plain}"
 
 
 def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
