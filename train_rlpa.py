@@ -383,16 +383,14 @@ def rollout(
         group = dialogues[start : start + config.decode_batch_size]
         sampler = Sampler(policy, chat, play, config)
         for _ in range(config.max_turns):
-            with env.timers("simulator"):
-                hear_users(group, chat, play, config, env)
-            group = [d for d in group if d.dropped is None]
-            if not group:
-                break
-            with env.timers("sampling"):
-                sampler.sample(group)
-            with env.timers("rewards"):
-                score_turns(group, chat, play, config, env)
-            group = [d for d in group if d.dropped is None]
+            if group := [d for d in group if d.dropped is None]:
+                with env.timers("simulator"):
+                    hear_users(group, chat, play, config, env)
+            if group := [d for d in group if d.dropped is None]:
+                with env.timers("sampling"):
+                    sampler.sample(group)
+                with env.timers("rewards"):
+                    score_turns(group, chat, play, config, env)
 
 
 def hear_users(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, config: Config, env: World) -> None:

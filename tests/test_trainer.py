@@ -615,7 +615,8 @@ def test_weights_and_targets_of_the_rewards(ckpt):
 
 
 def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path, monkeypatch):
-    """Guards the whole loop against half-judged turns: unjudged candidates are in the count, not in loss or reward."""
+    """Guards the whole loop against half-judged turns: unjudged candidates are in the count, not in loss or reward,
+    and a group of dialogues that are all dropped (the evaluation) plays no further turn."""
     chat = ChatTokenizer.from_folder(ckpt)
     texts = [render_turn(["Age: 34"], reply) for reply in ("How lovely.", "How dull.")]
     lovely, dull = ([*chat.encode(text), chat.im_end] for text in texts)
@@ -623,17 +624,20 @@ def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path, monkeypat
     def scripted_samples(model, cache, new_ids, *, n, **_):
         token_ids = [lovely, dull][:n] * len(new_ids)
         sizes = [len(t) for t in token_ids]
+        cache.select(torch.arange(len(new_ids)).repeat_interleave(n))
+        stored = [len(new_ids[row // n]) + size - 1 for row, size in enumerate(sizes)]
+        cache.lengths = cache.lengths + torch.tensor(stored)
         return Samples(token_ids, [[-1.0] * size for size in sizes], sizes, ["stop"] * len(sizes))
 
     monkeypatch.setattr(train_rlpa, "generate", scripted_samples)
     run = tmp_path / "run"
     with chat_server(lambda text: (200, "well..." if "lovely" in text else GOOD)) as url:
-        go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--judge-url", url, "--max-turns", 1,
+        go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--judge-url", url, "--max-turns", 2,
            "--num-iterations", 1)  # fmt: skip
     (train,) = records(run, "train")
-    assert (train["candidates_unjudged"], train["dialogues_dropped"]) == (4, 0)
+    assert (train["candidates_unjudged"], train["dialogues_dropped"]) == (8, 0)
     assert (train["response_reward"], train["format_valid"]) == (1, 1)
-    assert train["action_tokens"] == 4 * len(dull)
+    assert train["action_tokens"] == 8 * len(dull)
     assert all(r["dropped_judge"] == SMALL["eval_dialogues"] for r in records(run, "heldout/greedy"))
 
 
