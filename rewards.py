@@ -30,7 +30,7 @@ PARSE_FAILURES = (
     "outside_text",
     "empty_response",
 )
-PROFILE_TARGETS = ("persona", "evidence")
+PROFILE_TARGETS = {"persona": "f1", "evidence": "evidence_f1", "ledger": "ledger_f1"}  # name → field of ProfileScore
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
 ChatMany = Callable[[Sequence[list[dict]], Sequence[int]], Sequence[str | Exception]]
 
@@ -177,6 +177,7 @@ class ProfileScore:
 
     f1: float  # against the whole persona, as published: a lucky guess counts
     evidence_f1: float  # the same, but a match counts only if the dialogue has disclosed that fact
+    ledger_f1: float  # against what the dialogue has disclosed, and nothing else: 1 is always within reach
     max_f1: float  # the best honest profile at this point: world.theoretical_max_f1
     n_lines: int
     n_disclosed: int
@@ -189,11 +190,13 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
 
     Under the published F1 a guess pays as soon as it is right with a probability above half the current F1 (gender:
     one in two), which teaches padding. `evidence_f1` takes that away without changing anything else: a guess can only
-    lengthen |P̂|, and an honest profile scores what it scored before.
+    lengthen |P̂|, and an honest profile scores what it scored before. But early on it is nearly free: with 0 facts
+    disclosed it costs nothing, with 1 of 12 a hundredth. `ledger_f1` compares with the disclosed facts alone, so that a
+    guess costs a third of the score beside one fact, and everything when there is none.
 
     >>> score = score_profile(["Age: 34", "Gender: woman"], ["Age: 34", "Gender: woman"], ["Hello", "I'm 34."])
-    >>> (score.f1, score.evidence_f1, round(score.max_f1, 3), score.n_recalled, score.n_unsupported)
-    (1.0, 0.5, 0.667, 1, 1)
+    >>> (score.f1, score.evidence_f1, round(score.ledger_f1, 3), round(score.max_f1, 3), score.n_unsupported)
+    (1.0, 0.5, 0.667, 0.667, 1)
     """
     ledger = world.disclosed(facts, user_texts)
     supported = match_lines(lines, [facts[i] for i in ledger])
@@ -202,6 +205,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
     return ProfileScore(
         f1=f1_score(n_matched, len(lines), len(facts)),
         evidence_f1=f1_score(n_recalled, len(lines), len(facts)),
+        ledger_f1=f1_score(n_recalled, len(lines), len(ledger)),
         max_f1=world.theoretical_max_f1(len(facts), len(ledger)),
         n_lines=len(lines),
         n_disclosed=len(ledger),

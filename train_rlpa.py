@@ -101,7 +101,7 @@ class Config:
     # rewards
     profile_weight: float = 1.0  # weight of the Profile Reward; 0 switches it off
     response_weight: float = 1.0  # weight of the Response Reward; 0 switches it off
-    profile_target: str = "persona"  # persona: F1 as published; evidence: a match counts once the user has disclosed it
+    profile_target: str = "persona"  # F1 against persona (published), evidence (matches count once disclosed) or ledger
     reward_at: str = "turn"  # turn: both on the turn's last token (published); segment: the profile's where it ends
     # advantages
     credit: str = "turn"  # turn: each turn for itself (published); dialogue: GAE goes on along the chosen path
@@ -152,9 +152,10 @@ class Config:
             )
         if self.profile_judge == "http" and not self.judge_url:
             raise ValueError("--profile-judge http needs --judge-url")
-        if self.profile_judge == "http" and self.profile_target == "evidence":
+        if self.profile_judge == "http" and self.profile_target != "persona":
             raise ValueError(
-                "--profile-target evidence needs --profile-judge rule: an LLM's count does not say which lines match"
+                f"--profile-target {self.profile_target} needs --profile-judge rule:"
+                " an LLM's count does not say which lines match"
             )
 
 
@@ -554,9 +555,8 @@ def judge_profiles(dialogues: list[Dialogue], play: Play, config: Config, env: W
     """Fill in the Profile Reward of all candidates that could be parsed."""
     waiting = parsed_candidates(dialogues)
     if config.profile_judge == "rule":
-        target = "f1" if config.profile_target == "persona" else "evidence_f1"
         for _, _, candidate in waiting:
-            candidate.profile_reward = candidate.ledger[target]
+            candidate.profile_reward = candidate.ledger[rewards.PROFILE_TARGETS[config.profile_target]]
         return
     requests = [rewards.profile_judge_messages(c.profile, d.persona_facts) for d, _, c in waiting]
     covered = rewards.ask_judge(env.judge.chat_many, requests, rewards.parse_covered, judge_seeds(waiting, play))

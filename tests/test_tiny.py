@@ -53,4 +53,4 @@ def test_ppo_mends_the_checkpoint_within_a_few_iterations(tmp_path):
     first = next(record for record in records if record["kind"] == "train")
     assert first["ratio_dev_first"] < 1e-4 and first["sampler_trainer_logprob_gap"] < 1e-4
     assert "recall of revealed facts" in table([records])
-    assert json.loads((tmp_path / "config.json").read_text())["profile_target"] == "evidence"
+    assert json.loads((tmp_path / "config.json").read_text())["profile_target"] == "ledger"
