@@ -83,7 +83,9 @@ def draw(runs: list[list[dict]], path: Path) -> None:
     for axis, (name, label) in zip(axes, panels, strict=True):
         for kind, style in (("heldout/sampled", "o-"), ("heldout/greedy", "s--")):
             for i, records in enumerate(runs):
-                points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind]
+                points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind and name in r]
+                if not points:
+                    continue
                 axis.plot(
                     *zip(*points, strict=True),
                     style,
@@ -103,7 +105,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of train_rlpa.py")
     parser.add_argument("--out", type=Path, required=True, help="path without ending: writes .md and .png")
     args = parser.parse_args()
-    runs = [read_records(run) for run in args.runs]
+    try:
+        runs = [read_records(run) for run in args.runs]
+    except ValueError as error:
+        parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(table(runs))
     draw(runs, args.out.with_suffix(".png"))

@@ -246,6 +246,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         if getattr(config, name):
             setattr(config, name, str(Path(getattr(config, name)).resolve()))
     config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    if (Path(config.run_dir) / "metrics.jsonl").exists():
+        raise ValueError(f"--run-dir {config.run_dir} holds a run already; --resume it, or choose another folder")
     return config
 
 
@@ -1025,9 +1027,15 @@ def load_optimizer(learner: Learner, path: Path) -> None:
 
 def newest_checkpoint(run_dir: str) -> Path:
     """Return the newest checkpoint of a run; ValueError if there is none."""
-    found = sorted((Path(run_dir) / "checkpoints").glob("iteration_*"))
+    found = sorted((Path(run_dir) / "checkpoints").glob("iteration_[0-9]*"))
     if not found:
-        raise ValueError(f"--resume {run_dir}: no checkpoint in {Path(run_dir) / 'checkpoints'}")
+        raise ValueError(f"--resume {run_dir}: no checkpoint in {Path(run_dir) / 'checkpoints'}; start the run anew")
+    parts = ("policy", "critic", "policy_optimizer.safetensors", "critic_optimizer.safetensors", "trainer.json")
+    missing = [name for name in parts if not (found[-1] / name).exists()]
+    if missing:
+        raise ValueError(
+            f"--resume {run_dir}: {found[-1]} lacks {', '.join(missing)}; remove it to resume from the one before"
+        )
     return found[-1]
 
 
@@ -1089,7 +1097,7 @@ def setup(config: Config, env: World) -> State:
 
 
 def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
-    """Return training personas and named evaluation sets, which share no persona with them."""
+    """Return training personas and named evaluation sets; only sets from --eval-personas may share some with them."""
     if not config.personas:
 
         def synthetic(n: int, split: str, seed: int) -> list[Persona]:
@@ -1097,10 +1105,13 @@ def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Per
 
         # evaluation personas are the same for every --seed, so that runs can be compared
         sets = {name: synthetic(config.eval_dialogues, name, 0) for name in ("heldout", "unseen")}
-        return synthetic(config.num_personas, "train", config.seed), sets
-    personas = load_personas(config.personas)
+        personas = synthetic(config.num_personas, "train", config.seed)
+    else:
+        personas = load_personas(config.personas)
     if config.eval_personas:
-        return personas, {"heldout": load_personas(config.eval_personas)}
+        sets = {"heldout": load_personas(config.eval_personas)}
+    if not config.personas or config.eval_personas:
+        return personas, sets
     if len(personas) < 2:
         raise ValueError(
             f"{config.personas} holds one persona; give more, or --eval-personas to evaluate on another file"
@@ -1140,6 +1151,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     config, env = state.config, state.env
     env.timers.seconds.clear()
     env.counts.clear()
+    calls_before = endpoint_counts(env)
     start = time.perf_counter()
     dialogues = persona_batch(state)
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
@@ -1158,7 +1170,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     state.updates += per_iteration
     metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
-    metrics |= sum_counters(gather(env.counts)) | sum_counters(gather(endpoint_counts(env)))
+    metrics |= sum_counters(gather(env.counts)) | sum_counters(gather(endpoint_counts(env) - calls_before))
     tree_tokens = all_sum(torch.tensor(float(sum(len(p.token_ids) for p in packed)))).item()
     seconds = time.perf_counter() - start
     metrics |= {
@@ -1170,7 +1182,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
 
 
 def endpoint_counts(env: World) -> Counter:
-    """Return this process's requests, retries and failed attempts by reason since the start, per endpoint."""
+    """Return this process's requests, retries and failed attempts by reason so far, per endpoint."""
     counts: Counter = Counter()
     for name, client in (("simulator", env.user), ("judge", env.judge)):
         if client is not None:
@@ -1178,6 +1190,15 @@ def endpoint_counts(env: World) -> Counter:
             counts.update({f"{name}_requests": totals["requests"], f"{name}_retries": totals["retries"]})
             counts.update({f"{name}_error_{reason}": n for reason, n in totals["errors"].items()})
     return counts
+
+
+def lost_note(m: dict[str, float]) -> str:
+    """Say how many dialogues were dropped and who failed; nothing if none was."""
+    if not m["dialogues_dropped"]:
+        return ""
+    who = ", ".join(f"{name.removeprefix('dropped_')} {n:.0f}" for name, n in m.items() if name.startswith("dropped_"))
+    advice = "; nothing left, check --simulator-url and --judge-url" if m["dialogues_dropped"] == m["dialogues"] else ""
+    return f" | dropped {m['dialogues_dropped']:.0f} of {m['dialogues']:.0f} dialogues ({who}{advice})"
 
 
 def progress_line(state: State, m: dict[str, float]) -> str:
@@ -1190,8 +1211,7 @@ def progress_line(state: State, m: dict[str, float]) -> str:
         f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
         f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
         f" clip {m.get('clip_frac', 0):.3f} ev {m['explained_variance']:.2f} | {m['seconds']:.1f}s ({split})"
-        f" {m['sampled_tokens_per_second']:.0f} tok/s"
-        + (f" dropped {m['dialogues_dropped']:.0f}" if m["dialogues_dropped"] else "")
+        f" {m['sampled_tokens_per_second']:.0f} tok/s{lost_note(m)}"
     )
 
 
@@ -1211,7 +1231,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
                 tqdm.write(
                     f"     {name + '/' + how:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
                     f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
-                    f" valid {metrics['format_valid']:.3f}"
+                    f" valid {metrics['format_valid']:.3f}{lost_note(metrics)}"
                 )
     return played
 

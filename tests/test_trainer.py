@@ -261,8 +261,6 @@ def test_settings_of_the_checkpoint_yield_to_flags(ckpt):
 def test_a_run_writes_its_folder(ckpt, tmp_path, capsys):
     """Guards the run folder, with the embedded user in its own process: every file is there, whole and of this run."""
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text('{"iteration": 0, "kind": "train", "reward": 9}\n')  # of an earlier run
     go("--ckpt", ckpt, "--run-dir", run, "--tensorboard")
     written = json.loads((run / "config.json").read_text())
     assert written["num_iterations"] == 2 and written["run_dir"] == str(run) and Config(**written)
@@ -639,6 +637,16 @@ def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path, monkeypat
     assert (train["response_reward"], train["format_valid"]) == (1, 1)
     assert train["action_tokens"] == 8 * len(dull)
     assert all(r["dropped_judge"] == SMALL["eval_dialogues"] for r in records(run, "heldout/greedy"))
+
+
+def test_a_run_folder_is_not_overwritten(ckpt, user_url, tmp_path, capsys):
+    """Guards a finished run against a second one with the same --run-dir."""
+    run = tmp_path / "run"
+    go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--num-iterations", 1)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train_rlpa.main(["--ckpt", str(ckpt), "--run-dir", str(run)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------- small print
