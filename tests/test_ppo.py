@@ -431,6 +431,8 @@ def test_a_tree_stores_each_token_once(chat):
 class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
+    counts = {"requests": 0, "retries": 0, "errors": {}}
+
     def chat_many(self, batch, seeds):
         return [f"I am {seed % 90} years old. <|im_end|>" for seed in seeds]
 
