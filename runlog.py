@@ -32,10 +32,11 @@ def tally(dialogues: list[Dialogue]) -> Counter:
             continue
         for t, turn in enumerate(dialogue.turns):
             before = [earlier.winner.response for earlier in dialogue.turns[:t]]
+            unseen = unseen_facts(dialogue, t)
             for candidate in turn.candidates:
                 if candidate.judged:
                     sums.update(candidate_sums(candidate, before, t))
-                    sums.update(unseen_sums(candidate, dialogue, t))
+                    sums.update(unseen_sums(candidate, unseen))
     return sums
 
 
@@ -65,11 +66,15 @@ def candidate_sums(candidate: Candidate, before: list[str], t: int) -> dict[str,
     return sums | {f"verdict_{name}": verdict for name, verdict in candidate.verdicts.items()}
 
 
-def unseen_sums(candidate: Candidate, dialogue: Dialogue, t: int) -> dict[str, float]:
-    """Count the disclosed facts whose value no training persona has (embedded world), and those the profile recalls."""
+def unseen_facts(dialogue: Dialogue, t: int) -> list[str]:
+    """List the facts disclosed up to turn `t` whose value no training persona has (embedded world)."""
     texts = [turn.user_text for turn in dialogue.turns[: t + 1]]
     facts = [dialogue.persona_facts[i] for i in world.disclosed(dialogue.persona_facts, texts)]
-    unseen = [fact for fact in facts if fact in world.unseen_values()]
+    return [fact for fact in facts if fact in world.unseen_values()]
+
+
+def unseen_sums(candidate: Candidate, unseen: list[str]) -> dict[str, float]:
+    """Count the disclosed facts with unseen values and those of them that a profile recalls."""
     if not unseen:
         return {}
     recalled = sum(match is not None for match in rewards.match_lines(candidate.profile, unseen))

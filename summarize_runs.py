@@ -101,6 +101,7 @@ def draw(runs: list[list[dict]], path: Path) -> None:
 
 
 def main() -> None:
+    """Read the runs, write table and figure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of train_rlpa.py")
     parser.add_argument("--out", type=Path, required=True, help="path without ending: writes .md and .png")

@@ -506,9 +506,8 @@ def score_turns(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, conf
         judged = [c for c in range(len(turn.candidates)) if turn.candidates[c].judged]
         env.counts["candidates_unjudged"] += len(turn.candidates) - len(judged)
         if judged:
-            turn.chosen = max(
-                judged, key=lambda c: turn_reward(turn.candidates[c], config)
-            )  # max keeps the first of equals
+            # max keeps the first of equals
+            turn.chosen = max(judged, key=lambda c: turn_reward(turn.candidates[c], config))
         else:
             dialogue.dropped = "judge: no verdict on any candidate"
 
@@ -1098,26 +1097,23 @@ def setup(config: Config, env: World) -> State:
 
 def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
     """Return training personas and named evaluation sets; only sets from --eval-personas may share some with them."""
-    if not config.personas:
-
-        def synthetic(n: int, split: str, seed: int) -> list[Persona]:
-            return [Persona(f"{split}-{i}", tuple(f)) for i, f in enumerate(world.generate_personas(n, seed, split))]
-
-        # evaluation personas are the same for every --seed, so that runs can be compared
-        sets = {name: synthetic(config.eval_dialogues, name, 0) for name in ("heldout", "unseen")}
-        personas = synthetic(config.num_personas, "train", config.seed)
-    else:
-        personas = load_personas(config.personas)
+    personas = load_personas(config.personas) if config.personas else synthetic_personas(config, "train", config.seed)
     if config.eval_personas:
-        sets = {"heldout": load_personas(config.eval_personas)}
-    if not config.personas or config.eval_personas:
-        return personas, sets
+        return personas, {"heldout": load_personas(config.eval_personas)}
+    if not config.personas:  # the same for every --seed, so that runs can be compared
+        return personas, {name: synthetic_personas(config, name, 0) for name in ("heldout", "unseen")}
     if len(personas) < 2:
         raise ValueError(
             f"{config.personas} holds one persona; give more, or --eval-personas to evaluate on another file"
         )
     heldout = personas[9::10] or personas[-1:]
     return [p for p in personas if p not in heldout], {"heldout": heldout}
+
+
+def synthetic_personas(config: Config, split: str, seed: int) -> list[Persona]:
+    """Make the personas of one split of the embedded world, as many as training or an evaluation needs."""
+    n = config.num_personas if split == "train" else config.eval_dialogues
+    return [Persona(f"{split}-{i}", tuple(facts)) for i, facts in enumerate(world.generate_personas(n, seed, split))]
 
 
 def set_threads(policy: nn.Module, config: Config) -> None:
@@ -1132,18 +1128,20 @@ def persona_batch(state: State) -> list[Dialogue]:
     Dialogue i of the global batch goes to rank i mod world size, so the batch does not depend on the number of ranks.
     """
     config, n = state.config, len(state.personas)
+    first = state.iteration * config.rollout_batch_size  # this batch's place in the endless row of shuffled passes
+    size = config.rollout_batch_size if config.num_iterations else min(config.rollout_batch_size, n - first)
+    orders = {p: persona_order(state, p) for p in range(first // n, (first + size - 1) // n + 1)}
     dialogues = []
-    for i in range(config.rollout_batch_size):
-        place, cursor = i, state.iteration * config.rollout_batch_size + i
-        if cursor >= n and not config.num_iterations:
-            break  # the last, partial batch of the one pass
-        order = torch.randperm(
-            n, generator=torch.Generator().manual_seed(stream_seed(config.seed, "order", cursor // n))
-        )
-        persona = state.personas[order[cursor % n]]
-        if place % world_size() == rank():
-            dialogues.append(Dialogue(place, persona.persona_id, persona.facts))
+    for i in range(rank(), size, world_size()):
+        persona = state.personas[orders[(first + i) // n][(first + i) % n]]
+        dialogues.append(Dialogue(i, persona.persona_id, persona.facts))
     return dialogues
+
+
+def persona_order(state: State, number: int) -> list[int]:
+    """Return the order in which pass `number` goes through the personas."""
+    generator = torch.Generator().manual_seed(stream_seed(state.config.seed, "order", number))
+    return torch.randperm(len(state.personas), generator=generator).tolist()
 
 
 def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
