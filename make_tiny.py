@@ -264,7 +264,7 @@ def sft_loss(policy: Qwen2ForCausalLM, batch: list[tuple[list[int], list[bool]]]
     action_mask = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in batch])  # (B, T)
     hidden = policy(token_ids)[:, :-1]  # (B, T-1, D): position t predicts token t+1
     spoken = action_mask[:, 1:]
-    logprobs, _ = linear_logprob(hidden[spoken], policy.head_weight, token_ids[:, 1:][spoken])
+    logprobs, *_ = linear_logprob(hidden[spoken], policy.head_weight, token_ids[:, 1:][spoken])
     return -logprobs.mean()
 
 

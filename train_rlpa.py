@@ -45,7 +45,7 @@ from tqdm import tqdm
 import rewards
 import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
-from kernels import linear_logprob
+from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
 from model import (
     Critic,
     KVCache,
@@ -108,7 +108,7 @@ class Config:
     gamma: float = 1.0  # discount per token
     gamma_turn: float = 1.0  # discount per turn boundary with --credit dialogue; 0 equals --credit turn
     gae_lambda: float = 0.95  # GAE's lambda per token
-    kl_estimator: str = "k1"  # k1: in the per-token reward (published); k3: in the loss
+    kl_estimator: str = "k1"  # k1: in the per-token reward (published); k3: in the loss; exact: all of V, in the loss
     kl_coef: float = 0.01  # weight of the KL to the reference policy; 0 switches it off and saves its forward
     # update
     num_iterations: int = 0  # iterations to run; 0: one pass over the personas
@@ -132,6 +132,7 @@ class Config:
     episodes_every: int = 10  # iterations between full records in episodes.jsonl
     save_every: int = 10  # iterations between checkpoints; 0: only the last
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    kernels: str = "auto"  # triton, torch, or auto: triton on CUDA, torch on a CPU
     threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
 
     def __post_init__(self):
@@ -165,7 +166,8 @@ CHOICES = {
     "profile_target": rewards.PROFILE_TARGETS,
     "reward_at": ("turn", "segment"),
     "credit": ("turn", "dialogue"),
-    "kl_estimator": ("k1", "k3"),
+    "kl_estimator": ("k1", "k3", "exact"),
+    "kernels": BACKENDS,
     "profile_judge": ("rule", "http"),
 }
 LIMITS = {
@@ -318,6 +320,13 @@ def all_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_max(values: Tensor) -> Tensor:
+    """Return the elementwise maximum of `values` over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
 
 
 def gather(item: object) -> list:
@@ -598,6 +607,7 @@ class Packed:
     spans: list[Span]
     old_logprobs: Tensor | None = None  # (N,) under the policy that sampled, by the trainer
     ref_logprobs: Tensor | None = None  # (N,) under the frozen reference
+    ref_hidden: Tensor | None = None  # (N, D) of the reference, with --kl-estimator exact
     values: Tensor | None = None  # (N,) critic before each action token
     advantages: Tensor | None = None  # (N,)
     returns: Tensor | None = None  # (N,)
@@ -655,12 +665,16 @@ def tree_inputs(batch: list[Packed], device: torch.device) -> tuple[tuple[Tensor
     return inputs, predict.to(device)
 
 
+def policy_hidden(policy: Qwen2ForCausalLM, batch: list[Packed]) -> Tensor:
+    """Return the hidden states (N, D) that predict a micro-batch's action tokens."""
+    inputs, predict = tree_inputs(batch, policy.head_weight.device)
+    return policy(*inputs).flatten(0, 1)[predict]
+
+
 def policy_logprobs(policy: Qwen2ForCausalLM, batch: list[Packed], temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probs (N,) of a micro-batch's action tokens and entropies (N,) of the distributions they came from."""
-    device = policy.head_weight.device
-    inputs, predict = tree_inputs(batch, device)
-    hidden = policy(*inputs).flatten(0, 1)[predict]  # (N, D)
-    return linear_logprob(hidden, policy.head_weight, concat(batch, "targets", device), temperature)
+    hidden = policy_hidden(policy, batch)
+    return linear_logprob(hidden, policy.head_weight, concat(batch, "targets", hidden.device), temperature)[:2]
 
 
 def critic_values(critic: Critic, batch: list[Packed]) -> Tensor:
@@ -686,8 +700,13 @@ def add_statistics(
     for batch in by_minibatch(packed, config):
         sizes = [len(p.targets) for p in batch]
         old_logprobs = policy_logprobs(policy, batch, config.temperature)[0]
-        ref_logprobs = policy_logprobs(ref_policy, batch, config.temperature)[0] if ref_policy else old_logprobs
-        values = critic_values(critic, batch)
+        ref_logprobs, values = old_logprobs, critic_values(critic, batch)
+        if ref_policy:
+            ref_hidden, targets = policy_hidden(ref_policy, batch), concat(batch, "targets", values.device)
+            ref_logprobs = linear_logprob(ref_hidden, ref_policy.head_weight, targets, config.temperature)[0]
+            if config.kl_estimator == "exact":  # all that the update needs of the reference's trunk: it runs once
+                for p, rows in zip(batch, ref_hidden.cpu().split(sizes), strict=True):
+                    p.ref_hidden = rows
         for p, old, ref, value in zip(
             batch, *(x.cpu().split(sizes) for x in (old_logprobs, ref_logprobs, values)), strict=True
         ):
@@ -789,32 +808,28 @@ def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
 
 
 def policy_loss(
-    new_logprobs: Tensor, entropy: Tensor, batch: list[Packed], config: Config
+    policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, batch: list[Packed], config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the summed clipped PPO loss (arXiv 1707.06347, eq. 7) of a micro-batch's action tokens and its statistics.
+    """Return the summed PPO loss of a micro-batch's action tokens and its statistics (`kernels/ppo_head.py`).
 
     The sum, not the mean: the caller divides by the global count of action tokens in the mini-batch, so that neither
     micro-batch size nor the number of ranks changes the gradient.
     """
-    device = new_logprobs.device
-    old_logprobs, advantages = concat(batch, "old_logprobs", device), concat(batch, "advantages", device)
-    logratio = (new_logprobs - old_logprobs).clamp(-20, 20)
-    ratio = logratio.exp()
-    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages).sum()
-    if config.entropy_coef:  # not "0 * entropy": that would still send a backward through every logit
-        loss = loss - config.entropy_coef * entropy.sum()
+    hidden = policy_hidden(policy, batch)  # (N, D)
+    given = {name: concat(batch, name, hidden.device) for name in ("targets", "old_logprobs", "advantages")}
     if config.kl_estimator == "k3" and config.kl_coef:
-        log_r = (concat(batch, "ref_logprobs", device) - new_logprobs).clamp(-20, 20)
-        loss = loss + config.kl_coef * (log_r.exp() - log_r - 1).sum()
-    with torch.no_grad():
-        statistics = {
-            "approx_kl": (ratio - 1 - logratio).sum(),  # k3 of old ‖ new
-            "clip_frac": ((ratio - 1).abs() > config.clip_eps).float().sum(),
-            "entropy": entropy.sum(),
-            "ratio_dev": (ratio - 1).abs().sum(),
-        }
-    return loss, statistics
+        given["ref_logprobs"] = concat(batch, "ref_logprobs", hidden.device)
+    if config.kl_estimator == "exact" and config.kl_coef:
+        given["reference"] = concat(batch, "ref_hidden", hidden.device), ref_policy.head_weight
+    return ppo_head(
+        hidden,
+        policy.head_weight,
+        **given,
+        temperature=config.temperature,
+        clip_eps=config.clip_eps,
+        entropy_coef=config.entropy_coef,
+        kl_coef=config.kl_coef,
+    )
 
 
 def value_loss(new_values: Tensor, batch: list[Packed], config: Config) -> Tensor:
@@ -876,11 +891,13 @@ def update(
     config: Config,
     progress: tuple[int, int],
     train_policy: bool,
+    ref_policy: Qwen2ForCausalLM | None = None,
 ) -> dict:
     """Run PPO over one rollout batch; `progress` is (updates done so far, updates of the whole run). Gives metrics."""
     num_minibatches = config.rollout_batch_size // config.minibatch_size
     totals: Counter = Counter()
     first: dict[str, float] = {}
+    ratios: list[float] = []
     done, num_updates = progress
     for epoch in range(config.num_epochs):
         for m in range(num_minibatches):
@@ -889,13 +906,16 @@ def update(
             if not count:  # the last, partial batch, or everything dropped
                 continue
             share = lr_share(done + epoch * num_minibatches + m, num_updates, config)
-            sums = minibatch_update(policy, critic, minibatch, count, share, config, train_policy)
+            sums = minibatch_update(policy, critic, minibatch, count, share, config, train_policy, ref_policy)
+            ratios += [sums.pop("ratio_min"), sums.pop("ratio_max")]
             totals.update(sums)
             first = first or {"ratio_dev_first": sums["ratio_dev"] / sums["tokens"]}
     tokens = max(1.0, totals.pop("tokens", 0.0))
     steps = max(1.0, totals.pop("steps", 0.0))
     per_step = ("policy_grad_norm", "critic_grad_norm")
     counted = ("updates_skipped",)
+    if ratios:
+        first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     return first | {k: v / steps if k in per_step else v if k in counted else v / tokens for k, v in totals.items()}
 
 
@@ -907,20 +927,26 @@ def minibatch_update(
     share: float,
     config: Config,
     train_policy: bool,
+    ref_policy: Qwen2ForCausalLM | None = None,
 ) -> dict[str, float]:
-    """Take one optimizer step of policy and critic on one mini-batch; returns sums over all ranks."""
+    """Take one optimizer step of policy and critic on one mini-batch; returns all ranks' sums and extreme ratios."""
     policy.optimizer.zero_grad()
     critic.optimizer.zero_grad()
-    sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_frac", "entropy", "ratio_dev"), 0.0)
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "entropy", "ratio_dev")
+    sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
+    low, high = math.inf, -math.inf
     for batch in microbatches(minibatch, config.microbatch_size):
-        logprobs, entropy = policy_logprobs(policy.model, batch, config.temperature)
-        loss, statistics = policy_loss(logprobs, entropy, batch, config)
+        loss, statistics = policy_loss(policy.model, ref_policy, batch, config)
         (loss / count).backward()
         vf_loss = value_loss(critic_values(critic.model, batch), batch, config)
         (vf_loss / count).backward()
-        for name, value in {"policy_loss": loss, "value_loss": vf_loss, **statistics}.items():
-            sums[name] += value.item()
+        statistics |= {"policy_loss": loss, "value_loss": vf_loss}
+        for name in sums:
+            sums[name] += statistics[name].item()
+        low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
     result = dict(zip(sums, all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist(), strict=True))
+    low, high = all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
+    result |= {"ratio_min": -low, "ratio_max": high}
     finite = math.isfinite(result["policy_loss"]) and math.isfinite(result["value_loss"])
     norms = {"critic_grad_norm": (0.0, False), "policy_grad_norm": (0.0, not train_policy)}
     if finite:
@@ -1070,6 +1096,7 @@ def setup(config: Config, env: World) -> State:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
     set_threads(policy, config)
+    set_backend(config.kernels)
     chat = ChatTokenizer.from_folder(config.ckpt)
     if chat.vocab_size > policy.config.vocab_size:
         raise ValueError(
@@ -1163,7 +1190,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     with env.timers("update"):
         per_iteration = config.num_epochs * (config.rollout_batch_size // config.minibatch_size)
         progress = (state.updates, state.num_iterations * per_iteration)
-        metrics = update(state.policy, state.critic, packed, config, progress, state.iteration >= config.critic_warmup)
+        train_policy = state.iteration >= config.critic_warmup
+        metrics = update(state.policy, state.critic, packed, config, progress, train_policy, state.ref_policy)
     state.iteration += 1
     state.updates += per_iteration
     metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)

@@ -1,5 +1,9 @@
-"""The kernels of the trainer, one per file: equation, reference and one public function each."""
+"""The kernels of the trainer, one per file: equation, reference, Triton, launcher and one public function each."""
 
+from kernels.backend import BACKENDS, set_backend
+from kernels.kl_estimates import kl_estimates
+from kernels.linear_kl import linear_kl
 from kernels.linear_logprob import linear_logprob
+from kernels.ppo_head import ppo_head
 
-__all__ = ["linear_logprob"]
+__all__ = ["BACKENDS", "kl_estimates", "linear_kl", "linear_logprob", "ppo_head", "set_backend"]

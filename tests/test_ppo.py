@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from train_rlpa import (
     make_learner,
     minibatch_update,
     pack,
+    policy_hidden,
     policy_logprobs,
     policy_loss,
     read_candidate,
@@ -306,23 +308,27 @@ def test_reward_placement(chat):
     assert at_segment[closes - 1] == 1.5 and at_segment[-1] == 0.25 and sum(at_segment) == sum(at_end)
 
 
-def test_kl_is_in_the_reward_or_in_the_loss():
-    """Guards against counting the KL twice or not at all: k1 per token in the reward, k3 in the loss."""
-    new = torch.linspace(-3, -1, 8)
+def test_kl_is_in_the_reward_or_in_the_loss(policy, critic):
+    """Guards against counting the KL twice or not at all: k1 in the reward of each token, k3 and exact in the loss."""
+    reference = lively(policy.config, 9)
     losses, placed = {}, {}
-    for estimator, coef in (("k1", 0.1), ("k3", 0.1), ("k3", 0.0)):
+    for estimator, coef in (("k1", 0.1), ("k3", 0.1), ("exact", 0.1), ("k3", 0.0)):
         config = settings(kl_estimator=estimator, kl_coef=coef, num_candidates=1)
-        p = with_values(pack(random_dialogue(0, [[8]]), config))
+        p = pack(random_dialogue(0, [[8]]), config)
+        add_statistics([p], policy, reference, critic, config)
         p.advantages, candidate = torch.zeros(8), p.spans[0].candidate
-        losses[estimator, coef] = policy_loss(new, torch.zeros(8), [p], config)[0].item()
+        losses[estimator, coef] = policy_loss(policy, reference, [p], config)[0].item()
         placed[estimator, coef] = torch.tensor(token_rewards(p.spans[0], p, config))
     end = torch.zeros(8)
     end[-1] = candidate.profile_reward + candidate.response_reward
     torch.testing.assert_close(placed["k1", 0.1], end - 0.1 * (p.old_logprobs - p.ref_logprobs))
     torch.testing.assert_close(placed["k3", 0.1], end)
-    k3 = sum(math.exp(r - n) - (r - n) - 1 for r, n in zip(p.ref_logprobs.tolist(), new.tolist(), strict=True))
+    torch.testing.assert_close(placed["exact", 0.1], end)
+    new, ref = ((m.logits(policy_hidden(m, [p])) / config.temperature).log_softmax(-1) for m in (policy, reference))
+    gap = (new - ref).gather(1, p.targets[:, None])
     assert losses["k1", 0.1] == losses["k3", 0.0] == 0.0
-    assert losses["k3", 0.1] == pytest.approx(0.1 * k3, rel=1e-5)
+    assert losses["k3", 0.1] == pytest.approx(0.1 * (torch.exp(-gap) - 1 + gap).sum().item(), rel=1e-4)
+    assert losses["exact", 0.1] == pytest.approx(0.1 * (new.exp() * (new - ref)).sum().item(), rel=1e-4)
 
 
 def test_whitening_is_over_all_action_tokens():
@@ -496,25 +502,31 @@ def test_the_first_ratio_is_one(chat, policy, critic, microbatch_size):
 # ----------------------------------------------------------------------------------------------------------- the losses
 
 
-def test_clipped_loss_against_a_loop():
+def test_clipped_loss_against_a_loop(policy, monkeypatch):
     """Guards sign and clipping: the loss token by token, and no gradient where the clip holds against the advantage."""
     config = settings(entropy_coef=0.01, kl_coef=0.0)
-    p = with_values(pack(random_dialogue(0, [[60, 60]]), config))
+    p = pack(random_dialogue(0, [[60, 60]]), config)
+    hidden = policy_hidden(policy, [p]).detach().requires_grad_()
+    monkeypatch.setattr(train_rlpa, "policy_hidden", lambda *_: hidden)
+    new, entropy = (x.detach() for x in policy_logprobs(policy, [p], config.temperature))
     generator = torch.Generator().manual_seed(4)
     p.advantages = torch.randn(120, generator=generator)
-    new = (p.old_logprobs + 0.6 * torch.randn(120, generator=generator)).requires_grad_()
-    entropy = torch.rand(120, generator=generator)
-    loss, statistics = policy_loss(new, entropy, [p], config)
-    expected, held, outside = 0.0, [], 0
-    for n, o, a, h in zip(new.tolist(), p.old_logprobs.tolist(), p.advantages.tolist(), entropy.tolist(), strict=True):
-        ratio = math.exp(n - o)
-        clipped = min(max(ratio, 0.8), 1.2)
-        expected -= min(ratio * a, clipped * a) + 0.01 * h
-        held.append(clipped * a < ratio * a)
-        outside += ratio != clipped
+    p.old_logprobs = new + 0.6 * torch.randn(120, generator=generator)
+    loss, statistics = policy_loss(policy, None, [p], config)
     loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-5) and statistics["clip_frac"].item() == outside
-    assert 10 < sum(held) < 110 and [g == 0 for g in new.grad.tolist()] == held
+    no_entropy = torch.autograd.grad(policy_loss(policy, None, [p], replace(config, entropy_coef=0.0))[0], hidden)[0]
+    expected, held, ratios = 0.0, [], []
+    for n, o, a, h in zip(new.tolist(), p.old_logprobs.tolist(), p.advantages.tolist(), entropy.tolist(), strict=True):
+        ratios.append(math.exp(n - o))
+        clipped = min(max(ratios[-1], 0.8), 1.2)
+        expected -= min(ratios[-1] * a, clipped * a) + 0.01 * h
+        held.append(clipped * a < ratios[-1] * a)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert statistics["clip_frac"].item() == sum(abs(ratio - 1) > 0.2 for ratio in ratios)
+    assert statistics["ratio_min"].item() == pytest.approx(min(ratios), rel=1e-4)
+    assert statistics["ratio_max"].item() == pytest.approx(max(ratios), rel=1e-4)
+    assert 10 < sum(held) < 110 and (no_entropy == 0).all(1).tolist() == held
+    assert not (hidden.grad == 0).all(1).any()  # the entropy pushes every token
 
 
 def test_value_clip_by_hand():
@@ -662,15 +674,16 @@ def plain_forward(weights: dict[str, Tensor], token_ids: list[int], shape: Qwen2
 
 def plain_statistics(
     weights: dict[str, Tensor], dialogue: Dialogue, shape: Qwen2Config, head: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probs and entropies (head "lm_head"), or values twice (head "value_head"), one tensor per candidate."""
-    first, second = [], []
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Log-probs, entropies and log softmax (head "lm_head"), or values (head "value_head"), a tensor per candidate."""
+    first, second, whole = [], [], []
     for prompt, sampled in rows(dialogue):
         out = plain_forward(weights, prompt + sampled, shape)[len(prompt) - 1 : -1] @ weights[f"{head}.weight"].T
         log_softmax = out.log_softmax(-1)
         first.append(out[:, 0] if head == "value_head" else log_softmax[range(len(sampled)), sampled])
-        second.append(out[:, 0] if head == "value_head" else -(log_softmax.exp() * log_softmax).sum(-1))
-    return first, second
+        second.append(-(log_softmax.exp() * log_softmax).sum(-1))
+        whole.append(log_softmax)
+    return first, second, whole
 
 
 def adam_step(
@@ -695,7 +708,11 @@ def fp64(model: torch.nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"credit": "turn"}, {"credit": "dialogue", "kl_estimator": "k3", "gamma_turn": 0.8, "reward_at": "segment"}],
+    [
+        {"credit": "turn"},
+        {"credit": "dialogue", "kl_estimator": "k3", "gamma_turn": 0.8, "reward_at": "segment"},
+        {"kl_estimator": "exact"},
+    ],
 )
 def test_a_whole_update_in_fp64(policy, critic, shape, changes):
     """Guards the whole chain at once: statistics, rewards, GAE, whitening, both losses, clipping, AdamW, four steps."""
@@ -715,6 +732,7 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
         config,
         (0, 4),
         True,
+        ref_policy,
     )
 
     fixed = []  # per dialogue: old log-probs, reference log-probs, old values, advantages, returns
@@ -739,11 +757,14 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
     for step in range(4):
         dialogue, (old, ref, old_values, advantages, returns) = dialogues[step % 2], fixed[step % 2]
         advantages = (advantages - everything.mean()) / everything.std(correction=0)
-        new, entropy = (torch.cat(x) for x in plain_statistics(theirs, dialogue, shape, "lm_head"))
+        new, entropy, log_p = (torch.cat(x) for x in plain_statistics(theirs, dialogue, shape, "lm_head"))
         ratio = (new - old).exp()
         loss = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages) - 0.02 * entropy
         if config.kl_estimator == "k3":
             loss = loss + 0.05 * ((ref - new).exp() - (ref - new) - 1)
+        if config.kl_estimator == "exact":
+            log_r = torch.cat(plain_statistics(reference, dialogue, shape, "lm_head")[2]).detach()
+            loss = loss + 0.05 * (log_p.exp() * (log_p - log_r)).sum(-1)
         values = torch.cat(plain_statistics(their_critic, dialogue, shape, "value_head")[0])
         near = old_values + (values - old_values).clamp(-0.2, 0.2)
         vf_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2

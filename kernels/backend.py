@@ -1,0 +1,52 @@
+"""The switch between Triton and torch.
+
+Every public function of this package has two paths that compute the same thing. `triton` runs the kernels, on CUDA
+tensors, or on CPU tensors when TRITON_INTERPRET=1 was set before Python started (slow: for tests). `torch` runs on
+anything. `auto`, the default, is triton for CUDA tensors and torch for the rest.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton for macOS: the torch paths serve
+    triton = tl = None
+
+BACKENDS = ("auto", "triton", "torch")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose the path of every kernel call from here on; ValueError for an unknown one, or Triton where it cannot run.
+
+    >>> set_backend("cuda")
+    Traceback (most recent call last):
+    ValueError: kernels 'cuda': choose auto, triton or torch (--kernels)
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"kernels {name!r}: choose auto, triton or torch (--kernels)")
+    if name == "triton" and (triton is None or not (torch.cuda.is_available() or INTERPRETED)):
+        raise ValueError("--kernels triton needs triton and a CUDA device; --kernels torch runs here")
+    _backend = name
+
+
+def use_triton(x: Tensor) -> bool:
+    """Say whether a call on this tensor runs the Triton path."""
+    return _backend == "triton" or _backend == "auto" and x.is_cuda and triton is not None
+
+
+def jit(do_not_specialize: tuple[str, ...] = ()):
+    """Make a Triton kernel of the decorated function.
+
+    Triton compiles anew when an integer becomes 1 or a multiple of 16. Arguments that count tokens differ in every
+    call: they are listed here, and two lengths share one binary.
+    """
+    return lambda fn: triton.jit(fn, do_not_specialize=do_not_specialize) if triton else fn

@@ -1,0 +1,118 @@
+"""What the three head kernels share: fp32 matrix products in a bounded workspace, tiles, and sums of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CACHED_ELEMENTS = 1 << 18  # 1 MiB of fp32: what a core's cache holds
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that sums over x are kept in: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def new_workspace(nbytes: int, like: Tensor) -> Tensor:
+    """Return room for nbytes of logits, flat, in the dtype that products of `like` are kept in."""
+    dtype = sum_dtype(like)
+    return torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=like.device)
+
+
+def matmul(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
+    """Return a (M, K) @ b (K, N), (M, N) fp32, in a flat fp32 workspace; half-precision products stay unrounded."""
+    out = workspace[: len(a) * b.shape[1]].view(len(a), b.shape[1])
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # no such GEMM on a CPU
+
+
+def add_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Add a (M, K) @ b (K, N) to out (M, N) fp32; half-precision products are added unrounded."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+class HeadGradients:
+    """Sum up the gradients of hidden (N, D) and weight (V, D) from tiles of the gradient of hidden @ weight.T.
+
+    Sums are fp32 whatever the inputs' dtype: rounding each tile's part to bf16 would bias them.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self.inputs = hidden, weight
+        self.hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden))
+        self.weight = torch.zeros_like(weight) if weight.requires_grad else None
+
+    def add(self, rows: slice, ids: slice, dz: Tensor) -> None:
+        """Add one tile's part; tiles come in the order of `tile_slices`."""
+        hidden, weight = self.inputs
+        add_matmul(dz, weight[ids], out=self.hidden[rows])
+        if self.weight is None:
+            return
+        whole = self.weight.dtype == self.hidden.dtype
+        if rows.start == 0:  # a buffer for these ids alone, where the weight's own gradient cannot hold fp32
+            self.part = self.weight[ids] if whole else torch.zeros_like(weight[ids], dtype=self.hidden.dtype)
+        add_matmul(dz.T, hidden[rows], out=self.part)
+        if not whole and rows.stop == len(hidden):
+            self.weight[ids] = self.part
+
+
+def row_blocks(x: Tensor) -> list[slice]:
+    """Cut the rows of x (n, v) so that several passes over a block find it in the cache; one block on CUDA."""
+    rows = len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // x.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
+
+
+def tile_slices(N: int, V: int, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (N, V) into tiles of at most `elements`: rows and ids of each, all rows before the next ids.
+
+    >>> [(rows.stop, ids.stop) for rows, ids in tile_slices(3, 300, 512)]
+    [(3, 128), (3, 256), (3, 300)]
+    """
+    if elements < 128:
+        raise ValueError(f"workspace_bytes makes {elements} logits; a tile needs at least 128")
+    height = max(1, min(N, 4096, elements // 128))
+    width = min(V, elements // height // 128 * 128)
+    for first in range(0, V, width):
+        for start in range(0, N, height):
+            yield slice(start, min(N, start + height)), slice(first, min(V, first + width))
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, action_mask: Tensor | None) -> None:
+    """Raise ValueError unless hidden is (N, D), weight (V, D), targets (N,), action_mask (N,) bool, temperature > 0."""
+    N = hidden.shape[:1]
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != N:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
+            " must be (N, D), (V, D) and (N,)"
+        )
+    if action_mask is not None and (action_mask.shape != N or action_mask.dtype != torch.bool):
+        raise ValueError(f"action_mask is {tuple(action_mask.shape)} {action_mask.dtype}; it must be {tuple(N)} bool")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive (--temperature)")
+
+
+def scatter_rows(kept: Tensor, action_mask: Tensor) -> Tensor:
+    """Put the values of the kept rows (K,) back to their places among all rows (N,); the others are 0."""
+    return torch.zeros(action_mask.shape, dtype=kept.dtype, device=kept.device).masked_scatter(action_mask, kept)
+
+
+def keep_targets(z: Tensor, columns: Tensor, z_y: Tensor) -> None:
+    """Write to z_y (n,) the logit of each row's target, if its column is in this tile z (n, v)."""
+    inside = (columns >= 0) & (columns < z.shape[1])
+    z_y.copy_(torch.where(inside, z.gather(1, (columns * inside)[:, None])[:, 0], z_y))
+
+
+def add_at_targets(dz: Tensor, columns: Tensor, g: Tensor) -> None:
+    """Add g (n, 1) to each row's target, if its column is in this tile dz (n, v)."""
+    inside = (columns >= 0) & (columns < dz.shape[1])
+    dz.scatter_add_(1, (columns * inside)[:, None], g * inside[:, None])

@@ -1,0 +1,100 @@
+"""SwiGLU's gate: the elementwise middle of the MLP.
+
+    σ = 1 / (1 + exp(−a))        y = a σ · b            for gate a and up b          (Shazeer, arXiv:2002.05202)
+
+    ∂/∂a = g b σ (1 + a (1 − σ))        ∂/∂b = g a σ    for an upstream gradient g
+
+What it saves: memory-bound; a and b (N, I) are the widest activations of the model. One pass reads a and b and writes
+y: 3 N I elements forward, where two plain operations move 5 and keep silu(a) for the backward besides a and b. The
+backward computes σ again and writes both gradients in one pass: reads g, a, b, writes two: 5 N I instead of 8. Floor at
+N = 8,192, I = 11,008 in bf16 and 3.35 TB/s: 541 MB, 0.16 ms forward, and 902 MB, 0.27 ms backward.
+
+A program takes BLOCK columns of one row. Cut by rows, and not as one long vector, because I is fixed and a multiple of
+16, so that the compiler may load 16 bytes at once; of a token count it may assume nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import jit, tl, use_triton
+
+TILE = dict(BLOCK=1024, num_warps=4)  # 8 numbers a thread: one 16-byte load of each operand in bf16
+
+
+def reference_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return what `swiglu` returns, by plain operations."""
+    return F.silu(gate) * up
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@jit()
+def forward_kernel(gate, up, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Gate BLOCK columns of row `program_id(0)`."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    at = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, (a / (1.0 + tl.exp(-a)) * b).to(y.dtype.element_ty), mask=inside)
+
+
+@jit()
+def backward_kernel(g, gate, up, d_gate, d_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write both gradients of BLOCK columns of row `program_id(0)`."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    at = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    dy = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-a))
+    d_a = dy * b * sigmoid * (1.0 + a * (1.0 - sigmoid))
+    tl.store(d_gate + at, d_a.to(d_gate.dtype.element_ty), mask=inside)
+    tl.store(d_up + at, (dy * (a * sigmoid)).to(d_up.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------- forward, backward
+
+
+def grid(x: Tensor) -> tuple[int, int]:
+    """Return the grid over x (N, I): rows in the dimension that has no bound, columns in the other."""
+    return len(x), -(-x.shape[1] // TILE["BLOCK"])
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """The two kernels, on contiguous gate and up (N, I); keeps both, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        y = torch.empty_like(gate)
+        forward_kernel[grid(gate)](gate, up, y, gate.shape[1], **TILE)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        backward_kernel[grid(gate)](g.contiguous(), gate, up, d_gate, d_up, gate.shape[1], **TILE)
+        return d_gate, d_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, (..., I), for gate and up (..., I) of one dtype; differentiable in both.
+
+    Raises ValueError for two shapes or two dtypes.
+
+    >>> swiglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
+    tensor([0.0000, 1.4621])
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
+    if not use_triton(gate):
+        return reference_swiglu(gate, up)
+    I = gate.shape[-1]  # noqa: E741
+    return SwiGLUFunction.apply(gate.reshape(-1, I).contiguous(), up.reshape(-1, I).contiguous()).view(gate.shape)
