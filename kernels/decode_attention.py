@@ -9,8 +9,8 @@ merge by their log-sum-exp (flash-decoding; arXiv:1805.02867 for the running for
 
 One program takes one piece: a cache row, a KV head and a split of the row's keys. It reads K and V once for all queries
 that want them, M at a time: the G = H/Hkv heads of the group, times the n candidates where the row is a shared prefix.
-A row's keys are cut evenly into `splits`, a number that fills the GPU and comes from shapes alone; where each split lies
-follows from the row's length, read on the device. So no step waits for the host, and all steps can be one CUDA graph.
+A row's keys are cut evenly into `splits`, a number that fills the GPU and comes from shapes alone; where a split lies
+follows from the row's length, read on the device. So no step waits for the host, and a CUDA graph can hold it.
 
 What it saves: memory-bound. Each K and V is read once: 2 S Hkv Dh elements a row, and q and o; an attention that
 repeats the KV heads reads H/Hkv times that. Floor: these bytes at copy bandwidth. Qwen-2.5 3B in bf16, 64 rows of 1,024
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from kernels.backend import INTERPRETED, jit, tl, use_triton
 
-TILE = dict(BLOCK=64, num_warps=4, num_stages=3)  # keys a step; three tiles of K and V in flight: 96 KiB at Dh 128
-FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)  # the same bytes a tile
-QUERIES = 64  # most queries a program holds: with Dh 128 their sums take 64 registers a thread
+TILE = dict(BLOCK=64, num_warps=4, num_stages=3)  # keys a step: at Dh 128 K and V are 32 KiB a step, two in flight
+FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)  # the same bytes a step
+QUERIES, FP32_QUERIES = 64, 32  # most queries a program holds: their sums and scores live in registers
 MERGE = dict(CHUNK=16, num_warps=4)
 PROGRAMS_PER_SM = 4  # two fit at a time; twice that, so that short rows do not leave an SM idle
 
@@ -63,7 +63,7 @@ def reference_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
 
 
 @jit(do_not_specialize=("S", "splits", "first_split", "all_splits", "key_row", "key_head", "value_row", "value_head"))
-def attend_kernel(
+def decode_kernel(
     q,  # (R, H, Dh), R = n times the cache's rows
     keys,  # rows of (Hkv, S, Dh); a token's channels are contiguous, and so are tokens
     values,
@@ -74,7 +74,7 @@ def attend_kernel(
     splits,
     first_split,  # this launch writes the splits from here on
     all_splits,
-    key_row,  # strides
+    key_row,  # strides, in tokens: times DH, they are known to be aligned
     key_head,
     value_row,
     value_head,
@@ -110,16 +110,16 @@ def attend_kernel(
     if UPCAST:
         x = x.to(tl.float32)
     tile = offset[:, None] * DH + dim[None, :]
-    keys += row * key_row + head * key_head + tile
-    values += row * value_row + head * value_head + tile
+    keys += (row * key_row + head * key_head) * DH + tile
+    values += (row * value_row + head * value_head) * DH + tile
     m = tl.full([M], float("-inf"), tl.float32)
     s = tl.zeros([M], tl.float32)
     o = tl.zeros([M, DIM], tl.float32)
     for first in range(start, stop, BLOCK):
         seen = first + offset < stop
         inside = seen[:, None] & (dim < DH)[None, :]  # what lies beyond a row's length may be NaN, and 0 * NaN is NaN
-        k = tl.load(keys + first.to(tl.int64) * DH, mask=inside, other=0.0)
-        v = tl.load(values + first.to(tl.int64) * DH, mask=inside, other=0.0)
+        k = tl.load(keys + first * DH, mask=inside, other=0.0)
+        v = tl.load(values + first * DH, mask=inside, other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         z = tl.where(seen[None, :], tl.dot(x, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # (M, BLOCK)
@@ -136,7 +136,7 @@ def attend_kernel(
 
 
 @jit(do_not_specialize=("all_splits",))
-def merge_kernel(sums, stats, out, all_splits, DH: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+def merge_splits_kernel(sums, stats, out, all_splits, DH: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
     """Merge the splits of query `program_id` of the R * H into out (R, H, DH); without any key it is 0."""
     query = tl.program_id(0).to(tl.int64)
     dim, part = tl.arange(0, DIM), tl.arange(0, CHUNK)
@@ -174,12 +174,12 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Pre
     """Attend to the prefix, then to the rows' own keys, and merge."""
     (R, H, Dh), Hkv = q.shape, keys.shape[1]
     G, DIM = H // Hkv, max(16, 1 << (Dh - 1).bit_length())
-    tile = FP32_TILE if q.dtype == torch.float32 else TILE
+    tile, most = (FP32_TILE, FP32_QUERIES) if q.dtype == torch.float32 else (TILE, QUERIES)
     parts, all_splits = [], 0
     for cache in ([prefix] if prefix else []) + [Prefix(keys, values, lengths)]:
         rows, S = len(cache.lengths), cache.keys.shape[2]
         n = R // rows
-        M = min(QUERIES, max(16, 1 << (n * G - 1).bit_length()))
+        M = min(most, max(16, 1 << (n * G - 1).bit_length()))
         blocks = -(-n * G // M)
         splits = split_count(rows * Hkv * blocks, S, tile["BLOCK"], q.device)
         parts.append((cache, n, M, (rows, Hkv * blocks, splits), all_splits))
@@ -187,12 +187,13 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Pre
     sums = torch.empty(R, H, all_splits, Dh, dtype=torch.float32, device=q.device)
     stats = torch.empty(R, H, all_splits, 2, dtype=torch.float32, device=q.device)
     for (k, v, cached), n, M, grid, first_split in parts:
-        attend_kernel[grid](
-            q, k, v, cached, sums, stats, k.shape[2], grid[2], first_split, all_splits, *k.stride()[:2],
-            *v.stride()[:2], Dh**-0.5, Hkv, G, n, Dh, M, DIM, INTERPRETED, **tile,
+        decode_kernel[grid](
+            q, k, v, cached, sums, stats, k.shape[2], grid[2], first_split, all_splits,
+            *(stride // Dh for x in (k, v) for stride in x.stride()[:2]),
+            Dh**-0.5, Hkv, G, n, Dh, M, DIM, INTERPRETED, **tile,
         )  # fmt: skip
     out = torch.empty_like(q)
-    merge_kernel[(R * H,)](sums, stats, out, all_splits, Dh, DIM, **MERGE)
+    merge_splits_kernel[(R * H,)](sums, stats, out, all_splits, Dh, DIM, **MERGE)
     return out
 
 
@@ -208,7 +209,8 @@ def masked_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> T
 def check(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, rows: int) -> None:
     """Raise ValueError unless keys and values are (rows, Hkv, S, Dh), tokens contiguous, and lengths (rows,) long."""
     if keys.dim() != 4 or keys.shape != values.shape or keys.shape[0] != rows or keys.shape[3] != q.shape[2]:
-        raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must be ({rows}, Hkv, S, {q.shape[2]})")
+        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        raise ValueError(f"{shapes} must be ({rows}, Hkv, S, {q.shape[2]}) both")
     if q.shape[1] % keys.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
     if lengths.shape != (rows,) or lengths.dtype != torch.long:
@@ -239,10 +241,10 @@ def decode_attention(
     if q.dim() != 3:
         raise ValueError(f"q must be (R, H, Dh), got {tuple(q.shape)}")
     R = len(q)
-    check(q, keys, values, lengths, R)
+    check(q, keys, values, lengths, rows=R)
     if prefix:
         B = len(prefix.lengths)
-        check(q, *prefix, B)
+        check(q, *prefix, rows=B)
         if B == 0 or R % B or prefix.keys.shape[1] != keys.shape[1]:
             raise ValueError(f"{B} prefixes of {prefix.keys.shape[1]} KV heads for {R} rows of {keys.shape[1]}")
     if use_triton(q):

@@ -154,8 +154,8 @@ def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, dire
         return out
     for block in head.row_blocks(logits):
         m, log_s, g, entropy, e, ref_m, ref_log_s, kl, k = rows[:, block, None]  # (n, 1) each
-        log_p = logits[block].div_(temperature).sub_(m + log_s)
-        log_r = ref_logits[block].div_(temperature).sub_(ref_m + ref_log_s)
+        log_p = logits[block].div_(temperature).sub_(m).sub_(log_s)
+        log_r = ref_logits[block].div_(temperature).sub_(ref_m).sub_(ref_log_s)
         p, slope = log_p.exp(), (log_p + entropy).mul_(e).add_(g)
         if direction == "reverse":
             dz = p.mul(slope).neg_().add_((p - log_r.exp_()).mul_(k))

@@ -124,7 +124,7 @@ def dlogits(logits: Tensor, targets: Tensor, first: int, temperature: float, row
         return out
     for block in head.row_blocks(logits):
         m, log_s, g, *entropy_rows = rows[:, block, None]  # (n, 1) each
-        log_p = logits[block].div_(temperature).sub_(m + log_s)
+        log_p = logits[block].div_(temperature).sub_(m).sub_(log_s)  # one by one: m + log s would be rounded
         if entropy_rows:
             H, e = entropy_rows
             dz = (log_p + H).mul_(e).add_(g).mul_(log_p.exp_()).neg_()

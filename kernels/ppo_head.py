@@ -28,7 +28,7 @@ from kernels.kl_estimates import kl_estimates
 from kernels.linear_kl import dlogits_kl, finish_kl, fold_kl, new_kl_stats, reference_kl
 from kernels.linear_logprob import dlogits, finish, fold, new_stats, reference_logprob
 
-WORKSPACE = {"cpu": 256 << 20, "cuda": 1280 << 20}  # bytes of logits at one time: 2,200 tokens of 151,936 on CUDA
+WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of logits at one time: 1,766 tokens of 151,936 on CUDA
 TILE = dict(BLOCK=256, num_warps=2)
 
 

@@ -30,12 +30,17 @@ def reference_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-def reference_rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths) -> Tensor:
+def real_tokens(position_ids: Tensor, new_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row, column and slot (N,) of every token of position_ids (B, T) that is not padding."""
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+    rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)
+    return rows, columns, position_ids[rows, columns]
+
+
+def reference_rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths, real=None) -> Tensor:
     """Do what `rope_into_cache` does, by plain operations."""
-    columns = torch.arange(q.shape[1], device=q.device)
-    rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)  # (N,) each: the real tokens
-    slots = position_ids[rows, columns]
-    q, k = reference_rope(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
+    rows, columns, slots = real or real_tokens(position_ids, new_lengths)
+    q, k = reference_rope(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)  # one turn for both
     keys[rows, :, slots] = k[rows, columns]
     values[rows, :, slots] = v[rows, columns]
     return q
@@ -108,19 +113,23 @@ def rope_kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-def power_of_2(n: int) -> int:
-    """Round n >= 1 up to a power of 2."""
-    return 1 << (n - 1).bit_length()
+def tile(H: int, Hkv: int, Dh: int) -> dict[str, int]:
+    """Choose the tile of one token: 8 channel pairs of q a thread, two 16-byte loads in bf16.
+
+    >>> tile(14, 2, 64)["num_warps"], tile(28, 4, 128)["num_warps"]
+    (2, 8)
+    """
+    HEADS, KV_HEADS, PAIRS = (1 << (size - 1).bit_length() for size in (H, Hkv, Dh // 2))
+    sizes = dict(H=H, HKV=Hkv, HALF=Dh // 2, HEADS=HEADS, KV_HEADS=KV_HEADS, PAIRS=PAIRS)
+    return sizes | dict(num_warps=min(8, max(1, HEADS * PAIRS // 256)))
 
 
 def launch(q, k, cos, sin, k_out, v=None, v_out=None, position_ids=None, new_lengths=None, *, sign: int = 1) -> Tensor:
     """Run the kernel on contiguous tensors; return the turned q."""
-    (B, T, H, Dh), Hkv = q.shape, k.shape[2]
-    cached, q_out = v is not None, torch.empty_like(q)
-    sizes = H, Hkv, Dh // 2
+    (B, T, H, Dh), Hkv, q_out = q.shape, k.shape[2], torch.empty_like(q)
     rope_kernel[(B * T,)](
         q, k, v, cos, sin, q_out, k_out, v_out, position_ids, new_lengths, T, k_out.shape[2],
-        cached, sign, *sizes, *map(power_of_2, sizes), num_warps=4,
+        CACHED=v is not None, SIGN=sign, **tile(H, Hkv, Dh),
     )  # fmt: skip
     return q_out
 
@@ -145,7 +154,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raise ValueError unless q is (B, T, H, Dh), k (B, T, Hkv, Dh), and cos and sin are (B, T, 1, Dh/2) fp32."""
     B, T, _, Dh = q.shape
     if k.dim() != 4 or k.shape[:2] != (B, T) or k.shape[3] != Dh or Dh % 2:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} must be (B, T, H, Dh), (B, T, Hkv, Dh) with an even Dh")
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} must be (B, T, H, Dh), (B, T, Hkv, Dh), Dh even")
     if cos.shape != (B, T, 1, Dh // 2) or sin.shape != cos.shape:
         raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {(B, T, 1, Dh // 2)}")
 
@@ -176,6 +185,7 @@ def rope_into_cache(
     values: Tensor,
     position_ids: Tensor,
     new_lengths: Tensor,
+    real: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return q, turned; store k, turned, and v in the cache. For inference: nothing is differentiable.
 
@@ -185,6 +195,7 @@ def rope_into_cache(
         keys, values: (B, Hkv, capacity, Dh), contiguous; written in place.
         position_ids: (B, T) long, the slot of each token.
         new_lengths: (B,) long; the columns of row b from new_lengths[b] on are padding, of which nothing is stored.
+        real: `real_tokens(position_ids, new_lengths)`, which the torch path needs in every layer; the kernel does not.
     Raises:
         ValueError: shapes that do not fit, or a cache that is not contiguous.
     """
@@ -197,7 +208,7 @@ def rope_into_cache(
         shapes = f"position_ids {tuple(position_ids.shape)} and new_lengths {tuple(new_lengths.shape)}"
         raise ValueError(f"{shapes} must be {(B, T)} and {(B,)}")
     if not use_triton(q):
-        return reference_rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths)
+        return reference_rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths, real)
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values must be contiguous: they are written in place")
     contiguous = (x.contiguous() for x in (q, k, cos, sin))

@@ -32,8 +32,8 @@ from kernels.head import matmul, new_workspace, sum_dtype
 
 TILES = {  # by rows a program: weight rows, depth of a step
     16: dict(BLOCK_V=128, BLOCK_D=128, num_warps=4, num_stages=4),
-    64: dict(BLOCK_V=128, BLOCK_D=64, num_warps=4, num_stages=4),
-    128: dict(BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=3),
+    64: dict(BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=4),
+    128: dict(BLOCK_V=128, BLOCK_D=64, num_warps=16, num_stages=3),  # the noise spills with half the warps
 }
 FP32_TILE = dict(BLOCK_V=64, BLOCK_D=32, num_warps=4, num_stages=2)
 MERGE = dict(BLOCK=2048, num_warps=4)
@@ -143,7 +143,7 @@ def sample_kernel(
 
 
 @jit(do_not_specialize=("R",))
-def merge_kernel(partial, winner, ids, logprobs, R, blocks, BLOCK: tl.constexpr):
+def merge_blocks_kernel(partial, winner, ids, logprobs, R, blocks, BLOCK: tl.constexpr):
     """Merge the blocks of row `program_id`: the token of the best key, and its z less the log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     numbers = R.to(tl.int64) * blocks
@@ -185,11 +185,11 @@ def launch(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, st
     )  # fmt: skip
     ids = torch.empty(R, dtype=torch.long, device=device)
     logprobs = torch.empty(R, dtype=torch.float32, device=device)
-    merge_kernel[(R,)](partial, winner, ids, logprobs, R, blocks, **MERGE)
+    merge_blocks_kernel[(R,)](partial, winner, ids, logprobs, R, blocks, **MERGE)
     return ids, logprobs
 
 
-# ------------------------------------------------------------------------------------------- torch path, public function
+# ------------------------------------------------------------------------------------------ torch path, public function
 
 
 def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:

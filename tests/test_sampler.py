@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model import KVCache, Qwen2Config, Qwen2ForCausalLM, generate, random_policy, sample
+from kernels.sample_head import sample
+from model import KVCache, Qwen2Config, Qwen2ForCausalLM, generate, random_policy
 
 CONFIG = Qwen2Config(vocab_size=53, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -24,10 +25,6 @@ def policy() -> Qwen2ForCausalLM:
 
 def new_cache(rows: int, capacity: int = 64) -> KVCache:
     return KVCache(CONFIG, rows, capacity)
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @torch.no_grad()
@@ -75,9 +72,9 @@ def test_logprobs_equal_a_full_forward(policy, temperature):
 
 def test_batch_equals_singles(policy):
     """Guards ragged batches: padding, neighbours and the compaction of finished rows change nothing."""
-    batch = generate(policy, new_cache(8), PROMPTS, max_new_tokens=30, stop_ids=STOPS, generators=streams(*range(8)))
+    batch = generate(policy, new_cache(8), PROMPTS, max_new_tokens=30, stop_ids=STOPS, seeds=range(8))
     for row, prompt in enumerate(PROMPTS):
-        single = generate(policy, new_cache(1), [prompt], max_new_tokens=30, stop_ids=STOPS, generators=streams(row))
+        single = generate(policy, new_cache(1), [prompt], max_new_tokens=30, stop_ids=STOPS, seeds=[row])
         assert single.token_ids[0] == batch.token_ids[row]
         assert single.stop_reasons[0] == batch.stop_reasons[row]
         torch.testing.assert_close(
@@ -88,21 +85,32 @@ def test_batch_equals_singles(policy):
 def test_streams_do_not_depend_on_the_batch(policy):
     """Guards seeded rows: the same prompt and stream sample the same ids in another company and order."""
     seeds = list(range(40, 48))
-    batch = generate(policy, new_cache(8), PROMPTS, max_new_tokens=20, stop_ids=STOPS, generators=streams(*seeds))
+    batch = generate(policy, new_cache(8), PROMPTS, max_new_tokens=20, stop_ids=STOPS, seeds=seeds)
     order = [6, 2, 5]
     few = generate(policy, new_cache(3), [PROMPTS[i] for i in order], max_new_tokens=20, stop_ids=STOPS,
-                   generators=streams(*(seeds[i] for i in order)))  # fmt: skip
+                   seeds=[seeds[i] for i in order])  # fmt: skip
     assert few.token_ids == [batch.token_ids[i] for i in order]
 
 
-def test_one_generator_seeds_all_rows(policy):
+def test_without_seeds_rows_are_drawn_from_the_global_generator(policy):
     """Guards a run's reproducibility, and rows that would share one stream."""
     def draw(seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return generate(policy, new_cache(1), [[5]], n=4, max_new_tokens=9, stop_ids=[], generators=generator).token_ids
+        torch.manual_seed(seed)
+        return generate(policy, new_cache(1), [[5]], n=4, max_new_tokens=9, stop_ids=[]).token_ids
 
     assert draw(1) == draw(1) != draw(2)
     assert len(set(map(tuple, draw(1)))) == 4
+
+
+def test_a_seed_is_one_generator_per_row(policy):
+    """Guards the draws of earlier runs: step t of a row uses the t-th uniform of its seed's own stream."""
+    samples = generate(policy, new_cache(2), [[5, 6], [9]], max_new_tokens=9, stop_ids=[], seeds=[7, 8])
+    for prompt, seed, drawn in zip([[5, 6], [9]], [7, 8], samples.token_ids, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        for step, uniform in enumerate(torch.rand(9, generator=generator)):
+            with torch.no_grad():
+                logits = policy.logits(policy(torch.tensor([prompt + drawn[:step]]))[:, -1])
+            assert sample(logits, 1.0, uniform[None])[0].item() == drawn[step]
 
 
 def test_greedy_does_not_advance_the_generator(policy):
@@ -114,11 +122,9 @@ def test_greedy_does_not_advance_the_generator(policy):
 
 def test_candidates_equal_repeats(policy):
     """Guards the shared prompt: n candidates off one prefill are what n copies of the prompt give, at row b * n + c."""
-    shared = generate(policy, new_cache(3), PROMPTS[:3], n=4, max_new_tokens=20, stop_ids=STOPS,
-                      generators=streams(*range(12)))  # fmt: skip
+    shared = generate(policy, new_cache(3), PROMPTS[:3], n=4, max_new_tokens=20, stop_ids=STOPS, seeds=range(12))
     repeated = [prompt for prompt in PROMPTS[:3] for _ in range(4)]
-    apart = generate(policy, new_cache(12), repeated, max_new_tokens=20, stop_ids=STOPS,
-                     generators=streams(*range(12)))  # fmt: skip
+    apart = generate(policy, new_cache(12), repeated, max_new_tokens=20, stop_ids=STOPS, seeds=range(12))
     assert_same(shared, apart)
 
 
@@ -132,7 +138,7 @@ def test_three_turns_equal_one_prefill(policy):
     new_ids = dialogues
     for turn in range(3):
         samples = generate(policy, cache, new_ids, n=2, max_new_tokens=12, stop_ids=STOPS,
-                           generators=streams(*range(8 * turn, 8 * turn + 8)))  # fmt: skip
+                           seeds=range(8 * turn, 8 * turn + 8))  # fmt: skip
         winners = torch.tensor([0, 3, 5, 6])
         for dialogue, row in zip(dialogues, winners.tolist(), strict=True):
             expected = logprobs_of(policy, dialogue, samples.token_ids[row])
@@ -155,8 +161,7 @@ def test_three_turns_equal_one_prefill(policy):
 
 def test_stop_id_is_kept_and_ends_the_row(policy):
     """Guards the trained stop: the stop id is in the sample, once, last, with its log-prob; running out has none."""
-    samples = generate(policy, new_cache(8), PROMPTS, n=4, max_new_tokens=16, stop_ids=STOPS,
-                       generators=streams(*range(32)))  # fmt: skip
+    samples = generate(policy, new_cache(8), PROMPTS, n=4, max_new_tokens=16, stop_ids=STOPS, seeds=range(32))
     assert set(samples.stop_reasons) == {"stop", "length"}
     rows = zip(samples.token_ids, samples.logprobs, samples.lengths, samples.stop_reasons, strict=True)
     for ids, logprobs, length, reason in rows:
@@ -180,7 +185,7 @@ def test_stop_id_as_the_last_allowed_token(policy):
 def test_cache_holds_all_but_the_pending_id(policy):
     """Guards finished rows: they hold prompt and sample less the last id, exactly, and nothing beyond."""
     cache = new_cache(8)
-    samples = generate(policy, cache, PROMPTS, n=2, max_new_tokens=30, stop_ids=STOPS, generators=streams(*range(16)))
+    samples = generate(policy, cache, PROMPTS, n=2, max_new_tokens=30, stop_ids=STOPS, seeds=range(16))
     assert len(set(samples.lengths)) > 5
     for row, sampled in enumerate(samples.token_ids):
         ids = PROMPTS[row // 2] + sampled[:-1]
@@ -198,8 +203,7 @@ def test_finished_rows_leave_the_batch(policy, monkeypatch):
     batches = []
     forward = policy.forward
     monkeypatch.setattr(policy, "forward", lambda ids, **kwargs: (batches.append(len(ids)), forward(ids, **kwargs))[1])
-    samples = generate(policy, new_cache(8), PROMPTS, n=4, max_new_tokens=30, stop_ids=STOPS,
-                       generators=streams(*range(32)))  # fmt: skip
+    samples = generate(policy, new_cache(8), PROMPTS, n=4, max_new_tokens=30, stop_ids=STOPS, seeds=range(32))
     for step, rows in enumerate(batches[1:], start=1):
         running = sum(length > step for length in samples.lengths)
         assert running <= rows < max(2 * running, 33)
@@ -209,14 +213,13 @@ def test_finished_rows_leave_the_batch(policy, monkeypatch):
 def test_select_and_cut(policy):
     """Guards going back: rows reordered, repeated and cut to a prefix continue like that prefix."""
     cache = new_cache(8)
-    generate(policy, cache, PROMPTS, max_new_tokens=10, stop_ids=[], generators=streams(*range(8)))
+    generate(policy, cache, PROMPTS, max_new_tokens=10, stop_ids=[], seeds=range(8))
     cache.select(torch.tensor([4, 2, 4]), lengths=torch.tensor([16, 5, 3]))
     assert cache.lengths.tolist() == [16, 5, 3]
     prefixes = [PROMPTS[4][:16], PROMPTS[2][:5], PROMPTS[4][:3]]
-    ours = generate(policy, cache, [[40], [41, 42], [43]], max_new_tokens=10, stop_ids=[], generators=streams(1, 2, 3))
+    ours = generate(policy, cache, [[40], [41, 42], [43]], max_new_tokens=10, stop_ids=[], seeds=[1, 2, 3])
     whole = [prefix + new for prefix, new in zip(prefixes, [[40], [41, 42], [43]], strict=True)]
-    assert_same(ours, generate(policy, new_cache(3), whole, max_new_tokens=10, stop_ids=[],
-                               generators=streams(1, 2, 3)))  # fmt: skip
+    assert_same(ours, generate(policy, new_cache(3), whole, max_new_tokens=10, stop_ids=[], seeds=[1, 2, 3]))
     with pytest.raises(ValueError, match="cannot cut rows of"):
         cache.select(torch.tensor([0]), lengths=torch.tensor([1000]))
 
@@ -230,9 +233,9 @@ def test_select_changes_the_capacity(policy):
         cache.select(torch.tensor([1, 0]), capacity=3)
     assert cache.capacity == 4 and cache.lengths.tolist() == [4, 4]
     cache.select(torch.tensor([1, 0]), torch.tensor([4, 0]), capacity=20)
-    ours = generate(policy, cache, [[9], [9]], max_new_tokens=12, stop_ids=[], generators=streams(1, 2))
+    ours = generate(policy, cache, [[9], [9]], max_new_tokens=12, stop_ids=[], seeds=[1, 2])
     assert_same(ours, generate(policy, new_cache(2), [[5, 6, 7, 8, 9], [9]], max_new_tokens=12, stop_ids=[],
-                               generators=streams(1, 2)))  # fmt: skip
+                               seeds=[1, 2]))  # fmt: skip
     cache.select(torch.tensor([], dtype=torch.long))
     assert cache.nbytes == 0
 
@@ -270,7 +273,7 @@ def test_training_goes_on_after_sampling(policy):
         (dict(n=0), "n=0"),
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(temperature=-1.0), "temperature=-1.0"),
-        (dict(n=2, generators=streams(1, 2, 3)), "3 generators for 16 sampled rows"),
+        (dict(n=2, seeds=[1, 2, 3]), "3 seeds for 16 sampled rows"),
     ],
 )
 def test_bad_arguments_leave_the_cache_alone(policy, arguments, words):

@@ -1,0 +1,152 @@
+"""Compile every kernel ahead of time, in each configuration that ships, for GPUs that are not here.
+
+    python tests/aot.py        prints a Markdown table: one row per kernel, configuration and architecture
+
+No GPU and no driver is needed: `triton.compile` runs the ptxas of Triton's own wheel. Registers and spills come from
+ptxas's log and from cuobjdump, shared memory from Triton. `tests/test_aot.py` demands what the table shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import kernels
+from kernels.linear_kl import TILE as KL_TILE
+from kernels.linear_kl import dlogits_kl_kernel, fold_kl_kernel
+from kernels.linear_logprob import TILE as HEAD_TILE
+from kernels.linear_logprob import dlogits_kernel, fold_kernel
+from kernels.ppo_head import TILE as PPO_TILE
+from kernels.ppo_head import ppo_kernel
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: A100, H100/H200, B200
+FP32, BF16, INT64 = "*fp32", "*bf16", "*i64"
+
+
+class Case(NamedTuple):
+    """One configuration of one kernel: the types of its arguments, its constants, and how it is launched."""
+
+    kernel: object
+    types: dict[str, str]  # argument → Triton type; a pointer or an integer named in `aligned` is a multiple of 16
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()  # integers; pointers of torch's allocator always are
+
+    @property
+    def name(self) -> str:
+        pointers = {self.types[a] for a in self.types if self.types[a] in (FP32, BF16)}
+        shown = " ".join(f"{k}={v}" for k, v in self.constants.items())
+        return f"{self.kernel.__name__} {'bf16' if BF16 in pointers else 'fp32'} {shown}"
+
+
+def with_tile(kernel, types: dict, tile: dict, aligned: tuple[str, ...], **constants) -> Case:
+    """Make a case whose block sizes, warps and stages are the module's own."""
+    blocks = {name: value for name, value in tile.items() if name not in ("num_warps", "num_stages")}
+    launch = {name: tile[name] for name in ("num_warps", "num_stages") if name in tile}
+    return Case(kernel, types, constants | blocks, **launch, aligned=aligned)
+
+
+def head_cases() -> list[Case]:
+    """List the row kernels of the three heads."""
+    row = dict(targets=INT64, first="i32", V="i32", inv_temperature="fp32")
+    one = row | dict(logits=FP32, logits_stride="i32")
+    both = row | dict(logits=FP32, ref_logits=FP32, stride="i32")
+    grads = dict(rows=FP32, out_stride="i32", rows_stride="i32")
+    stats = dict(stats=FP32, stats_stride="i32")
+    cases = [with_tile(fold_kernel, one | stats, HEAD_TILE, ("logits_stride",))]
+    for out in (BF16, FP32):
+        for entropy in (False, True):
+            types, aligned = one | grads | dict(out=out), ("logits_stride", "out_stride")
+            cases.append(with_tile(dlogits_kernel, types, HEAD_TILE, aligned, ENTROPY=entropy))
+    for reverse in (False, True):
+        cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("stride",), REVERSE=reverse))
+        for out in (BF16, FP32):
+            types, aligned = both | grads | dict(out=out), ("stride", "out_stride")
+            cases.append(with_tile(dlogits_kl_kernel, types, KL_TILE, aligned, REVERSE=reverse))
+    tokens = dict.fromkeys(("logprobs", "old_logprobs", "advantages", "ref_logprobs", "out"), FP32)
+    tokens |= dict(N="i32", stride="i32", clip_eps="fp32", kl_coef="fp32")
+    return cases + [with_tile(ppo_kernel, tokens, PPO_TILE, (), K3=k3) for k3 in (False, True)]
+
+
+CASES = head_cases()
+
+
+def all_kernels() -> dict[str, object]:
+    """Find every Triton kernel of the package, by name."""
+    modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    found = [v for module in modules for v in vars(module).values() if isinstance(v, triton.runtime.JITFunction)]
+    return {kernel.__name__: kernel for kernel in found}
+
+
+def compile_ahead(case: Case, arch: int) -> dict[str, int | float]:
+    """Compile a case for sm_<arch>; give registers, bytes of stack, spills and shared memory, and the seconds taken."""
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    aligned = [name for name in names if signature[name].startswith("*") or name in case.aligned]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs=case.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    log, start = io.StringIO(), time.perf_counter()
+    with contextlib.redirect_stdout(log), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
+        options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    seconds = time.perf_counter() - start
+    spills = [int(re.search(rf"(\d+) bytes spill {kind}", log.getvalue())[1]) for kind in ("stores", "loads")]
+    return resources(compiled.asm["cubin"]) | {
+        "spills": sum(spills),
+        "shared": compiled.metadata.shared,
+        "seconds": seconds,
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Read registers, stack and local bytes off a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown).groups()
+    return {"registers": int(registers), "stack": int(stack), "local": int(local)}
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"triton {triton.__version__}; shared memory in bytes; stack, local memory and spills are 0 unless shown\n")
+    print("| kernel and constants | warps | stages | sm | registers | shared | spills | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in CASES:
+        for arch in SHARED_LIMIT:
+            r = compile_ahead(case, arch)
+            spilled = r["spills"] + r["stack"] + r["local"]
+            print(
+                f"| {case.name} | {case.num_warps} | {case.num_stages} | {arch} | {r['registers']} | {r['shared']}"
+                f" | {spilled} | {r['seconds']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

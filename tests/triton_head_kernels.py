@@ -1,0 +1,165 @@
+"""The head kernels' Triton paths against fp64: interpreted on a CPU (`tests/test_triton.py`), native on CUDA.
+
+The bound everywhere: the error is at most twice that of plain torch in the same dtype, plus rounding of the result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import linear_kl, linear_logprob, ppo_head, set_backend
+from kernels.backend import INTERPRETED
+from kernels.linear_kl import reference_kl
+from kernels.linear_logprob import fold_kernel, reference_logprob
+from kernels.ppo_head import Settings, reference_ppo
+
+CUDA = torch.cuda.is_available()
+if not (CUDA or INTERPRETED):
+    pytest.skip("needs CUDA, or TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)
+DEVICE = "cuda" if CUDA else "cpu"
+V = 151_936
+SMALL = [(1, 32, 300), (7, 64, 1000), (33, 48, 4100)]  # N, D, V: one row, ragged rows, one tile and a bit
+TRUE = [(1031, D, V) for D in (896, 1536, 2048, 3584)]  # Qwen-2.5 0.5B, 1.5B, 3B, 7B
+SHAPES = TRUE if CUDA else [*SMALL, (2, 16, V)]
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+WORKSPACE = 256 << 20 if CUDA else 4 << 17  # several tiles each
+
+
+@pytest.fixture(autouse=True)
+def triton_path():
+    set_backend("triton")
+    yield
+    set_backend("auto")
+
+
+def inputs(shape, dtype, scale: float = 1.0, seed: int = 0):
+    """Hidden states and head weight of policy and reference, targets, and three upstream gradients."""
+    N, D, vocabulary = shape
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, device=DEVICE)  # noqa: E731
+    hidden, weight = scale * draw(N, D), draw(vocabulary, D) / D**0.5
+    ref_hidden, ref_weight = hidden + 0.1 * scale * draw(N, D), weight + 0.1 * draw(vocabulary, D) / D**0.5
+    targets = torch.randint(vocabulary, (N,), generator=generator, device=DEVICE)
+    targets[: N // 2] = (hidden @ weight.T).argmax(-1)[: N // 2]  # likely tokens, as training has them
+    tensors = [x.to(dtype) for x in (hidden, weight, ref_hidden, ref_weight)]
+    return tensors, targets, draw(3, N)
+
+
+def evaluate(function, tensors, upstream):
+    """Return a function's outputs, and the gradients of its first two arguments under these upstream gradients."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:2]]
+    outputs = function(*leaves, *tensors[2:])
+    total = sum((g.to(x) * x).sum() for x, g in zip(outputs, upstream, strict=True))
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, leaves))
+
+
+def assert_as_exact_as_torch(ours, plain, truth):
+    """Hold each result to twice plain torch's error (root mean square: a maximum of few is luck), plus rounding."""
+    for number, (mine, torchs, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert torch.isfinite(mine).all(), number
+        error, bound, size = (x.pow(2).mean().sqrt().item() for x in (mine - exact, torchs - exact, exact))
+        if mine.dim() < 2:  # nats: differences of numbers of size 1 and more, which are rounded first
+            size = max(1.0, size)
+        assert error <= 2 * bound + 4 * torch.finfo(mine.dtype).eps * size, (number, error, bound, size)
+
+
+def compare(function, reference, tensors, upstream):
+    ours = evaluate(function, tensors, upstream)
+    plain = evaluate(reference, tensors, upstream)
+    truth = evaluate(reference, [x.double() for x in tensors], upstream.double())
+    assert_as_exact_as_torch(ours, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_logprob(shape, scale, dtype):
+    """Guards masks at ragged edges, the merging of tiles, τ ≠ 1, upstream gradients ≠ 1, and large logits."""
+    tensors, targets, upstream = inputs(shape, dtype, scale)
+    compare(
+        lambda h, W: linear_logprob(h, W, targets, 0.7, workspace_bytes=WORKSPACE)[:2],
+        lambda h, W: reference_logprob(h, W, targets, 0.7)[:2],
+        tensors[:2], upstream[:2],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_kl(shape, scale, direction, dtype):
+    """Guards the gap's running sum over tiles, in both directions, and the gradients of all three results."""
+    tensors, targets, upstream = inputs(shape, dtype, scale)
+    compare(
+        lambda *four: linear_kl(*four, targets, 0.7, direction=direction, workspace_bytes=2 * WORKSPACE),
+        lambda *four: reference_kl(*four, targets, 0.7, direction),
+        tensors, upstream,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kl", ["none", "k3", "exact"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ppo_head(shape, entropy_coef, kl, dtype):
+    """Guards the hand-written slope of the loss, clipped and unclipped, and chunks of every size."""
+    tensors, targets, noise = inputs(shape, dtype)
+    settings = Settings(0.7, 0.2, entropy_coef, 0.3 if kl != "none" else 0.0)
+    logprobs = reference_logprob(*(x.double() for x in tensors[:2]), targets, 0.7)[0].float()
+    old, advantages, ref = logprobs + 0.3 * noise[0], noise[1], logprobs + 0.5 * noise[2]
+    old[0] += 30  # a ratio beyond the clamp: finite, and without a slope
+    ref = ref if kl == "k3" else None
+    used = tensors if kl == "exact" else tensors[:2]
+    workspace_bytes = 4 * shape[2] * max(1, shape[0] // 3) * (1 + (kl == "exact"))
+    compare(
+        lambda h, W, *r: ppo_head(
+            h, W, targets, old, advantages, ref_logprobs=ref, reference=r or None,
+            **settings._asdict(), workspace_bytes=workspace_bytes,
+        )[:1],
+        lambda h, W, *r: [
+            reference_ppo(h, W, targets, old.to(sum_of(h)), advantages.to(sum_of(h)), settings,
+                          None if ref is None else ref.to(sum_of(h)), r or None)
+        ],
+        used, torch.full((1,), -1.5, device=DEVICE),
+    )  # fmt: skip
+
+
+def sum_of(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def test_ppo_statistics():
+    """Guards the statistics that the kernel writes: equal to the torch path's."""
+    tensors, targets, noise = inputs((33, 32, 300), torch.float32)
+    old = reference_logprob(*tensors[:2], targets)[0] + 0.3 * noise[0]
+    results = []
+    for backend in ("triton", "torch"):
+        set_backend(backend)
+        results.append(ppo_head(*tensors[:2], targets, old, noise[1], reference=tensors[2:], kl_coef=0.1)[1])
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert results[0]["clip_frac"] > 0 and results[0]["kl_exact"] > 0
+
+
+def test_all_rows_masked():
+    """Guards launches of zero programs: no values, no gradients, no error."""
+    tensors, targets, noise = inputs((5, 16, 130), torch.float32)
+    hidden, weight = (x.requires_grad_() for x in tensors[:2])
+    mask = torch.zeros(5, dtype=torch.bool, device=DEVICE)
+    logprobs, entropy, _ = linear_logprob(hidden, weight, targets, action_mask=mask)
+    loss, _ = ppo_head(hidden, weight, targets, noise[0], noise[1], action_mask=mask)
+    (logprobs.sum() + entropy.sum() + loss).backward()
+    assert logprobs.tolist() == [0.0] * 5 and loss.item() == 0
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.skipif(not CUDA, reason="interpreted kernels are not compiled; tests/test_aot.py looks at the arguments")
+def test_two_lengths_share_one_binary():
+    """Guards against a compilation per batch: 1,000, 1,001 and 16 tokens run the same code."""
+    tensors, targets, _ = inputs((1001, 64, 1280), torch.float32)
+    counts = []
+    for N in (1000, 1001, 16):
+        linear_logprob(tensors[0][:N], tensors[1], targets[:N])
+        counts.append(len(fold_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert counts[0] == counts[1] == counts[2]

@@ -1,0 +1,266 @@
+"""RMSNorm, rotary positions and SwiGLU: the Triton kernels, on CUDA or interpreted (TRITON_INTERPRET=1)."""
+
+import pytest
+import torch
+
+import kernels.rmsnorm
+import kernels.swiglu
+from kernels.backend import INTERPRETED, set_backend
+from kernels.rmsnorm import reference_rmsnorm, rmsnorm
+from kernels.rope import reference_rope, reference_rope_into_cache, rope, rope_into_cache
+from kernels.swiglu import reference_swiglu, swiglu
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]  # the interpreter truncates to bf16
+pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device, or TRITON_INTERPRET=1")
+
+NORMS = [(1, 896), (1031, 1536), (600, 2048), (257, 3584), (5, 8192)] if CUDA else [(1, 96), (11, 100), (7, 128)]
+HEADS = [(14, 2, 64), (12, 2, 128), (16, 2, 128), (28, 4, 128)] if CUDA else [(3, 1, 32), (6, 2, 12)]
+WIDTHS = [(1, 4864), (129, 8960), (64, 11008), (65, 18944)] if CUDA else [(1, 256), (5, 1500)]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    set_backend("triton")
+    yield
+    set_backend("auto")
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(DEVICE, dtype)
+
+
+def gradients(function, inputs: list[torch.Tensor], upstream: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Give outputs and then gradients of function at inputs, for these upstream gradients (None: an unused output)."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    used = [(y, g.to(y.dtype)) for y, g in zip(outputs, upstream, strict=True) if g is not None]
+    torch.autograd.backward([y for y, _ in used], [g for _, g in used])
+    return [y.detach() for y in outputs] + [x.grad for x in leaves]
+
+
+def assert_as_good_as_torch(function, reference, inputs: list[torch.Tensor], upstream: list[torch.Tensor]) -> None:
+    """Compare both with the reference in fp64: the kernel may lose twice what plain torch loses in the same dtype."""
+    ours = gradients(function, inputs, upstream)
+    theirs = gradients(reference, inputs, upstream)
+    truths = gradients(reference, [x.double() for x in inputs], upstream)
+    eps = 1e-6 if inputs[0].dtype == torch.float32 else torch.finfo(torch.bfloat16).eps
+    for i, (our, their, truth) in enumerate(zip(ours, theirs, truths, strict=True)):
+        assert our.dtype == their.dtype and our.shape == their.shape
+        error, honest = (our.double() - truth).abs().max(), (their.double() - truth).abs().max()
+        assert error <= 2 * honest + eps * truth.abs().max(), f"result {i}: {error:.3e}, plain torch {honest:.3e}"
+
+
+# ------------------------------------------------------------------------------------------------------------- rmsnorm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
+@pytest.mark.parametrize(("N", "D"), NORMS)
+def test_rmsnorm(N, D, scale, dtype):
+    """Guards: a mean over the padded tile, eps lost at small rows, and rows that a program strides past."""
+    inputs = [draw(N, D, seed=0, dtype=dtype, scale=scale), draw(D, seed=1, dtype=dtype)]
+    upstream = [draw(N, D, seed=2, dtype=dtype)]
+    assert_as_good_as_torch(
+        lambda x, w: rmsnorm(x, w, 1e-6), lambda x, w: reference_rmsnorm(x, w, 1e-6), inputs, upstream
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("N", "D"), NORMS)
+def test_rmsnorm_with_a_residual(N, D, used, dtype, monkeypatch):
+    """Guards: a gradient of the sum that is left out, or asked for after the last layer, where the sum is not used."""
+    monkeypatch.setattr(kernels.rmsnorm, "PROGRAMS", 4)
+    inputs = [
+        draw(N, D, seed=0, dtype=dtype),
+        draw(D, seed=1, dtype=dtype),
+        draw(N, D, seed=2, dtype=dtype, scale=30.0),
+    ]
+    upstream = [draw(N, D, seed=3 + i, dtype=dtype) if used[i] else None for i in range(2)]
+    leaves = inputs if used[0] else [inputs[0], inputs[2]]
+    weight = inputs[1]
+
+    def call(function):
+        if used[0]:
+            return lambda x, w, r: function(x, w, 1e-6, r)
+        return lambda x, r: function(x, weight.to(x.dtype), 1e-6, r)
+
+    assert_as_good_as_torch(call(rmsnorm), call(reference_rmsnorm), leaves, upstream)
+
+
+def test_rmsnorm_of_more_dimensions_strided_rows_and_a_transposed_gradient():
+    """Guards: a kernel that reads a strided tensor as if it were contiguous."""
+    x = draw(6, 2, 5, 64, seed=0, dtype=torch.float32)[:, 1]
+    upstream = [
+        draw(5, 6, 64, seed=1, dtype=torch.float32).transpose(0, 1),
+        draw(64, seed=2, dtype=torch.float32).expand(6, 5, 64),
+    ]
+    inputs = [x, draw(64, seed=3, dtype=torch.float32), draw(5, 6, 64, seed=4, dtype=torch.float32).transpose(0, 1)]
+    assert_as_good_as_torch(
+        lambda x, w, r: rmsnorm(x, w, 1e-6, r), lambda x, w, r: reference_rmsnorm(x, w, 1e-6, r), inputs, upstream
+    )
+
+
+def test_rmsnorm_gradients_are_the_same_bits_every_time():
+    """Guards: atomics in the sum over rows: a run that cannot be repeated."""
+    inputs = [draw(*NORMS[1], seed=0, dtype=torch.float32), draw(NORMS[1][1], seed=1, dtype=torch.float32)]
+    upstream = [draw(*NORMS[1], seed=2, dtype=torch.float32)]
+    runs = [gradients(lambda x, w: rmsnorm(x, w, 1e-6), inputs, upstream) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_rmsnorm_refuses_a_row_that_does_not_fit():
+    """Guards: a compilation of minutes that ends in spills."""
+    with pytest.raises(ValueError, match="8192"):
+        rmsnorm(torch.zeros(1, 8200, device=DEVICE), torch.ones(8200, device=DEVICE), 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rope
+
+
+def tables(position_ids: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = torch.arange(head_dim // 2, device=position_ids.device)
+    angles = position_ids[:, :, None, None] * 1e6 ** (-pairs / (head_dim // 2))
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "Hkv", "Dh"), HEADS)
+@pytest.mark.parametrize("T", [1, 7])
+def test_rope(T, H, Hkv, Dh, dtype):
+    """Guards: heads and pairs rounded up to powers of 2 that are written too, and a backward that turns forward."""
+    B = 2
+    cos, sin = tables(torch.tensor([[3], [4000]], device=DEVICE) + torch.arange(T, device=DEVICE), Dh)
+    inputs = [draw(B, T, H, Dh, seed=0, dtype=dtype), draw(B, T, Hkv, Dh, seed=1, dtype=dtype, scale=50.0)]
+    upstream = [draw(B, T, H, Dh, seed=2, dtype=dtype), draw(B, T, Hkv, Dh, seed=3, dtype=dtype)]
+    assert_as_good_as_torch(
+        lambda q, k: rope(q, k, cos, sin),
+        lambda q, k: (reference_rope(q, cos, sin), reference_rope(k, cos, sin)),
+        inputs,
+        upstream,
+    )
+
+
+def test_rope_of_strided_tensors_and_gradients():
+    """Guards: attention's gradient, (B, H, T, Dh) in memory, read as (B, T, H, Dh)."""
+    f32, (B, T, H, Hkv, Dh) = torch.float32, (2, 5, 4, 2, 16)
+    cos, sin = tables(torch.arange(T, device=DEVICE).expand(B, T), Dh)
+    inputs = [
+        draw(B, H, T, Dh, seed=0, dtype=f32).transpose(1, 2),
+        draw(B, T, Hkv, 2 * Dh, seed=1, dtype=f32)[..., Dh:],
+    ]
+    upstream = [draw(B, H, T, Dh, seed=2, dtype=f32).transpose(1, 2), draw(Dh, seed=3, dtype=f32).expand(B, T, Hkv, Dh)]
+    assert_as_good_as_torch(
+        lambda q, k: rope(q, k, cos, sin),
+        lambda q, k: (reference_rope(q, cos, sin), reference_rope(k, cos, sin)),
+        inputs,
+        upstream,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "Hkv", "Dh"), HEADS)
+@pytest.mark.parametrize(
+    ("lengths", "new_lengths", "T"),
+    [([0, 2, 5, 8], [3, 0, 2, 1], 4), ([8, 0, 4, 9], [1, 1, 0, 0], 1)],
+    ids=["prefill", "decode"],
+)
+def test_rope_into_cache(lengths, new_lengths, T, H, Hkv, Dh, dtype):
+    """Guards: padding that overwrites a slot of its own or the next row (the last row is full), and a stray rotation of v."""
+    B, capacity = len(lengths), 9
+    position_ids = torch.tensor(lengths, device=DEVICE)[:, None] + torch.arange(T, device=DEVICE)
+    cos, sin = tables(position_ids, Dh)
+    q, k, v = (draw(B, T, h, Dh, seed=i, dtype=dtype) for i, h in enumerate((H, Hkv, Hkv)))
+    before = [draw(B, Hkv, capacity, Dh, seed=3 + i, dtype=dtype) for i in range(2)]
+    arguments = position_ids, torch.tensor(new_lengths, device=DEVICE)
+
+    def run(function, dtype):
+        keys, values = (x.to(dtype, copy=True) for x in before)
+        q_out = function(q.to(dtype), k.to(dtype), v.to(dtype), cos, sin, keys, values, *arguments)
+        return q_out, keys, values
+
+    ours = run(rope_into_cache, dtype)
+    theirs = run(reference_rope_into_cache, dtype)
+    truths = run(reference_rope_into_cache, torch.float64)
+    assert torch.equal(ours[2], theirs[2])  # values are copied, and nothing else is touched
+    changed = torch.zeros(B, capacity, dtype=torch.bool, device=DEVICE)
+    for b, (start, count) in enumerate(zip(lengths, new_lengths, strict=True)):
+        changed[b, start : start + count] = True
+    untouched = ~changed[:, None, :, None].expand_as(ours[1])
+    assert torch.equal(ours[1][untouched], before[0][untouched])
+    eps = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for our, their, truth in zip(ours[:2], theirs[:2], truths[:2], strict=True):
+        error, honest = (our.double() - truth).abs().max(), (their.double() - truth).abs().max()
+        assert error <= 2 * honest + eps * truth.abs().max()
+
+
+def test_rope_into_cache_stays_inside_the_row_whatever_it_is_told():
+    """Guards: a slot past the capacity, which would be the first slot of the next head."""
+    f32, Dh = torch.float32, 8
+    position_ids = torch.tensor([[1, 2, 3]], device=DEVICE)  # the capacity is 2
+    q, k = draw(1, 3, 2, Dh, seed=0, dtype=f32), draw(1, 3, 2, Dh, seed=1, dtype=f32)
+    keys, values = torch.zeros(1, 2, 2, Dh, device=DEVICE), torch.zeros(1, 2, 2, Dh, device=DEVICE)
+    rope_into_cache(q, k, k, *tables(position_ids, Dh), keys, values, position_ids, torch.tensor([3], device=DEVICE))
+    assert not keys[:, :, 0].any() and not values[:, :, 0].any()
+    assert torch.equal(values[:, :, 1], k[:, 0])
+
+
+def test_rope_into_cache_refuses_a_strided_cache():
+    """Guards: a contiguous copy that is written in place of the cache."""
+    q, position_ids = torch.zeros(1, 1, 2, 8, device=DEVICE), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    cache = torch.zeros(1, 2, 8, 4, device=DEVICE).transpose(2, 3)
+    with pytest.raises(ValueError, match="contiguous"):
+        rope_into_cache(q, q, q, *tables(position_ids, 8), cache, cache, position_ids, position_ids[0] + 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- swiglu
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(("N", "width"), WIDTHS)
+def test_swiglu(N, width, scale, dtype):
+    """Guards: the last, ragged tile, an infinite exp(−a), and the sigmoid's gradient left out."""
+    inputs = [draw(N, width, seed=0, dtype=dtype, scale=scale), draw(N, width, seed=1, dtype=dtype)]
+    assert_as_good_as_torch(swiglu, reference_swiglu, inputs, [draw(N, width, seed=2, dtype=dtype)])
+
+
+def test_swiglu_of_strided_tensors():
+    """Guards: gate and up as two halves of one product, read as if contiguous."""
+    both = draw(2, 3, 2 * 40, seed=0, dtype=torch.float32)
+    upstream = [draw(3, 2, 40, seed=1, dtype=torch.float32).transpose(0, 1)]
+    assert_as_good_as_torch(swiglu, reference_swiglu, list(both.chunk(2, -1)), upstream)
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def test_the_model_gives_the_same_numbers_on_both_paths():
+    """Guards the wiring: a delta that is added twice or not at all, and a cache that differs from a forward."""
+    from model import KVCache, Qwen2Config, random_policy
+
+    policy = random_policy(Qwen2Config(50, 32, 40, 2, 4, 2, max_position_embeddings=64, initializer_range=0.3), seed=0)
+    policy = policy.to(DEVICE)
+    token_ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def hidden_and_gradients() -> list[torch.Tensor]:
+        policy.zero_grad()
+        hidden = policy(token_ids)
+        hidden.pow(3).sum().backward()
+        return [hidden.detach()] + [parameter.grad for parameter in policy.model.parameters()]
+
+    def cached() -> torch.Tensor:
+        cache = KVCache(policy.config, 2, 8, device=DEVICE)
+        with torch.no_grad():
+            first = policy(token_ids[:, :4], cache=cache)
+            return torch.cat((first, policy(token_ids[:, 4:], cache=cache)), 1)
+
+    ours, ours_cached = hidden_and_gradients(), cached()
+    set_backend("torch")
+    theirs, theirs_cached = hidden_and_gradients(), cached()
+    for our, their in zip(ours + [ours_cached, ours[0]], theirs + [theirs_cached, ours_cached], strict=True):
+        assert (our - their).abs().max() <= 2e-5 * their.abs().max()
