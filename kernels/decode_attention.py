@@ -32,7 +32,7 @@ TILE = dict(BLOCK=64, num_warps=4, num_stages=3)  # keys a step: at Dh 128 K and
 FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)  # the same bytes a step
 QUERIES, FP32_QUERIES = 64, 32  # most queries a program holds: their sums and scores live in registers
 MERGE = dict(CHUNK=16, num_warps=4)
-PROGRAMS_PER_SM = 4  # two fit at a time; twice that, so that short rows do not leave an SM idle
+PROGRAMS_PER_SM = 4  # two or three fit at a time; more, so that an SM with short rows is not idle
 
 
 class Prefix(NamedTuple):
@@ -160,9 +160,6 @@ def merge_splits_kernel(sums, stats, out, all_splits, DH: tl.constexpr, DIM: tl.
     tl.store(out + query * DH + dim, o.to(out.dtype.element_ty), mask=dim < DH)
 
 
-# ------------------------------------------------------------------------------------------------------------ launcher
-
-
 def split_count(programs: int, S: int, block: int, device: torch.device) -> int:
     """Choose into how many splits S slots are cut, so that so many programs, times the splits, fill the GPU."""
     cuda = device.type == "cuda"
@@ -200,12 +197,6 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Pre
 # ------------------------------------------------------------------------------------------------- the public function
 
 
-def masked_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attend where the mask (R, S) allows it; a group's H/Hkv queries become query rows, so K and V are read once."""
-    grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])  # (R, Hkv, G, Dh)
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[:, None, None]).view(q.shape)
-
-
 def check(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, rows: int) -> None:
     """Raise ValueError unless keys and values are (rows, Hkv, S, Dh), tokens contiguous, and lengths (rows,) long."""
     if keys.dim() != 4 or keys.shape != values.shape or keys.shape[0] != rows or keys.shape[3] != q.shape[2]:
@@ -219,9 +210,7 @@ def check(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, rows: int) -
         raise ValueError("keys and values must hold a row's tokens one after another: give views of slots [:S] only")
 
 
-def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Prefix | None = None
-) -> Tensor:
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Prefix | None = None) -> Tensor:
     """Return softmax(q·k/√Dh)·v of one query per row over its prefix and its own keys, (R, H, Dh). Inference only.
 
     Args:
@@ -249,10 +238,11 @@ def decode_attention(
             raise ValueError(f"{B} prefixes of {prefix.keys.shape[1]} KV heads for {R} rows of {keys.shape[1]}")
     if use_triton(q):
         return launch(q.contiguous(), keys, values, lengths.contiguous(), prefix)
-    mask = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]  # (R, S)
+    mask = torch.arange(keys.shape[2], device=q.device) < lengths.view(R, 1, 1, 1)  # (R, 1, 1, S)
     if prefix:
         owner = torch.arange(R, device=q.device) // (R // B)
-        shared = torch.arange(prefix.keys.shape[2], device=q.device) < prefix.lengths[owner, None]  # (R, P)
-        mask = torch.cat((shared, mask), 1)
-        keys, values = (torch.cat((ours[owner], own), 2) for ours, own in zip(prefix, (keys, values), strict=False))
-    return masked_attention(q, keys, values, mask)
+        shared = torch.arange(prefix.keys.shape[2], device=q.device) < prefix.lengths[owner].view(R, 1, 1, 1)
+        mask = torch.cat((shared, mask), 3)
+        keys, values = torch.cat((prefix.keys[owner], keys), 2), torch.cat((prefix.values[owner], values), 2)
+    grouped = q.reshape(R, keys.shape[1], -1, q.shape[2])  # a group's queries become query rows: K and V are read once
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(q.shape)

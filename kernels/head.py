@@ -24,21 +24,19 @@ def new_workspace(nbytes: int, like: Tensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
     """Return a (M, K) @ b (K, N), (M, N) fp32, in a flat fp32 workspace; half-precision products stay unrounded."""
     out = workspace[: len(a) * b.shape[1]].view(len(a), b.shape[1])
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # no such GEMM on a CPU
+    add_matmul(a, b, out, first=True)
+    return out
 
 
-def add_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Add a (M, K) @ b (K, N) to out (M, N) fp32; half-precision products are added unrounded."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out)
-    elif a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+def add_matmul(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+    """Add a (M, K) @ b (K, N) to out (M, N) fp32, or, the first time, write it there, whatever out held before."""
+    if a.dtype != out.dtype and not a.is_cuda:
+        a, b = a.to(out.dtype), b.to(out.dtype)  # a CPU has no product of half-precision matrices that sums in fp32
+    dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if first:
+        torch.mm(a, b, out=out, **dtype)
     else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+        torch.addmm(out, a, b, out=out, **dtype)
 
 
 class HeadGradients:
@@ -49,19 +47,20 @@ class HeadGradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.inputs = hidden, weight
-        self.hidden = torch.zeros_like(hidden, dtype=sum_dtype(hidden))
-        self.weight = torch.zeros_like(weight) if weight.requires_grad else None
+        empty = torch.empty_like if len(hidden) else torch.zeros_like  # without rows nothing is ever written
+        self.hidden = empty(hidden, dtype=sum_dtype(hidden))
+        self.weight = empty(weight) if weight.requires_grad else None
 
     def add(self, rows: slice, ids: slice, dz: Tensor) -> None:
         """Add one tile's part; tiles come in the order of `tile_slices`."""
         hidden, weight = self.inputs
-        add_matmul(dz, weight[ids], out=self.hidden[rows])
+        add_matmul(dz, weight[ids], self.hidden[rows], first=ids.start == 0)
         if self.weight is None:
             return
         whole = self.weight.dtype == self.hidden.dtype
         if rows.start == 0:  # a buffer for these ids alone, where the weight's own gradient cannot hold fp32
-            self.part = self.weight[ids] if whole else torch.zeros_like(weight[ids], dtype=self.hidden.dtype)
-        add_matmul(dz.T, hidden[rows], out=self.part)
+            self.part = self.weight[ids] if whole else torch.empty_like(weight[ids], dtype=self.hidden.dtype)
+        add_matmul(dz.T, hidden[rows], self.part, first=rows.start == 0)
         if not whole and rows.stop == len(hidden):
             self.weight[ids] = self.part
 

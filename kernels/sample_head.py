@@ -30,12 +30,12 @@ from torch import Tensor
 from kernels.backend import INTERPRETED, jit, tl, use_triton
 from kernels.head import matmul, new_workspace, sum_dtype
 
-TILES = {  # by rows a program: weight rows, depth of a step
-    16: dict(BLOCK_V=128, BLOCK_D=128, num_warps=4, num_stages=4),
-    64: dict(BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=4),
-    128: dict(BLOCK_V=128, BLOCK_D=64, num_warps=16, num_stages=3),  # the noise spills with half the warps
-}
-FP32_TILE = dict(BLOCK_V=64, BLOCK_D=32, num_warps=4, num_stages=2)
+TILES = [  # the smallest that holds the rows; a deep pipeline, for what counts is the bytes of W in flight
+    dict(BLOCK_R=16, BLOCK_V=128, BLOCK_D=128, num_warps=4, num_stages=4),
+    dict(BLOCK_R=64, BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=4),
+    dict(BLOCK_R=128, BLOCK_V=128, BLOCK_D=64, num_warps=16, num_stages=3),  # the noise spills with half the warps
+]
+FP32_TILE = dict(BLOCK_R=32, BLOCK_V=64, BLOCK_D=32, num_warps=4, num_stages=2)
 MERGE = dict(BLOCK=2048, num_warps=4)
 
 
@@ -166,22 +166,18 @@ def merge_blocks_kernel(partial, winner, ids, logprobs, R, blocks, BLOCK: tl.con
     tl.store(logprobs + row, (tl.load(partial + 3 * numbers + at) - m) - tl.log(s))
 
 
-# ------------------------------------------------------------------------------------------------------------ launcher
-
-
 def launch(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Run the two kernels."""
     (R, D), V, device = hidden.shape, len(weight), hidden.device
-    rows = next((rows for rows in TILES if R <= rows), max(TILES))
-    tile = TILES[rows]
+    tile = next((tile for tile in TILES if R <= tile["BLOCK_R"]), TILES[-1])
     if hidden.dtype == torch.float32:
-        rows, tile = min(rows, 64), FP32_TILE
-    blocks = -(-V // tile["BLOCK_V"])
+        tile = FP32_TILE
+    row_blocks, blocks = -(-R // tile["BLOCK_R"]), -(-V // tile["BLOCK_V"])
     partial = torch.empty(4, R, blocks, dtype=torch.float32, device=device)
     winner = torch.empty(R, blocks, dtype=torch.int32, device=device)
-    sample_kernel[(-(-R // rows), blocks)](  # neighbours share a block of W: the second finds it in the L2 cache
-        hidden, weight, seeds, partial, winner, R, V, D, step, 1 / (temperature or 1.0), temperature > 0, INTERPRETED,
-        rows, **tile,
+    sample_kernel[(row_blocks, blocks)](  # neighbours share a block of W: the second finds it in the L2 cache
+        hidden, weight, seeds, partial, winner, R, V, D, step, 1 / (temperature or 1.0),
+        temperature > 0, INTERPRETED, **tile,
     )  # fmt: skip
     ids = torch.empty(R, dtype=torch.long, device=device)
     logprobs = torch.empty(R, dtype=torch.float32, device=device)
@@ -231,8 +227,7 @@ def sample_head(
         temperature: divides the logits; 0 takes the likeliest id, with its log-prob at temperature 1.
         seeds: (R,) long, at least 0, one stream each.
         step: number of the draw within the streams.
-        uniforms: (R,) fp32, column `step` of `draw_uniforms(seeds, ...)`, for a caller that draws many steps on the
-            torch path; None: drawn here. The kernel needs none.
+        uniforms: (R,) fp32, column `step` of `draw_uniforms(seeds, ...)`, for the torch path; None: drawn here.
     Raises:
         ValueError: shapes that do not fit, or a negative temperature.
 
@@ -241,10 +236,8 @@ def sample_head(
     ([1, 1], [0.0, 0.0])
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or seeds.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and seeds {tuple(seeds.shape)}"
-            " must be (R, D), (V, D) and (R,)"
-        )
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and seeds {tuple(seeds.shape)}"
+        raise ValueError(f"{shapes} must be (R, D), (V, D) and (R,)")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; it must be at least 0 (--temperature)")
     if use_triton(hidden):

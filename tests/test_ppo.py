@@ -17,8 +17,11 @@ from torch import Tensor
 
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn
+from kernels.linear_logprob import reference_logprob
+from kernels.ppo_head import Settings as PPOSettings
+from kernels.ppo_head import reference_ppo
 from make_tiny import render_turn, scripted_dialogue, train_tokenizer
-from model import Critic, Qwen2Config, Qwen2ForCausalLM, random_policy
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, load_policy, random_policy
 from simulator import Persona
 from train_rlpa import (
     Config,
@@ -782,6 +785,67 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
         )
         # The norm of all moves, not each: Adam makes a full step of a gradient that is zero but for rounding.
         assert ((ours - reached).norm() / (reached - begun).norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
+def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
+    """Guards the kernels inside training: the shipped checkpoint, 20 updates, losses as with eager logits to 1e-5."""
+    config = settings(
+        ckpt=str(train_rlpa.TINY_CHECKPOINT), rollout_batch_size=4, minibatch_size=2, microbatch_size=2, num_epochs=10,
+        max_new_tokens=24, lr=3e-4, critic_lr=1e-3, kl_coef=0.05, entropy_coef=0.01, kl_estimator=estimator,
+    )  # fmt: skip
+    chat = ChatTokenizer.from_folder(config.ckpt)
+    losses = []
+    for eager in (False, True):
+        policy, ref_policy = load_policy(config.ckpt), load_policy(config.ckpt)
+        with torch.no_grad():  # a reference that differs, as it does after the first updates of a run
+            ref_policy.head_weight.mul_(1.02)
+        critic = Critic.from_policy(policy)
+        if not losses:
+            dialogues = play(policy, chat, config)
+            for number, candidate in enumerate(c for d in dialogues for turn in d.turns for c in turn.candidates):
+                candidate.profile_reward, candidate.response_reward = (number % 5) / 4, float(number % 3 == 0)
+        if eager:
+            monkeypatch.setattr(train_rlpa, "linear_logprob", reference_logprob)
+            monkeypatch.setattr(train_rlpa, "ppo_head", eager_ppo)
+        packed = [pack(d, config) for d in dialogues]
+        add_statistics(packed, policy, ref_policy, critic, config)
+        for p in packed:
+            add_advantages(p, config)
+        whiten_advantages(packed)
+        learners = make_learner(policy, config.lr, config), make_learner(critic, config.critic_lr, config)
+        run = []
+        for step in range(20):
+            minibatch = [p for p in packed if p.minibatch == step % 2]
+            count = sum(len(p.targets) for p in minibatch)
+            run.append(minibatch_update(*learners, minibatch, count, 1.0, config, True, ref_policy))
+        losses.append(run)
+    for ours, theirs in zip(*losses, strict=True):
+        for name in ("policy_loss", "value_loss", "approx_kl", "entropy", "policy_grad_norm"):
+            size = ours["tokens"] if name == "policy_loss" else 0  # a sum over tokens of mixed signs, each about 1
+            assert abs(ours[name] - theirs[name]) <= 1e-5 * max(abs(theirs[name]), size, 1e-3), name
+    assert losses[0][-1]["approx_kl"] > 0 and losses[0][-1]["clip_frac"] > 0  # it moved
+
+
+def eager_ppo(hidden, weight, targets, old_logprobs, advantages, *, ref_logprobs=None, reference=None, **coefficients):
+    """The reference of `kernels.ppo_head` in its place: all logits at once, and autograd."""
+    config = PPOSettings(**coefficients)
+    with torch.no_grad():
+        logprobs, entropy, _ = reference_logprob(hidden, weight, targets, config.temperature)
+    logratio = logprobs - old_logprobs
+    ratio = logratio.exp()
+    statistics = {
+        "approx_kl": (ratio - 1 - logratio).sum(),
+        "clip_frac": ((ratio - 1).abs() > config.clip_eps).float().sum(),
+        "ratio_dev": (ratio - 1).abs().sum(),
+        "entropy": entropy.sum(),
+        "kl_exact": torch.tensor(0.0),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+    }
+    return reference_ppo(
+        hidden, weight, targets, old_logprobs, advantages, config, ref_logprobs, reference
+    ), statistics  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
