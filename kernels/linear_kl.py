@@ -40,7 +40,7 @@ def reference_kl(hidden, weight, ref_hidden, ref_weight, targets, temperature=1.
 # ------------------------------------------------------------------------------------------------- the two row kernels
 
 
-@jit(do_not_specialize=("first", "V", "stats_stride"))
+@jit(do_not_specialize=("first", "stats_stride"))
 def fold_kl_kernel(
     logits, ref_logits, targets, stats, first, V, stride, stats_stride, inv_temperature,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,7 +81,7 @@ def fold_kl_kernel(
         tl.store(stats + 3 * stats_stride, tl.load(logits + target) * inv_temperature)
 
 
-@jit(do_not_specialize=("first", "V", "rows_stride"))
+@jit(do_not_specialize=("first", "rows_stride"))
 def dlogits_kl_kernel(
     logits, ref_logits, out, targets, rows, first, V, stride, out_stride, rows_stride, inv_temperature,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,

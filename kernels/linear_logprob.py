@@ -42,7 +42,7 @@ def reference_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperatu
 # ------------------------------------------------------------------------------------------------- the two row kernels
 
 
-@jit(do_not_specialize=("first", "V", "stats_stride"))
+@jit(do_not_specialize=("first", "stats_stride"))
 def fold_kernel(logits, targets, stats, first, V, logits_stride, stats_stride, inv_temperature, BLOCK: tl.constexpr):
     """Fold row `program_id` of a tile, the logits of ids [first, first + V), into its m, s, u and z_y."""
     row = tl.program_id(0).to(tl.int64)
@@ -67,7 +67,7 @@ def fold_kernel(logits, targets, stats, first, V, logits_stride, stats_stride, i
         tl.store(stats + 3 * stats_stride, tl.load(logits + target) * inv_temperature)
 
 
-@jit(do_not_specialize=("first", "V", "rows_stride"))
+@jit(do_not_specialize=("first", "rows_stride"))
 def dlogits_kernel(
     logits, out, targets, rows, first, V, logits_stride, out_stride, rows_stride, inv_temperature,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+
 from kernels.linear_kl import TILE as KL_TILE
 from kernels.linear_kl import dlogits_kl_kernel, fold_kl_kernel
 from kernels.linear_logprob import TILE as HEAD_TILE
@@ -35,6 +36,8 @@ from kernels.linear_logprob import dlogits_kernel, fold_kernel
 from kernels.ppo_head import TILE as PPO_TILE
 from kernels.ppo_head import ppo_kernel
 
+# not "from kernels import rmsnorm": a package's attribute may be the function of that name
+rmsnorm, rope, swiglu = (importlib.import_module(f"kernels.{name}") for name in ("rmsnorm", "rope", "swiglu"))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: A100, H100/H200, B200
 FP32, BF16, INT64 = "*fp32", "*bf16", "*i64"
 
@@ -51,9 +54,9 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        pointers = {self.types[a] for a in self.types if self.types[a] in (FP32, BF16)}
-        shown = " ".join(f"{k}={v}" for k, v in self.constants.items())
-        return f"{self.kernel.__name__} {'bf16' if BF16 in pointers else 'fp32'} {shown}"
+        module = self.kernel.__module__.removeprefix("kernels.")
+        shown = " ".join(f"{k}={v}" for k, v in self.constants.items() if v is not None)
+        return f"{module}.{self.kernel.__name__} {'bf16' if BF16 in self.types.values() else 'fp32'} {shown}"
 
 
 def with_tile(kernel, types: dict, tile: dict, aligned: tuple[str, ...], **constants) -> Case:
@@ -70,29 +73,74 @@ def head_cases() -> list[Case]:
     both = row | dict(logits=FP32, ref_logits=FP32, stride="i32")
     grads = dict(rows=FP32, out_stride="i32", rows_stride="i32")
     stats = dict(stats=FP32, stats_stride="i32")
-    cases = [with_tile(fold_kernel, one | stats, HEAD_TILE, ("logits_stride",))]
+    cases = [with_tile(fold_kernel, one | stats, HEAD_TILE, ("V", "logits_stride"))]
     for out in (BF16, FP32):
         for entropy in (False, True):
-            types, aligned = one | grads | dict(out=out), ("logits_stride", "out_stride")
+            types, aligned = one | grads | dict(out=out), ("V", "logits_stride", "out_stride")
             cases.append(with_tile(dlogits_kernel, types, HEAD_TILE, aligned, ENTROPY=entropy))
     for reverse in (False, True):
-        cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("stride",), REVERSE=reverse))
+        cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("V", "stride"), REVERSE=reverse))
         for out in (BF16, FP32):
-            types, aligned = both | grads | dict(out=out), ("stride", "out_stride")
+            types, aligned = both | grads | dict(out=out), ("V", "stride", "out_stride")
             cases.append(with_tile(dlogits_kl_kernel, types, KL_TILE, aligned, REVERSE=reverse))
     tokens = dict.fromkeys(("logprobs", "old_logprobs", "advantages", "ref_logprobs", "out"), FP32)
     tokens |= dict(N="i32", stride="i32", clip_eps="fp32", kl_coef="fp32")
     return cases + [with_tile(ppo_kernel, tokens, PPO_TILE, (), K3=k3) for k3 in (False, True)]
 
 
-CASES = head_cases()
+class Model(NamedTuple):
+    """The sizes of a Qwen-2.5 that kernels depend on, and the type of its tensors."""
+
+    D: int
+    H: int
+    Hkv: int
+    Dh: int
+    width: int
+    dtype: str = BF16
 
 
-def all_kernels() -> dict[str, object]:
-    """Find every Triton kernel of the package, by name."""
+MODELS = [  # 0.5B, 1.5B, 3B, 7B, and one in fp32
+    Model(896, 14, 2, 64, 4864),
+    Model(1536, 12, 2, 128, 8960),
+    Model(2048, 16, 2, 128, 11008),
+    Model(3584, 28, 4, 128, 18944),
+    Model(896, 14, 2, 64, 4864, FP32),
+]
+
+
+def model_cases(model: Model) -> list[Case]:
+    """List the model's memory-bound kernels at one model's sizes."""
+    cases, T = [], model.dtype
+    for fused in (False, True):
+        types = dict.fromkeys(("x", "residual", "weight", "y", "h"), T) | dict(rstd=FP32, eps="fp32")
+        absent = {} if fused else dict(residual=None, h=None)
+        constants, tile = dict(D=model.D), rmsnorm.tile(model.D)
+        cases.append(with_tile(rmsnorm.forward_kernel, types, tile, (), RESIDUAL=fused, **constants, **absent))
+        types = dict.fromkeys(("g", "d", "h", "weight", "dh"), T) | dict(rstd=FP32, dw=FP32, N="i32")
+        absent = {} if fused else dict(d=None)
+        cases.append(with_tile(rmsnorm.backward_kernel, types, tile, (), ADD=fused, **constants, **absent))
+    for kernel, names in (
+        (swiglu.forward_kernel, ("gate", "up", "y")),
+        (swiglu.backward_kernel, ("g", "gate", "up", "d_gate", "d_up")),
+    ):
+        cases.append(with_tile(kernel, dict.fromkeys(names, T), swiglu.TILE, (), WIDTH=model.width))
+    types = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), T) | dict(cos=FP32, sin=FP32)
+    types |= dict(position_ids=INT64, new_lengths=INT64, T="i32", capacity="i32")
+    for cached, sign in ((False, 1), (False, -1), (True, 1)):
+        absent = {} if cached else dict.fromkeys(("v", "v_out", "position_ids", "new_lengths"))
+        tile = rope.tile(model.H, model.Hkv, model.Dh)
+        cases.append(with_tile(rope.rope_kernel, types, tile, (), CACHED=cached, SIGN=sign, **absent))
+    return cases
+
+
+CASES = head_cases() + [case for model in MODELS for case in model_cases(model)]
+
+
+def all_kernels() -> set[object]:
+    """Find every Triton kernel of the package, without the functions that kernels call."""
     modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
-    found = [v for module in modules for v in vars(module).values() if isinstance(v, triton.runtime.JITFunction)]
-    return {kernel.__name__: kernel for kernel in found}
+    found = {v for module in modules for v in vars(module).values() if isinstance(v, triton.runtime.JITFunction)}
+    return {kernel for kernel in found if kernel.__name__.endswith("_kernel")}
 
 
 def compile_ahead(case: Case, arch: int) -> dict[str, int | float]:
@@ -114,7 +162,9 @@ def compile_ahead(case: Case, arch: int) -> dict[str, int | float]:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
     spills = [int(re.search(rf"(\d+) bytes spill {kind}", log.getvalue())[1]) for kind in ("stores", "loads")]
+    wide = re.findall(r"(?:ld|st)\.global[.\w:]*\.v4\.[bf]32", compiled.asm["ptx"])
     return resources(compiled.asm["cubin"]) | {
+        "wide": len(wide),  # loads and stores of 16 bytes a thread
         "spills": sum(spills),
         "shared": compiled.metadata.shared,
         "seconds": seconds,
@@ -135,15 +185,15 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     """Print the table."""
     print(f"triton {triton.__version__}; shared memory in bytes; stack, local memory and spills are 0 unless shown\n")
-    print("| kernel and constants | warps | stages | sm | registers | shared | spills | seconds |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| kernel and constants | warps | stages | sm | registers | shared | spills | 16-byte accesses | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         for arch in SHARED_LIMIT:
             r = compile_ahead(case, arch)
             spilled = r["spills"] + r["stack"] + r["local"]
             print(
                 f"| {case.name} | {case.num_warps} | {case.num_stages} | {arch} | {r['registers']} | {r['shared']}"
-                f" | {spilled} | {r['seconds']:.2f} |",
+                f" | {spilled} | {r['wide']} | {r['seconds']:.2f} |",
                 flush=True,
             )
 
