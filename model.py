@@ -26,6 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from kernels.decode_attention import decode_attention
+from kernels.rmsnorm import rmsnorm
+from kernels.rope import rope, rope_into_cache
+from kernels.sample_head import draw_uniforms, sample_head
+from kernels.swiglu import swiglu
+
 try:  # an optional extra for CUDA machines, never required
     from flash_attn import flash_attn_func
 except ImportError:
@@ -109,16 +115,18 @@ class Qwen2Config:
 
 
 class RMSNorm(nn.Module):
-    """Scale by the root mean square: y = weight * x / sqrt(mean(x^2) + eps), the statistics in fp32."""
+    """Add to the residual stream, and scale by the root mean square: y = weight * x / sqrt(mean(x^2) + eps)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., dim)
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Give the norm of x + delta (..., dim), and x + delta itself: the stream that goes on."""
+        if delta is None:
+            return rmsnorm(x, self.weight, self.eps), x
+        return rmsnorm(delta, self.weight, self.eps, residual=x)
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -132,19 +140,10 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + Dh/2) of x (B, T, H, Dh) by their angles: Hugging Face's half-split layout."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attend with queries (B, H, T, Dh) to keys and values (B, Hkv, S, Dh); mask None is causal; give (B, H, T, Dh)."""
-    B, H, T, Dh = q.shape
     if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
-    if T == 1 and mask is not None:  # decode: a group's H/Hkv queries become query rows, so K and V are read once
-        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, Dh), k, v, attn_mask=mask).view(B, H, 1, Dh)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
@@ -160,18 +159,24 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
         self.head_dim, self.layer_idx = config.head_dim, layer_idx
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots):
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
+    ) -> Tensor:
         """Mix the tokens of x (B, T, D); with a cache, store the new keys and attend to all of the row's."""
         B, T, D = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), *rope)  # (B, T, H, Dh)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), *rope)  # (B, T, Hkv, Dh)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, Dh)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, Dh)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if cache is None:
+            q, k = rope(q, k, *tables)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            k, v = cache.write(self.layer_idx, k, v, slots)  # (B, Hkv, S, Dh)
-        out = attend(q.transpose(1, 2), k, v, mask)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+            q, k, v = cache.write(self.layer_idx, q, k, v, tables, slots)  # k, v (B, Hkv, S, Dh)
+        if cache is not None and T == 1:
+            out = decode_attention(q[:, 0], k, v, slots.lengths)  # (B, H, Dh)
+        else:
+            out = attend(q.transpose(1, 2), k, v, mask).transpose(1, 2)  # (B, T, H, Dh)
+        return self.o_proj(out.reshape(B, T, D))
 
 
 class MLP(nn.Module):
@@ -185,11 +190,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
-    """Add attention, then the MLP, to the residual stream, each fed a normed copy of it."""
+    """Attention, then the MLP, each fed a normed copy of the residual stream and added to it.
+
+    An addition and the norm of its sum are one kernel, so what the MLP adds is handed on with the stream, unadded.
+    """
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
         super().__init__()
@@ -198,9 +206,19 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        slots: Slots,
+    ) -> tuple[Tensor, Tensor]:
+        """Give the stream x (B, T, D) and the next delta to it; delta None: there is none yet."""
+        normed, x = self.input_layernorm(x, delta)
+        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, tables, mask, cache, slots))
+        return x, self.mlp(normed)
 
 
 # ------------------------------------------------------------------------------------------- trunk, policy and critic
@@ -249,13 +267,13 @@ class Qwen2Model(nn.Module):
         if position_ids is None:
             arange = torch.arange(T, device=token_ids.device).expand(B, T)
             position_ids = arange if slots is None else slots.position_ids
-        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        x = self.embed_tokens(token_ids)  # (B, T, D)
+        tables = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        x, delta = self.embed_tokens(token_ids), None  # (B, T, D)
         for layer in self.layers:
-            x = layer(x, rope, mask, cache, slots)
+            x, delta = layer(x, delta, tables, mask, cache, slots)
         if cache is not None:
-            cache.lengths = cache.lengths + slots.new_lengths
-        return self.norm(x)
+            cache.lengths = slots.lengths
+        return self.norm(x, delta)[0]
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -341,6 +359,7 @@ class Slots(NamedTuple):
     """Where one forward's tokens go in the cache, worked out once for all layers."""
 
     new_lengths: Tensor  # (B,) long: real tokens per row; the rest is padding
+    lengths: Tensor  # (B,) long: tokens stored per row afterwards
     position_ids: Tensor  # (B, T) long: a token's position, which is also its slot
     mask: Tensor  # (B, 1, T, S) bool: True = may attend
     rows: Tensor  # (N,) long: row of each real token
@@ -398,14 +417,20 @@ class KVCache:
         position_ids = self.lengths[:, None] + columns  # (B, T)
         mask = torch.arange(longest, device=device) <= position_ids[:, None, :, None]  # (B, 1, T, S)
         rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)  # (N,) each
-        return Slots(new_lengths, position_ids, mask, rows, columns, position_ids[rows, columns], longest)
+        lengths = self.lengths + new_lengths
+        return Slots(new_lengths, lengths, position_ids, mask, rows, columns, position_ids[rows, columns], longest)
 
-    def write(self, layer_idx: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Store the real tokens of k and v (B, T, Hkv, Dh); give views (B, Hkv, S, Dh) of all that is stored."""
+    def write(
+        self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], slots: Slots
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the real tokens of k and v (B, T, Hkv, Dh), k turned by the tables' angles.
+
+        Give q (B, T, H, Dh), turned too, and views (B, Hkv, S, Dh) of all keys and values that are stored.
+        """
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[slots.rows, :, slots.slots] = k[slots.rows, slots.columns]
-        values[slots.rows, :, slots.slots] = v[slots.rows, slots.columns]
-        return keys[:, :, : slots.longest], values[:, :, : slots.longest]
+        real = slots.rows, slots.columns, slots.slots
+        q = rope_into_cache(q, k, v, *tables, keys, values, slots.position_ids, slots.new_lengths, real)
+        return q, keys[:, :, : slots.longest], values[:, :, : slots.longest]
 
     def select(self, rows: Tensor, lengths: Tensor | None = None, capacity: int | None = None) -> None:
         """Keep these rows (R,), in this order; repeats are how n candidates share a prompt.
@@ -458,33 +483,13 @@ class Samples:
     stop_reasons: list[str]  # "stop": a stop id was sampled; "length": max_new_tokens were
 
 
-def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one id per row of logits (R, V) fp32 by inverse CDF at uniforms (R,) in [0, 1); give ids, log-probs (R,).
-
-    log p = log softmax(logits / temperature)[id]. Temperature 0 takes the likeliest id, with its log p at temperature
-    1. On a CPU `torch.multinomial` takes ten times as long for the same draw.
-
-    >>> sample(torch.tensor([[0.0, 0.0, -torch.inf]]), 1.0, torch.tensor([0.5]))
-    (tensor([1]), tensor([-0.6931]))
-    """
-    probs = (logits / temperature if temperature > 0 else logits).softmax(dim=-1)  # (R, V)
-    if temperature > 0:
-        # The first id whose cdf *exceeds* the target has added to it: an id of probability 0 is never drawn, and as
-        # u * total < total there always is one. In fp64, since a GPU's parallel sums in fp32 may step down on the way.
-        cdf = probs.cumsum(dim=-1, dtype=torch.float64)
-        ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)  # (R, 1)
-    else:
-        ids = logits.argmax(dim=-1, keepdim=True)
-    return ids[:, 0], probs.gather(-1, ids)[:, 0].log()
-
-
-def draw_uniforms(rows: int, steps: int, generators: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Draw the uniforms of all steps ahead, (rows, steps) fp32; one generator per row makes a row its own stream."""
-    if generators is None or isinstance(generators, torch.Generator):
-        return torch.rand(rows, steps, generator=generators)
-    if len(generators) != rows:
-        raise ValueError(f"{len(generators)} generators for {rows} sampled rows; give one per row, B * n in all")
-    return torch.stack([torch.rand(steps, generator=g) for g in generators])
+def row_seeds(rows: int, seeds: Sequence[int] | None) -> list[int]:
+    """Give one seed per row: those given, or new ones off torch's global generator; ValueError for another number."""
+    if seeds is None:
+        return torch.randint(2**31, (rows,)).tolist()
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} sampled rows; give one per row, B * n in all")
+    return list(seeds)
 
 
 def pad(rows: list[list[int]], vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -510,7 +515,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
     temperature: float = 1.0,
-    generators: torch.Generator | Sequence[torch.Generator] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Samples:
     """Extend a cache of B rows by new_ids, then sample n continuations of each row.
 
@@ -520,8 +525,8 @@ def generate(
 
         cache.select(rows); new_ids = [ids[row][cache.lengths[row]:] for row ...]
 
-    `generators` seeds the draw: one for all rows, or one per row (B * n), and then a row's samples do not depend on
-    its neighbours. Temperature 0 is greedy. Raises ValueError when the rows could outgrow the cache.
+    `seeds` are one per row (B * n): a row's samples do not depend on its neighbours. The kernels and the torch path
+    draw differently from a seed. Temperature 0 is greedy. Raises ValueError when the rows could outgrow the cache.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"{n=} and {max_new_tokens=} must be at least 1, {temperature=} at least 0")
@@ -529,8 +534,9 @@ def generate(
     token_ids, new_lengths = pad(new_ids, model.config.vocab_size, device)  # (B, T), (B,)
     cache.room_for(new_lengths, later=max_new_tokens - 1)  # the last sampled id is never stored
     # Greedy sampling draws nothing: an evaluation in between does not change what training samples next.
-    uniforms = draw_uniforms(R, max_new_tokens, generators) if temperature > 0 else torch.zeros(R, max_new_tokens)
-    uniforms = uniforms.to(device)
+    seeds = row_seeds(R, seeds) if temperature > 0 else [0] * R
+    uniforms = draw_uniforms(seeds, max_new_tokens).to(device)  # (R, max_new_tokens), for the torch path
+    seeds = torch.tensor(seeds, device=device)
 
     hidden = model(token_ids, cache=cache, new_lengths=new_lengths)  # (B, T, D)
     prompt = torch.arange(len(new_ids), device=device).repeat_interleave(n)  # (R,): the prompt of each candidate
@@ -545,7 +551,7 @@ def generate(
     work, rows = cache, torch.arange(R, device=device)  # the cache that is decoded in, and its rows' places in R
     active = torch.ones(R, dtype=torch.bool, device=device)  # which rows of `work` go on
     for step in range(max_new_tokens):
-        token, logprob = sample(model.logits(last), temperature, uniforms[rows, step])
+        token, logprob = sample_head(last, model.head_weight, temperature, seeds[rows], step, uniforms[rows, step])
         ids[rows, step], logprobs[rows, step] = token, logprob
         lengths[rows] += active  # what a finished row draws lies beyond its length
         active = active & ~torch.isin(token, stop)

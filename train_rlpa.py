@@ -440,10 +440,8 @@ class Sampler:
         n, config = self.play.num_candidates, self.config
         prompts = [d.turns[-1].prompt_ids for d in dialogues]
         new_ids = self.keep_prefixes(dialogues, prompts)
-        streams = [
-            torch.Generator().manual_seed(stream_seed(*self.play.stream, "sample", d.index, len(d.turns), c))
-            for d in dialogues
-            for c in range(n)
+        seeds = [
+            stream_seed(*self.play.stream, "sample", d.index, len(d.turns), c) for d in dialogues for c in range(n)
         ]
         samples = generate(
             self.policy,
@@ -453,7 +451,7 @@ class Sampler:
             max_new_tokens=config.max_new_tokens,
             stop_ids=[self.chat.im_end],
             temperature=self.play.temperature,
-            generators=streams,
+            seeds=seeds,
         )
         self.take_up(dialogues, samples)
 

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from kernels.backend import INTERPRETED, jit, tl, use_triton
 
-TILE = dict(BLOCK=64, num_warps=4, num_stages=3)  # keys a step: at Dh 128 K and V are 32 KiB a step, two in flight
-FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)  # the same bytes a step
-QUERIES, FP32_QUERIES = 64, 32  # most queries a program holds: their sums and scores live in registers
+TILE = dict(BLOCK=32, num_warps=4, num_stages=4)  # keys a step: at Dh 128 K and V are 16 KiB, three steps in flight
+FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)
+QUERIES, FP32_QUERIES = 64, 16  # most queries a program holds: their sums and scores live in registers
 MERGE = dict(CHUNK=16, num_warps=4)
-PROGRAMS_PER_SM = 4  # two or three fit at a time; more, so that an SM with short rows is not idle
+PROGRAMS_PER_SM = 4  # that many fit an H100: 54 KiB of shared memory each, at Dh 128
 
 
 class Prefix(NamedTuple):

@@ -28,7 +28,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
-
 from kernels.linear_kl import TILE as KL_TILE
 from kernels.linear_kl import dlogits_kl_kernel, fold_kl_kernel
 from kernels.linear_logprob import TILE as HEAD_TILE
@@ -38,6 +37,7 @@ from kernels.ppo_head import ppo_kernel
 
 # not "from kernels import rmsnorm": a package's attribute may be the function of that name
 rmsnorm, rope, swiglu = (importlib.import_module(f"kernels.{name}") for name in ("rmsnorm", "rope", "swiglu"))
+decode, sampling = (importlib.import_module(f"kernels.{name}") for name in ("decode_attention", "sample_head"))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: A100, H100/H200, B200
 FP32, BF16, INT64 = "*fp32", "*bf16", "*i64"
 
@@ -133,7 +133,39 @@ def model_cases(model: Model) -> list[Case]:
     return cases
 
 
-CASES = head_cases() + [case for model in MODELS for case in model_cases(model)]
+def decode_cases(model: Model) -> list[Case]:
+    """List decode attention's kernels at one model's sizes, for one row per prefix and for several candidates."""
+    fp32 = model.dtype == FP32
+    tile, most = (decode.FP32_TILE, decode.FP32_QUERIES) if fp32 else (decode.TILE, decode.QUERIES)
+    types = dict.fromkeys(("q", "keys", "values"), model.dtype) | dict(lengths=INT64, scale="fp32")
+    types |= dict.fromkeys(("sums", "stats"), FP32)
+    types |= dict.fromkeys(("S", "splits", "first_split", "all_splits"), "i32")
+    types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i32")
+    G, cases = model.H // model.Hkv, []
+    for N in (1, 4, 8):
+        M = min(most, max(16, 1 << (N * G - 1).bit_length()))
+        sizes = dict(HKV=model.Hkv, G=G, N=N, DH=model.Dh, M=M, DIM=model.Dh, UPCAST=False)
+        cases.append(with_tile(decode.decode_kernel, types, tile, (), **sizes))
+    types = dict(sums=FP32, stats=FP32, out=model.dtype, all_splits="i32")
+    return [*cases, with_tile(decode.merge_splits_kernel, types, decode.MERGE, (), DH=model.Dh, DIM=model.Dh)]
+
+
+def sampling_cases() -> list[Case]:
+    """List the two kernels of sampling from the head, at each number of rows that has a tile of its own."""
+    cases = []
+    for dtype, tiles in ((BF16, sampling.TILES), (FP32, [sampling.FP32_TILE])):
+        types = dict(hidden=dtype, weight=dtype, seeds=INT64, partial=FP32, winner="*i32", inv_temperature="fp32")
+        types |= dict.fromkeys(("R", "V", "D", "step"), "i32")
+        for tile in tiles:
+            for sampled in (False, True):
+                constants = dict(SAMPLED=sampled, UPCAST=False)
+                cases.append(with_tile(sampling.sample_kernel, types, tile, ("V", "D"), **constants))
+    types = dict(partial=FP32, logprobs=FP32, winner="*i32", ids=INT64, R="i32", blocks="i32")
+    return [*cases, with_tile(sampling.merge_blocks_kernel, types, sampling.MERGE, ())]
+
+
+CASES = head_cases() + sampling_cases() + [case for m in MODELS for case in model_cases(m) + decode_cases(m)]
+MODEL_SIZES = ("blocks",)  # the vocabulary's: the same in every call of a run
 
 
 def all_kernels() -> set[object]:

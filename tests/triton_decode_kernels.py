@@ -201,6 +201,14 @@ def test_the_whole_vocabulary(R, monkeypatch):
     assert not torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_more_blocks_than_a_merge_takes_at_once(temperature, monkeypatch):
+    """Guards the merge's loop: the best id in any of its rounds, and a sum over all of them."""
+    monkeypatch.setitem(module("sample_head").MERGE, "BLOCK", 2)
+    ids = check_sample(draw(12, 8), draw(700, 8, seed=1, scale=0.3), temperature, some_seeds(12), 2)
+    assert len((ids // 128).unique()) > 3
+
+
 def test_frequencies_match_softmax():
     """Guards the draw end to end: chi-square of many rows of one distribution, each with its seed."""
     R, V = 100_000 if CUDA else 700, 7
