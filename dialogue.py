@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer
 
+BRANCH_BLOCK = 256  # tokens of branches whose attention is computed together
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
 then reply:
 <profile>
@@ -201,6 +202,18 @@ def closed(candidate: Candidate, tokenizer: ChatTokenizer) -> list[int]:
     return [*candidate.token_ids, *end, *tokenizer.newline]
 
 
+class Layout(NamedTuple):
+    """A tree's T nodes in a row, and how their attention is cut (`kernels/tree_attention.py`).
+
+    Place i holds an ancestor of the node at place j, or that node itself, iff enter[i] <= enter[j] < leave[i].
+    """
+
+    order: list[int]  # the node at each place: first the trunk, the longest path; then its branches
+    enter: list[int]  # number of each place's node in depth-first order
+    leave: list[int]  # first number behind its descendants
+    blocks: list[tuple[int, int | None]]  # size, and tokens of the trunk that the block follows; None: the trunk itself
+
+
 class TokenTree:
     """A prefix tree of token ids: every distinct token of a dialogue's prompts and candidates is stored once.
 
@@ -210,8 +223,8 @@ class TokenTree:
     >>> tree = TokenTree()
     >>> tree.insert([7, 8, 1]), tree.insert([7, 8, 2, 3]), len(tree)
     ([0, 1, 2], [0, 1, 3, 4], 5)
-    >>> tree.attention_mask().astype(int)[4].tolist()   # token 3 sees 7, 8, 2 and itself, not the other branch
-    [1, 1, 0, 1, 1]
+    >>> tree.layout().order   # 7, 8, 2, 3, then 1, which branches off
+    [0, 1, 3, 4, 2]
     """
 
     def __init__(self):
@@ -237,10 +250,35 @@ class TokenTree:
             parent = node
         return nodes
 
-    def attention_mask(self) -> np.ndarray:
-        """Return (T, T) bool: row i may attend to column j if j is i or an ancestor of i."""
-        mask = np.eye(len(self), dtype=bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[node] |= mask[parent]
-        return mask
+    def layout(self, block: int = BRANCH_BLOCK) -> Layout:
+        """Put the nodes in a row: the longest path, the trunk, then what branches off it, in the order of leaving it.
+
+        Branches share a block of attention until it has `block` tokens: fewer blocks are fewer calls, smaller ones
+        compute less that nobody sees.
+        """
+        children: dict[int, list[int]] = {node: [] for node in range(-1, len(self))}  # -1: above the first tokens
+        size = [1] * len(self)  # of each node's subtree
+        for node in reversed(range(len(self))):
+            children[self.parents[node]].append(node)
+            if self.parents[node] >= 0:
+                size[self.parents[node]] += size[node]
+        enter, depth_first, waiting = [0] * len(self), [], list(children[-1])
+        while waiting:
+            enter[waiting[-1]] = len(depth_first)
+            depth_first.append(waiting.pop())
+            waiting += children[depth_first[-1]]
+        order, node = [], max(range(len(self)), key=self.positions.__getitem__)
+        while node >= 0:
+            order.append(node)
+            node = self.parents[node]
+        order.reverse()
+        blocks: list[tuple[int, int | None]] = [(len(order), None)]
+        for depth, node in enumerate([-1, *order]):
+            for branch in children[node]:
+                if depth < blocks[0][0] and branch == order[depth]:
+                    continue
+                if len(blocks) == 1 or blocks[-1][0] + size[branch] > block:
+                    blocks.append((0, 0))
+                blocks[-1] = (blocks[-1][0] + size[branch], depth)
+                order += depth_first[enter[branch] : enter[branch] + size[branch]]
+        return Layout(order, [enter[node] for node in order], [enter[node] + size[node] for node in order], blocks)

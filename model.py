@@ -31,6 +31,7 @@ from kernels.rmsnorm import rmsnorm
 from kernels.rope import rope, rope_into_cache
 from kernels.sample_head import draw_uniforms, sample_head
 from kernels.swiglu import swiglu
+from kernels.tree_attention import Tree, tree_attention
 
 try:  # an optional extra for CUDA machines, never required
     from flash_attn import flash_attn_func
@@ -140,8 +141,10 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
     return angles.cos(), angles.sin()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Tree | None) -> Tensor:
     """Attend with queries (B, H, T, Dh) to keys and values (B, Hkv, S, Dh); mask None is causal; give (B, H, T, Dh)."""
+    if isinstance(mask, Tree):
+        return tree_attention(q, k, v, mask)
     if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -160,7 +163,7 @@ class Attention(nn.Module):
         self.head_dim, self.layer_idx = config.head_dim, layer_idx
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | Tree | None, cache: KVCache | None, slots: Slots
     ) -> Tensor:
         """Mix the tokens of x (B, T, D); with a cache, store the new keys and attend to all of the row's."""
         B, T, D = x.shape
@@ -211,7 +214,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         delta: Tensor | None,
         tables: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Tree | None,
         cache: KVCache | None,
         slots: Slots,
     ) -> tuple[Tensor, Tensor]:
@@ -238,32 +241,27 @@ class Qwen2Model(nn.Module):
         self,
         token_ids: Tensor,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        tree: Tree | None = None,
         cache: KVCache | None = None,
         new_lengths: Tensor | None = None,
     ) -> Tensor:
         """Give hidden states after the final norm, (B, T, D), for token_ids (B, T) long.
 
-        Rows are right-padded. Without a cache, attention_mask None is causal, so that padding at the end of a row is
-        harmless; a bool attention_mask (B, 1, T, T), True = may attend, describes a token tree instead (then give
-        position_ids (B, T) too). With a cache, row b's first new_lengths[b] tokens (default T) continue what the cache
-        holds: their keys are stored and `cache.lengths` grows. Raises ValueError on other shapes or a full cache.
+        Rows are right-padded. Without a cache attention is causal, so that padding at the end of a row is harmless; or
+        the one row (B = 1) holds token trees, and `tree` says who sees whom (then give position_ids (1, T) too). With a
+        cache, row b's first new_lengths[b] tokens (default T) continue what the cache holds: their keys are stored and
+        `cache.lengths` grows. Raises ValueError on other shapes or a full cache.
         """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids must be (B, T), got {tuple(token_ids.shape)}")
         B, T = token_ids.shape
-        if cache is not None and attention_mask is not None:
-            raise ValueError("attention_mask and cache exclude each other: a cached row is a plain sequence")
-        if attention_mask is not None and attention_mask.shape != (B, 1, T, T):
-            raise ValueError(f"attention_mask must be {(B, 1, T, T)}, got {tuple(attention_mask.shape)}")
+        if tree is not None and (cache is not None or position_ids is None):
+            raise ValueError("a tree needs position_ids, and excludes a cache: a cached row is a plain sequence")
         if position_ids is not None and position_ids.shape != (B, T):
             raise ValueError(f"position_ids must be {(B, T)}, got {tuple(position_ids.shape)}")
 
         slots = None if cache is None else cache.reserve(B, T, new_lengths)
-        mask = attention_mask if slots is None else slots.mask
-        if attention_mask is not None:  # as numbers, once: SDPA would convert booleans again in every layer
-            zeros = torch.zeros_like(attention_mask, dtype=self.norm.weight.dtype)
-            mask = zeros.masked_fill_(~attention_mask, -torch.inf)
+        mask = tree if slots is None else slots.mask
         if position_ids is None:
             arange = torch.arange(T, device=token_ids.device).expand(B, T)
             position_ids = arange if slots is None else slots.position_ids

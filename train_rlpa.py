@@ -46,6 +46,7 @@ import rewards
 import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
+from kernels.tree_attention import Block, Tree, make_tree
 from model import (
     Critic,
     KVCache,
@@ -113,7 +114,7 @@ class Config:
     # update
     num_iterations: int = 0  # iterations to run; 0: one pass over the personas
     minibatch_size: int = 4  # dialogues per optimizer step, over all processes (x 10 turns x 4 candidates: 160)
-    microbatch_size: int = 1  # dialogues per forward and backward in one process
+    microbatch_tokens: int = 16384  # tree tokens per forward and backward in one process; one dialogue is never cut
     num_epochs: int = 1  # passes over a rollout batch
     lr: float = 5e-7  # policy's peak learning rate
     critic_lr: float = 9e-6  # critic's peak learning rate
@@ -181,7 +182,7 @@ LIMITS = {
             "max_new_tokens",
             "max_user_tokens",
             "minibatch_size",
-            "microbatch_size",
+            "microbatch_tokens",
             "num_epochs",
             "eval_dialogues",
             "max_concurrency",
@@ -596,10 +597,12 @@ class Packed:
     """
 
     minibatch: int  # which optimizer step of an epoch it belongs to
-    token_ids: Tensor  # (T,) long
+    token_ids: Tensor  # (T,) long, in the order of the tree's layout
     position_ids: Tensor  # (T,) long
-    attention_mask: Tensor  # (T, T) bool, True = may attend
-    predict: Tensor  # (N,) long: tree node before each action token, whose hidden state predicts it
+    enter: Tensor  # (T,) long: who sees whom, `kernels/tree_attention.py`
+    leave: Tensor  # (T,) long
+    blocks: list[Block]  # how the attention is cut
+    predict: Tensor  # (N,) long: place of the token before each action token, whose hidden state predicts it
     targets: Tensor  # (N,) long: the sampled ids
     sampler_logprobs: Tensor  # (N,) fp32, nats
     spans: list[Span]
@@ -629,61 +632,77 @@ def pack(dialogue: Dialogue, config: Config) -> Packed | None:
             sampled += candidate.logprobs
     if dialogue.dropped is not None or not targets:
         return None
+    layout = tree.layout()
+    place = torch.empty(len(tree), dtype=torch.long)
+    place[layout.order] = torch.arange(len(tree))
     return Packed(
         minibatch=dialogue.index % config.rollout_batch_size // config.minibatch_size,
-        token_ids=torch.tensor(tree.token_ids),
-        position_ids=torch.tensor(tree.positions),
-        attention_mask=torch.from_numpy(tree.attention_mask()),
-        predict=torch.tensor(predict),
+        token_ids=torch.tensor(tree.token_ids)[layout.order],
+        position_ids=torch.tensor(tree.positions)[layout.order],
+        enter=torch.tensor(layout.enter),
+        leave=torch.tensor(layout.leave),
+        blocks=[Block(*block) for block in layout.blocks],
+        predict=place[predict],
         targets=torch.tensor(targets),
         sampler_logprobs=torch.tensor(sampled),
         spans=spans,
     )
 
 
-def microbatches(packed: Sequence[Packed], size: int) -> Iterator[list[Packed]]:
-    """Cut a list of dialogues into micro-batches of at most `size`."""
-    for start in range(0, len(packed), size):
-        yield list(packed[start : start + size])
+def microbatches(packed: Sequence[Packed], most_tokens: int) -> list[list[Packed]]:
+    """Share dialogues out to as few micro-batches as most_tokens allows, about equally many tokens in each."""
+    count = max(1, math.ceil(sum(len(p.token_ids) for p in packed) / most_tokens))
+    parts: list[list[Packed]] = [[] for _ in range(min(count, len(packed)))]
+    loads = [0] * len(parts)
+    for p in sorted(packed, key=lambda p: -len(p.token_ids)):  # the largest first, each to where there is least
+        least = loads.index(min(loads))
+        parts[least].append(p)
+        loads[least] += len(p.token_ids)
+    return parts
 
 
-def tree_inputs(batch: list[Packed], device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Pad trees to token_ids (B, T), position_ids (B, T), attention_mask (B, 1, T, T); and predict (N,) into (B·T)."""
-    T = max(len(p.token_ids) for p in batch)
-    token_ids = torch.zeros(len(batch), T, dtype=torch.long)
-    position_ids = torch.zeros(len(batch), T, dtype=torch.long)
-    attention_mask = torch.eye(T, dtype=torch.bool).repeat(
-        len(batch), 1, 1
-    )  # padding sees itself: a softmax over nothing is NaN
-    for b, p in enumerate(batch):
-        t = len(p.token_ids)
-        token_ids[b, :t], position_ids[b, :t], attention_mask[b, :t, :t] = p.token_ids, p.position_ids, p.attention_mask
-    predict = torch.cat([p.predict + b * T for b, p in enumerate(batch)])
-    inputs = (token_ids.to(device), position_ids.to(device), attention_mask[:, None].to(device))
-    return inputs, predict.to(device)
+@dataclass
+class Batch:
+    """A micro-batch on its device: the trees of its dialogues one after another in one row, without padding."""
+
+    dialogues: list[Packed]
+    inputs: tuple[Tensor, Tensor, Tree]  # token_ids (1, T), position_ids (1, T) and who sees whom
+    predict: Tensor  # (N,) long into T
+    targets: Tensor  # (N,) long
+
+    def gather(self, name: str) -> Tensor:
+        """Return one of the dialogues' fields of statistics, (N,) or (N, D)."""
+        return torch.cat([getattr(p, name) for p in self.dialogues]).to(self.targets.device)
 
 
-def policy_hidden(policy: Qwen2ForCausalLM, batch: list[Packed]) -> Tensor:
+def collate(dialogues: list[Packed], like: Tensor) -> Batch:
+    """Make a micro-batch, on the device and for the dtype of `like`."""
+    lengths = [len(p.token_ids) for p in dialogues]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+
+    def row(name: str, shifted: bool) -> Tensor:
+        parts = [getattr(p, name) + start * shifted for p, start in zip(dialogues, starts, strict=True)]
+        return torch.cat(parts).to(like.device)
+
+    blocks = [block for p in dialogues for block in p.blocks]
+    tree = make_tree(row("enter", True), row("leave", True), blocks, like.dtype)
+    inputs = (row("token_ids", False)[None], row("position_ids", False)[None], tree)
+    return Batch(dialogues, inputs, row("predict", True), row("targets", False))
+
+
+def policy_hidden(policy: Qwen2ForCausalLM, batch: Batch) -> Tensor:
     """Return the hidden states (N, D) that predict a micro-batch's action tokens."""
-    inputs, predict = tree_inputs(batch, policy.head_weight.device)
-    return policy(*inputs).flatten(0, 1)[predict]
+    return policy(*batch.inputs)[0, batch.predict]
 
 
-def policy_logprobs(policy: Qwen2ForCausalLM, batch: list[Packed], temperature: float) -> tuple[Tensor, Tensor]:
+def policy_logprobs(policy: Qwen2ForCausalLM, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probs (N,) of a micro-batch's action tokens and entropies (N,) of the distributions they came from."""
-    hidden = policy_hidden(policy, batch)
-    return linear_logprob(hidden, policy.head_weight, concat(batch, "targets", hidden.device), temperature)[:2]
+    return linear_logprob(policy_hidden(policy, batch), policy.head_weight, batch.targets, temperature)[:2]
 
 
-def critic_values(critic: Critic, batch: list[Packed]) -> Tensor:
+def critic_values(critic: Critic, batch: Batch) -> Tensor:
     """Return the critic's values (N,) of the states in which a micro-batch's action tokens were sampled."""
-    inputs, predict = tree_inputs(batch, critic.value_head.weight.device)
-    return critic(*inputs).flatten()[predict]
-
-
-def concat(batch: list[Packed], name: str, device: torch.device) -> Tensor:
-    """Concatenate one field of a micro-batch's dialogues to (N,)."""
-    return torch.cat([getattr(p, name) for p in batch]).to(device)
+    return critic(*batch.inputs)[0, batch.predict]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -695,26 +714,26 @@ def add_statistics(
     packed: list[Packed], policy: nn.Module, ref_policy: nn.Module | None, critic: Critic, config: Config
 ) -> None:
     """Compute old log-probs, reference log-probs and values, each once, under the weights that sampled."""
-    for batch in by_minibatch(packed, config):
-        sizes = [len(p.targets) for p in batch]
+    for dialogues in by_minibatch(packed, config):
+        batch = collate(dialogues, policy.head_weight)
         old_logprobs = policy_logprobs(policy, batch, config.temperature)[0]
-        ref_logprobs, values = old_logprobs, critic_values(critic, batch)
+        found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "values": critic_values(critic, batch)}
         if ref_policy:
-            ref_hidden, targets = policy_hidden(ref_policy, batch), concat(batch, "targets", values.device)
-            ref_logprobs = linear_logprob(ref_hidden, ref_policy.head_weight, targets, config.temperature)[0]
+            ref_hidden = policy_hidden(ref_policy, batch)
+            head = ref_policy.head_weight
+            found["ref_logprobs"] = linear_logprob(ref_hidden, head, batch.targets, config.temperature)[0]
             if config.kl_estimator == "exact":  # all that the update needs of the reference's trunk: it runs once
-                for p, rows in zip(batch, ref_hidden.cpu().split(sizes), strict=True):
-                    p.ref_hidden = rows
-        for p, old, ref, value in zip(
-            batch, *(x.cpu().split(sizes) for x in (old_logprobs, ref_logprobs, values)), strict=True
-        ):
-            p.old_logprobs, p.ref_logprobs, p.values = old, ref, value
+                found["ref_hidden"] = ref_hidden
+        sizes = [len(p.targets) for p in dialogues]
+        for name, values in found.items():
+            for p, part in zip(dialogues, values.cpu().split(sizes), strict=True):
+                setattr(p, name, part)
 
 
 def by_minibatch(packed: list[Packed], config: Config) -> Iterator[list[Packed]]:
-    """Yield the micro-batches that the update will use, so that the same rows meet the same padding."""
+    """Yield the micro-batches that the update will use."""
     for m in range(config.rollout_batch_size // config.minibatch_size):
-        yield from microbatches([p for p in packed if p.minibatch == m], config.microbatch_size)
+        yield from microbatches([p for p in packed if p.minibatch == m], config.microbatch_tokens)
 
 
 def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
@@ -806,23 +825,25 @@ def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
 
 
 def policy_loss(
-    policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, batch: list[Packed], config: Config
+    policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, batch: Batch, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed PPO loss of a micro-batch's action tokens and its statistics (`kernels/ppo_head.py`).
 
     The sum, not the mean: the caller divides by the global count of action tokens in the mini-batch, so that neither
     micro-batch size nor the number of ranks changes the gradient.
     """
-    hidden = policy_hidden(policy, batch)  # (N, D)
-    given = {name: concat(batch, name, hidden.device) for name in ("targets", "old_logprobs", "advantages")}
+    kl: dict = {}
     if config.kl_estimator == "k3" and config.kl_coef:
-        given["ref_logprobs"] = concat(batch, "ref_logprobs", hidden.device)
+        kl = {"ref_logprobs": batch.gather("ref_logprobs")}
     if config.kl_estimator == "exact" and config.kl_coef:
-        given["reference"] = concat(batch, "ref_hidden", hidden.device), ref_policy.head_weight
+        kl = {"reference": (batch.gather("ref_hidden"), ref_policy.head_weight)}
     return ppo_head(
-        hidden,
+        policy_hidden(policy, batch),
         policy.head_weight,
-        **given,
+        batch.targets,
+        batch.gather("old_logprobs"),
+        batch.gather("advantages"),
+        **kl,
         temperature=config.temperature,
         clip_eps=config.clip_eps,
         entropy_coef=config.entropy_coef,
@@ -830,9 +851,9 @@ def policy_loss(
     )
 
 
-def value_loss(new_values: Tensor, batch: list[Packed], config: Config) -> Tensor:
+def value_loss(new_values: Tensor, batch: Batch, config: Config) -> Tensor:
     """Return the summed clipped value loss, ½ max((V − R)², (clip(V) − R)²), of a micro-batch's action tokens."""
-    old_values, returns = concat(batch, "values", new_values.device), concat(batch, "returns", new_values.device)
+    old_values, returns = batch.gather("values"), batch.gather("returns")
     clipped = old_values + (new_values - old_values).clamp(-config.value_clip, config.value_clip)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2).sum()
 
@@ -933,7 +954,8 @@ def minibatch_update(
     names = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "entropy", "ratio_dev")
     sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
     low, high = math.inf, -math.inf
-    for batch in microbatches(minibatch, config.microbatch_size):
+    for dialogues in microbatches(minibatch, config.microbatch_tokens):
+        batch = collate(dialogues, policy.model.head_weight)
         loss, statistics = policy_loss(policy.model, ref_policy, batch, config)
         (loss / count).backward()
         vf_loss = value_loss(critic_values(critic.model, batch), batch, config)

@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -257,21 +256,41 @@ ROWS = st.lists(st.lists(st.integers(0, 2), max_size=7), max_size=7)
 @settings(max_examples=150, deadline=None)
 @given(rows=ROWS)
 def test_the_tree_is_a_prefix_tree(rows):
-    """Guards: a mask that sees a sibling or not its ancestor, a position that is not the depth, a repeated token."""
+    """Guards: a parent that is not the token before, a position that is not the depth, a repeated token."""
     tree = TokenTree()
     nodes = [tree.insert(row) for row in rows]
     prefixes = {tuple(row[: n + 1]) for row in rows for n in range(len(row))}
     assert len(tree) == len(tree.token_ids) == len(tree.parents) == len(tree.positions) == len(prefixes)
-    mask = tree.attention_mask()
-    assert mask.shape == (len(tree), len(tree)) and mask.dtype == bool
     for row, path in zip(rows, nodes, strict=True):
         assert [tree.token_ids[node] for node in path] == row
         assert [tree.positions[node] for node in path] == list(range(len(row)))
         for depth, node in enumerate(path):
             assert tree.parents[node] == (path[depth - 1] if depth else -1)
-            assert set(np.flatnonzero(mask[node])) == set(path[: depth + 1])
-    assert all(parent < node for node, parent in enumerate(tree.parents))  # so one pass can fill the mask
+    assert all(parent < node for node, parent in enumerate(tree.parents))  # so one pass can sum up subtrees
     assert [tree.insert(row) for row in rows] == nodes and len(tree) == len(prefixes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS.filter(any), block=st.integers(1, 12))
+def test_the_layout_sees_ancestors_only(rows, block):
+    """Guards: a token that sees a sibling or not its ancestor, a block that misses keys, a token placed twice."""
+    tree = TokenTree()
+    paths = {path[-1]: path for row in rows for n in range(len(row)) for path in [tree.insert(row[: n + 1])]}
+    order, enter, leave, blocks = tree.layout(block)
+    assert sorted(order) == list(range(len(tree)))
+    for i, node in enumerate(order):
+        seen = {order[j] for j in range(len(order)) if enter[j] <= enter[i] < leave[j]}
+        assert seen == set(paths[node])
+    longest, start = blocks[0][0], 0
+    assert blocks[0][1] is None and order[:longest] == max(paths.values(), key=len)
+    for size, prefix in blocks:
+        inside = set(order[start : start + size]) | set(order[: prefix or 0])
+        assert size > 0 and all(set(paths[node]) <= inside for node in order[start : start + size])
+        start += size
+    assert start == len(order)
+    for size, _ in blocks[1:]:  # larger than asked for only where one branch alone is
+        branches = [n for n in order if tree.parents[n] in {-1, *order[:longest]} and n not in order[:longest]]
+        assert size <= block or any(sum(b in paths[n] for n in order) == size for b in branches)
 
 
 def test_a_dialogue_stores_every_shared_prefix_once(tiny):

@@ -25,7 +25,7 @@ from simulator import make_server
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
-    "rollout_batch_size": 6, "minibatch_size": 3, "microbatch_size": 2, "decode_batch_size": 2, "max_turns": 3,
+    "rollout_batch_size": 6, "minibatch_size": 3, "microbatch_tokens": 1000, "decode_batch_size": 2, "max_turns": 3,
     "num_candidates": 2, "max_new_tokens": 12, "num_iterations": 0, "eval_every": 0,
     "eval_dialogues": 3, "episodes_every": 1, "save_every": 0, "lr": 1e-3, "critic_lr": 1e-3, "credit": "dialogue",
     "tensorboard": False,
@@ -122,12 +122,12 @@ def test_two_processes_equal_one(arguments, one_process, tmp_path):
     assert_same_run(tmp_path / "two", one_process)
 
 
-@pytest.mark.parametrize("sizes", [(1, 6), (3, 1)])
+@pytest.mark.parametrize("sizes", [(1, 6), (100_000, 1)])
 def test_microbatches_do_not_matter(arguments, one_process, tmp_path, sizes):
     """Guards losses that are means of means: other sizes of update and decode batches give the same run."""
     microbatch, decode = map(str, sizes)
     run = tmp_path / "run"
-    flags = ["--microbatch-size", microbatch, "--decode-batch-size", decode, "--run-dir", str(run)]
+    flags = ["--microbatch-tokens", microbatch, "--decode-batch-size", decode, "--run-dir", str(run)]
     assert train_rlpa.main([*arguments, *flags]) == 0
     assert_same_run(run, one_process)
 

@@ -162,7 +162,8 @@ def test_large_logits_stay_finite_and_exact(scale):
         error, bound = ((x.double() - exact).pow(2).mean().sqrt().item() for x in (mine, torchs))
         assert error <= 2 * bound + 1e-6, (name, error, bound)
     for mine, torchs, exact in zip(
-        *(torch.autograd.grad(x[0].sum(), (hidden, weight), retain_graph=True) for x in (ours, plain, truth)), strict=True
+        *(torch.autograd.grad(x[0].sum(), (hidden, weight), retain_graph=True) for x in (ours, plain, truth)),
+        strict=True,
     ):  # fmt: skip
         error, bound = ((x.double() - exact).pow(2).mean().sqrt().item() for x in (mine, torchs))
         assert error <= 2 * bound + 1e-6 * exact.abs().max().item(), (error, bound)
@@ -251,7 +252,7 @@ def test_misuse_is_named(call, message):
 
 
 def test_bf16_keeps_its_sums_in_fp32():
-    """Guards rounded logits and rounded partial sums: bf16 inputs over many tiles, twice as exact as plain bf16 torch."""
+    """Guards rounded logits and rounded partial sums: bf16 inputs over many tiles, more exact than plain bf16 torch."""
     hidden, weight, targets = (x.bfloat16() if x.is_floating_point() else x for x in head(64, dtype=torch.float32))
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     results = []

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+from kernels.tree_attention import Block, make_tree
 from model import (
     INDEX,
     SINGLE,
@@ -153,26 +154,16 @@ def test_token_tree_equals_separate_rows():
     """Guards the trainer's trees: prompt and two branches in one row, masked, equal two plain rows."""
     policy = randomised(tiny_config())
     prompt, left, right = (some_ids(policy.config, length, seed=length) for length in (7, 4, 6))
-    tree = torch.cat((prompt, left, right))[None]  # (1, 17)
+    token_ids = torch.cat((prompt, left, right))[None]  # (1, 17)
     position_ids = torch.cat((torch.arange(11), torch.arange(7, 13)))[None]
-    mask = torch.ones(17, 17, dtype=torch.bool).tril()
-    mask[11:, 7:11] = False  # the right branch does not see the left one
-    hidden = policy(tree, position_ids, mask[None, None])[0]
+    leave = torch.tensor([17] * 7 + [11] * 4 + [17] * 6)  # the right branch does not see the left one
+    tree = make_tree(torch.arange(17), leave, [Block(11, None), Block(6, 7)], torch.float32)
+    hidden = policy(token_ids, position_ids, tree)[0]
 
     torch.testing.assert_close(hidden[:11], policy(torch.cat((prompt, left))[None])[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(hidden[11:], policy(torch.cat((prompt, right))[None])[0, 7:], atol=1e-5, rtol=0)
-    unmasked = policy(tree, position_ids)[0]
+    unmasked = policy(token_ids, position_ids)[0]
     assert (unmasked[11:] - hidden[11:]).abs().max() > 1e-3  # the mask is not ignored
-
-
-def test_gradients_are_finite_where_padding_attends_to_nothing():
-    """Guards NaN gradients from softmax over an empty set: tree padding has all-False mask rows."""
-    policy = randomised(tiny_config())
-    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    mask[..., 6:, :] = False
-    policy.logits(policy(some_ids(policy.config, 1, 9), attention_mask=mask)[:, :6]).logsumexp(-1).sum().backward()
-    for name, parameter in policy.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 def test_cached_chunks_equal_one_forward():
@@ -186,13 +177,17 @@ def test_cached_chunks_equal_one_forward():
     assert cache.lengths.tolist() == [15, 15, 15]
 
 
+PLAIN = make_tree(torch.arange(4), torch.full((4,), 4), [Block(4, None)], torch.float32)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (dict(token_ids=torch.zeros(4, dtype=torch.long)), "token_ids must be"),
         (dict(position_ids=torch.zeros(1, 4, dtype=torch.long)), "position_ids must be"),
-        (dict(attention_mask=torch.ones(2, 4, 4, dtype=torch.bool)), "attention_mask must be"),
-        (dict(attention_mask=torch.ones(2, 1, 4, 4, dtype=torch.bool), cache=KVCache(tiny_config(), 2, 8)), "exclude"),
+        (dict(tree=PLAIN), "a tree needs position_ids"),
+        (dict(tree=PLAIN, position_ids=torch.zeros(2, 4, dtype=torch.long)), "must be one row of the tree's 4 tokens"),
+        (dict(tree=PLAIN, cache=KVCache(tiny_config(), 2, 8)), "excludes a cache"),
         (dict(cache=KVCache(tiny_config(), 3, 8)), "3 rows, the batch 2"),
     ],
 )

@@ -52,6 +52,11 @@ from train_rlpa import (
 FACTS = ("Age: 34", "Occupation: baker", "Location: Oslo")
 
 
+def together(packed: list[Packed]) -> train_rlpa.Batch:
+    """One micro-batch of these dialogues."""
+    return train_rlpa.collate(packed, torch.zeros(0))
+
+
 def settings(**changes) -> Config:
     """The published defaults at a size for tests; one dialogue per mini-batch."""
     small = {"ckpt": "x", "rollout_batch_size": 2, "minibatch_size": 1, "max_turns": 2, "num_candidates": 2}
@@ -320,14 +325,14 @@ def test_kl_is_in_the_reward_or_in_the_loss(policy, critic):
         p = pack(random_dialogue(0, [[8]]), config)
         add_statistics([p], policy, reference, critic, config)
         p.advantages, candidate = torch.zeros(8), p.spans[0].candidate
-        losses[estimator, coef] = policy_loss(policy, reference, [p], config)[0].item()
+        losses[estimator, coef] = policy_loss(policy, reference, together([p]), config)[0].item()
         placed[estimator, coef] = torch.tensor(token_rewards(p.spans[0], p, config))
     end = torch.zeros(8)
     end[-1] = candidate.profile_reward + candidate.response_reward
     torch.testing.assert_close(placed["k1", 0.1], end - 0.1 * (p.old_logprobs - p.ref_logprobs))
     torch.testing.assert_close(placed["k3", 0.1], end)
     torch.testing.assert_close(placed["exact", 0.1], end)
-    new, ref = ((m.logits(policy_hidden(m, [p])) / config.temperature).log_softmax(-1) for m in (policy, reference))
+    new, ref = (m.logits(policy_hidden(m, together([p]))).log_softmax(-1) for m in (policy, reference))
     gap = (new - ref).gather(1, p.targets[:, None])
     assert losses["k1", 0.1] == losses["k3", 0.0] == 0.0
     assert losses["k3", 0.1] == pytest.approx(0.1 * (torch.exp(-gap) - 1 + gap).sum().item(), rel=1e-4)
@@ -394,7 +399,7 @@ def test_the_tree_gives_the_logprobs_and_gradients_of_plain_rows(chat, policy, c
     """Guards mask, positions and node numbers: every candidate computed once in a tree equals its own causal row."""
     dialogues = TREES[case](chat)
     other = copy.deepcopy(policy)
-    logprobs, entropy = policy_logprobs(policy, [pack(d, settings()) for d in dialogues], temperature)
+    logprobs, entropy = policy_logprobs(policy, together([pack(d, settings()) for d in dialogues]), temperature)
     expected, expected_entropy = [], []
     for prompt, sampled in (row for d in dialogues for row in rows(d)):
         hidden = other(torch.tensor([prompt + sampled]))[0, len(prompt) - 1 : -1]  # causal, one row at a time
@@ -414,7 +419,7 @@ def test_the_tree_gives_the_values_of_plain_rows(chat, critic, case):
     """Guards the critic's half of the same: the value before each action token, and its gradient."""
     dialogues = TREES[case](chat)
     other = copy.deepcopy(critic)
-    values = critic_values(critic, [pack(d, settings()) for d in dialogues])
+    values = critic_values(critic, together([pack(d, settings()) for d in dialogues]))
     expected = torch.cat([
         other(torch.tensor([prompt + sampled]))[0, len(prompt) - 1 : -1]
         for d in dialogues for prompt, sampled in rows(d)
@@ -475,7 +480,7 @@ def test_action_tokens_are_the_sampled_ids(chat, shape, history_profile):
         assert p.targets.tolist() == [i for _, sampled in rows(dialogue) for i in sampled]
         before = [(prompt + sampled)[len(prompt) - 1 : -1] for prompt, sampled in rows(dialogue)]
         assert p.token_ids[p.predict].tolist() == [i for part in before for i in part]
-        old_logprobs = policy_logprobs(policy, [p], config.temperature)[0]
+        old_logprobs = policy_logprobs(policy, together([p]), config.temperature)[0]
         torch.testing.assert_close(p.sampler_logprobs, old_logprobs.detach(), atol=2e-5, rtol=0)
 
 
@@ -489,13 +494,14 @@ def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic
     return packed
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 2, 4])
-def test_the_first_ratio_is_one(chat, policy, critic, microbatch_size):
+@pytest.mark.parametrize("microbatch_tokens", [1, 400, 10_000])
+def test_the_first_ratio_is_one(chat, policy, critic, microbatch_tokens):
     """Guards dropout, temperature, masks and padding that differ between the statistics and the update."""
-    config = settings(rollout_batch_size=4, minibatch_size=4, microbatch_size=microbatch_size, temperature=0.8)
+    config = settings(rollout_batch_size=4, minibatch_size=4, microbatch_tokens=microbatch_tokens, temperature=0.8)
     packed = prepared([scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)], policy, critic, config)
-    for batch in train_rlpa.microbatches(packed, microbatch_size):
-        ratio = (policy_logprobs(policy, batch, 0.8)[0] - torch.cat([p.old_logprobs for p in batch])).exp()
+    for dialogues in train_rlpa.microbatches(packed, microbatch_tokens):
+        batch = together(dialogues)
+        ratio = (policy_logprobs(policy, batch, 0.8)[0] - batch.gather("old_logprobs")).exp()
         assert (ratio - 1).abs().max().item() < 1e-5
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
     metrics = update(*learners, packed, config, (0, 10), True)
@@ -509,15 +515,16 @@ def test_clipped_loss_against_a_loop(policy, monkeypatch):
     """Guards sign and clipping: the loss token by token, and no gradient where the clip holds against the advantage."""
     config = settings(entropy_coef=0.01, kl_coef=0.0)
     p = pack(random_dialogue(0, [[60, 60]]), config)
-    hidden = policy_hidden(policy, [p]).detach().requires_grad_()
+    hidden = policy_hidden(policy, together([p])).detach().requires_grad_()
     monkeypatch.setattr(train_rlpa, "policy_hidden", lambda *_: hidden)
-    new, entropy = (x.detach() for x in policy_logprobs(policy, [p], config.temperature))
+    new, entropy = (x.detach() for x in policy_logprobs(policy, together([p]), config.temperature))
     generator = torch.Generator().manual_seed(4)
     p.advantages = torch.randn(120, generator=generator)
     p.old_logprobs = new + 0.6 * torch.randn(120, generator=generator)
-    loss, statistics = policy_loss(policy, None, [p], config)
+    loss, statistics = policy_loss(policy, None, together([p]), config)
     loss.backward()
-    no_entropy = torch.autograd.grad(policy_loss(policy, None, [p], replace(config, entropy_coef=0.0))[0], hidden)[0]
+    plain, _ = policy_loss(policy, None, together([p]), replace(config, entropy_coef=0.0))
+    no_entropy = torch.autograd.grad(plain, hidden)[0]
     expected, held, ratios = 0.0, [], []
     for n, o, a, h in zip(new.tolist(), p.old_logprobs.tolist(), p.advantages.tolist(), entropy.tolist(), strict=True):
         ratios.append(math.exp(n - o))
@@ -540,23 +547,24 @@ def test_value_clip_by_hand():
     p = with_values(pack(random_dialogue(0, [[1, 2]]), settings()))
     p.values, p.returns = torch.zeros(3), torch.tensor([1.0, 0.1, 0.15])
     values = torch.tensor([0.5, 1.0, 0.15], requires_grad=True)
-    loss = value_loss(values, [p], settings(value_clip=0.2))
+    loss = value_loss(values, together([p]), settings(value_clip=0.2))
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * (0.64 + 0.81), rel=1e-6)
     assert values.grad.tolist() == pytest.approx([0.0, 0.9, 0.0])
 
 
-def test_the_gradient_does_not_depend_on_the_microbatch_size(chat, policy, critic):
-    """Guards means per micro-batch, which weigh short dialogues more: gradients for 1, 2 and 4 dialogues at a time."""
-    results = []
-    for size in (1, 2, 4):
+def test_the_gradient_does_not_depend_on_the_microbatches(chat, policy, critic):
+    """Guards means per micro-batch, which weigh short dialogues more: gradients for 4, 2 and 1 micro-batches."""
+    results, parts = [], []
+    for tokens in (1, 600, 100_000):
         config = settings(
-            rollout_batch_size=4, minibatch_size=4, microbatch_size=size, max_grad_norm=1e9, entropy_coef=0.01
+            rollout_batch_size=4, minibatch_size=4, microbatch_tokens=tokens, max_grad_norm=1e9, entropy_coef=0.01
         )
         models = copy.deepcopy(policy), copy.deepcopy(critic)
         dialogues = [scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)]
         packed = prepared(dialogues, *models, settings(rollout_batch_size=4, minibatch_size=4))
         learners = [make_learner(model, 1e-3, config) for model in models]
+        parts.append(len(train_rlpa.microbatches(packed, tokens)))
         sums = minibatch_update(*learners, packed, sum(len(p.targets) for p in packed), 1.0, config, True)
         results.append((sums, [torch.cat([q.grad.flatten() for q in model.parameters()]) for model in models]))
     for sums, gradients in results[1:]:
@@ -564,6 +572,18 @@ def test_the_gradient_does_not_depend_on_the_microbatch_size(chat, policy, criti
             assert ((ours - reference).norm() / reference.norm()).item() < 1e-6
         for name in ("policy_loss", "value_loss", "entropy"):
             assert sums[name] == pytest.approx(results[0][0][name], rel=1e-5, abs=1e-5)
+    assert parts[0] == 4 > parts[1] > parts[2] == 1
+
+
+def test_microbatches_are_balanced(chat):
+    """Guards one micro-batch full and the last nearly empty, a dialogue lost or doubled, and more than are needed."""
+    packed = [pack(random_dialogue(i, [[3 + 7 * (i % 5)] * 2] * 2), settings()) for i in range(9)]
+    parts = train_rlpa.microbatches(packed, 150)
+    loads = [sum(len(p.token_ids) for p in part) for part in parts]
+    assert sorted(id(p) for part in parts for p in part) == sorted(map(id, packed))
+    assert len(parts) == math.ceil(sum(loads) / 150) > 1
+    assert max(loads) - min(loads) <= max(len(p.token_ids) for p in packed)
+    assert train_rlpa.microbatches([], 150) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the update
@@ -791,7 +811,7 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
 def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
     """Guards the kernels inside training: the shipped checkpoint, 20 updates, losses as with eager logits to 1e-5."""
     config = settings(
-        ckpt=str(train_rlpa.TINY_CHECKPOINT), rollout_batch_size=4, minibatch_size=2, microbatch_size=2, num_epochs=10,
+        ckpt=str(train_rlpa.TINY_CHECKPOINT), rollout_batch_size=4, minibatch_size=2, num_epochs=10,
         max_new_tokens=24, lr=3e-4, critic_lr=1e-3, kl_coef=0.05, entropy_coef=0.01, kl_estimator=estimator,
     )  # fmt: skip
     chat = ChatTokenizer.from_folder(config.ckpt)
@@ -853,7 +873,7 @@ def eager_ppo(hidden, weight, targets, old_logprobs, advantages, *, ref_logprobs
 
 def test_ppo_learns_a_bandit(chat, shape, monkeypatch):
     """Guards the sign of everything together: sampled ids that are rewarded become likely, from ½ to above 0.8."""
-    config = settings(rollout_batch_size=8, minibatch_size=4, microbatch_size=4, max_turns=1, num_candidates=8,
+    config = settings(rollout_batch_size=8, minibatch_size=4, max_turns=1, num_candidates=8,
                       max_new_tokens=1, num_iterations=16, lr=1.5e-2, critic_lr=1.5e-2, kl_coef=0.0)  # fmt: skip
 
     def score_turns(dialogues, *args):

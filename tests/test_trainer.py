@@ -32,7 +32,7 @@ from train_rlpa import Config, Play, World, parse_args, score_turns
 
 ROOT = Path(train_rlpa.__file__).parent
 SMALL = {
-    "rollout_batch_size": 4, "minibatch_size": 2, "microbatch_size": 2, "max_turns": 2, "num_candidates": 2,
+    "rollout_batch_size": 4, "minibatch_size": 2, "microbatch_tokens": 1000, "max_turns": 2, "num_candidates": 2,
     "max_new_tokens": 10, "num_personas": 20, "num_iterations": 2, "eval_every": 1, "eval_dialogues": 2,
     "episodes_every": 1, "save_every": 1, "lr": 3e-3, "critic_lr": 3e-3, "max_retries": 1, "request_timeout": 20,
     "tensorboard": False,
