@@ -5,7 +5,7 @@ VENV ?= .venv
 PROCESSES ?= 2
 ARGS ?=
 
-.PHONY: train test lint tiny clean
+.PHONY: train test lint tiny bench-gpu clean
 
 train: $(VENV)/runtime
 	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) train_rlpa.py --ckpt $(ARGS)
@@ -19,6 +19,10 @@ lint: $(VENV)/dev
 
 tiny: $(VENV)/runtime
 	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) make_tiny.py --out tiny
+
+# On a GPU machine, with the Python that has its torch: make bench-gpu OUT=DIR PYTHON=python3
+bench-gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUT)
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -39,7 +39,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def report(request) -> tuple[list[dict], dict[str, list[str]]]:
-    """Where measurements and notes, with the places where they hold, are collected for the table; skip where the time is used up."""
+    """Where measurements, and notes with the places where they hold, are collected; skip once the time is used up."""
     seconds = request.config.getoption("--bench-seconds")
     if time.monotonic() - request.config.stash[START] > seconds:
         request.config.stash[NOTES][f"some measurements left out after {seconds:.0f} s (--bench-seconds)"] = []

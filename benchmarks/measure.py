@@ -1,0 +1,143 @@
+"""Time, memory and floors of one call, in the process that runs it.
+
+Time: the median of several rounds. On CUDA by events, each round after a write of 1 GiB that empties the L2 cache and
+gives the CPU the time to queue the call's launches; on a CPU by the wall clock.
+
+Memory: the peak of the bytes that exist beyond the inputs and what the call returns (outputs or gradients). On a CPU
+exactly, from the profiler's record of torch's allocations: scratch buffers inside a BLAS are not torch's, and not seen.
+On CUDA `max_memory_allocated` less the bytes returned, which flatters a call that peaks before its gradients exist.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+Result = dict[str, Tensor]
+SECONDS = 0.5  # of rounds for one number
+
+
+def nbytes(result: Result) -> int:
+    """Return the bytes of all tensors of a result."""
+    return sum(x.nbytes for x in result.values())
+
+
+def allocations(prof: profile) -> list[tuple[int, int]]:
+    """Return address and size of every allocation (size > 0) and release (size < 0) on the CPU, in order of time."""
+    found, todo = [], list(prof.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda event: event[0])]
+
+
+def extra_peak(events: list[tuple[int, int]], returned: set[int]) -> int:
+    """Return the peak of the bytes that exist, without the last allocation at each returned address.
+
+    >>> extra_peak([(1, 100), (2, 40), (1, -100), (1, 7)], returned={1})
+    140
+    """
+    last = {address: i for i, (address, size) in enumerate(events) if size > 0 and address in returned}
+    extra = peak = 0
+    for i, (address, size) in enumerate(events):
+        if last.get(address) != i:
+            extra += size
+            peak = max(peak, extra)
+    return peak
+
+
+def run_once(call: Callable[[], Result], device: str) -> tuple[Result, int, float]:
+    """Run a call; return its result, its extra bytes and its seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        result = call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return result, max(0, torch.cuda.max_memory_allocated() - before - nbytes(result)), seconds
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+    returned = {x.untyped_storage().data_ptr() for x in result.values()}
+    return result, extra_peak(allocations(prof), returned), seconds
+
+
+class Clock:
+    """Time single calls on a device: `flush` before each, then `time`, which keeps the seconds."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: list[float] = []
+        self.flushed = torch.empty(1 << 30, dtype=torch.uint8, device=device) if device == "cuda" else None
+
+    def flush(self) -> None:
+        """Empty the L2 cache of a GPU, without waiting for it."""
+        if self.flushed is not None:
+            torch.cuda.synchronize()
+            self.flushed.zero_()
+
+    def time(self, call: Callable[[], object]) -> None:
+        """Run the call to its end, and keep how long it took."""
+        if self.flushed is None:
+            start = time.perf_counter()
+            call()
+            self.seconds.append(time.perf_counter() - start)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        self.seconds.append(start.elapsed_time(end) / 1e3)
+
+    def median(self) -> float:
+        """Return the median of the seconds kept."""
+        return statistics.median(self.seconds)
+
+
+def count_rounds(seconds: float, device: str) -> int:
+    """Choose how often to time a call that takes about so many seconds: an odd number, where it is cheap."""
+    fewest, most = (5, 51) if device == "cuda" else (1, 15)
+    return max(fewest, min(most, int(SECONDS / max(seconds, 1e-6)))) | 1
+
+
+def median_seconds(call: Callable[[], object], device: str) -> float:
+    """Return the median time of a call, after one that is not counted."""
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    clock = Clock(device)
+    for _ in range(count_rounds(time.perf_counter() - start, device)):
+        clock.flush()
+        clock.time(call)
+    return clock.median()
+
+
+def product_seconds(N: int, D: int, V: int, dtype: torch.dtype, device: str) -> tuple[float, float, float]:
+    """Return the times of a head's three bare products: logits (N, V), gradients of hidden (N, D) and weight (V, D)."""
+    hidden, weight = (torch.randn(rows, D, device=device).to(dtype) for rows in (N, V))
+    logits = torch.empty(N, V, device=device, dtype=dtype)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    products = (
+        lambda: torch.mm(hidden, weight.T, out=logits),
+        lambda: torch.mm(logits, weight, out=d_hidden),
+        lambda: torch.mm(logits.T, hidden, out=d_weight),
+    )
+    return tuple(median_seconds(product, device) for product in products)
+
+
+def copy_seconds(moved: int, device: str) -> float:
+    """Return the time of a copy that reads and writes `moved` bytes in all."""
+    source = torch.ones(moved // 8, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return median_seconds(lambda: target.copy_(source), device)
