@@ -1,0 +1,385 @@
+"""What a run needs before anything is loaded: bytes per device, and tokens and calls of the whole run.
+
+Counted, not measured: parameters from the config, activations tensor by tensor as `model.py` keeps them for the
+backward, caches and workspaces from their shapes. All arguments are plain numbers, so that a program can fill them from
+its flags. What is counted are torch's tensors. An allocator needs more: on a CPU the process peaked some 14 % higher.
+
+Reading order: parameters, cache, activations, head → phases of an iteration and their peak → tokens and calls → report.
+Letters: N tokens of a packed forward, D hidden, V vocabulary, I width of the MLP, K = Hkv·Dh width of keys, L layers.
+`tests/test_memory.py` holds the peak against the measured one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from model import Qwen2Config
+
+# ------------------------------------------------------------------------------------------- parts, in bytes or numbers
+
+
+def trunk_parameters(config: Qwen2Config) -> int:
+    """Count the parameters of embedding, layers and final norm.
+
+    >>> trunk_parameters(Qwen2Config(10, 4, 6, 1, 1, 1))   # 40 + (2·20 + 20 + 16) + 72 + 2·4 + 4
+    200
+    """
+    D, I, K = config.hidden_size, config.intermediate_size, kv_width(config)  # noqa: E741
+    layer = D * (D + 1) + 2 * K * (D + 1) + D * D + 3 * D * I + 2 * D
+    return config.vocab_size * D + config.num_hidden_layers * layer + D
+
+
+def policy_parameters(config: Qwen2Config) -> int:
+    """Count the parameters of trunk and head; a tied head is the embedding."""
+    return trunk_parameters(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+
+
+def kv_width(config: Qwen2Config) -> int:
+    """Give the width K of a token's keys in one layer, and of its values."""
+    return config.num_key_value_heads * config.head_dim
+
+
+def kv_bytes(config: Qwen2Config, rows: int, capacity: int, itemsize: int = 4) -> int:
+    """Give the bytes of a `KVCache` of so many rows and slots: its `nbytes`.
+
+    >>> kv_bytes(Qwen2Config(151_936, 2048, 11_008, 36, 16, 2), rows=1, capacity=1, itemsize=2)
+    36864
+    """
+    return 2 * config.num_hidden_layers * rows * capacity * kv_width(config) * itemsize
+
+
+def layer_bytes(config: Qwen2Config, itemsize: int = 4, fused: bool = False) -> int:
+    """Give the bytes per token that one layer keeps for its backward.
+
+    Torch paths: a norm keeps the stream in fp32, the unit row and its output (the input of the projections); SDPA keeps
+    q, k, v, its output and a log-sum-exp per head; SwiGLU keeps gate, silu(gate), up and its output. `fused`, the
+    Triton kernels: a norm keeps stream and output, SwiGLU recomputes silu.
+    """
+    D, I = config.hidden_size, config.intermediate_size  # noqa: E741
+    norm = 2 * D * itemsize + 4 if fused else 4 * D + 2 * D * itemsize + 4
+    attention = (2 * D + 2 * kv_width(config)) * itemsize + 4 * config.num_attention_heads
+    return 2 * norm + attention + (3 if fused else 4) * I * itemsize
+
+
+def block_bytes(config: Qwen2Config, blocks: Sequence[tuple[int, int | None]], itemsize: int = 4) -> tuple[int, int]:
+    """Give what `tree_attention` keeps on a CPU beside `layer_bytes`: bytes per layer, and bytes of all layers' masks.
+
+    blocks: (tokens, tokens of the trunk they follow; None: a trunk itself), as `TokenTree.layout` gives them. Each
+    branch block keeps a copy of its keys and values, and all outputs are copied into one row. None of it on CUDA.
+    """
+    keys = sum(size + prefix for size, prefix in blocks if prefix is not None)
+    outputs = sum(size for size, _ in blocks) * config.hidden_size
+    masks = sum(size * (size + prefix) for size, prefix in blocks if prefix is not None)
+    return (2 * keys * kv_width(config) + outputs) * itemsize, masks * itemsize
+
+
+class Activations(NamedTuple):
+    """Bytes that one packed forward and backward need beside weights and gradients."""
+
+    kept: int  # when the forward is over
+    start: int  # in the backward of the last layer, which comes first
+    end: int  # in the backward of the first layer
+
+
+def activations(
+    config: Qwen2Config,
+    tokens: int,
+    itemsize: int = 4,
+    fused: bool = False,
+    checkpointing: bool = False,
+    blocks: Sequence[tuple[int, int | None]] = (),
+) -> Activations:
+    """Count what a trunk keeps of N tokens; `blocks` of a CPU's tree attention, if any.
+
+    With `checkpointing` a layer keeps its two inputs, and the backward computes one layer at a time again. The largest
+    temporaries of a backward are gradients of the MLP's inner width: two beside the kept tensors.
+    """
+    D, L = config.hidden_size, config.num_hidden_layers
+    per_layer, masks = block_bytes(config, blocks, itemsize) if blocks else (0, 0)
+    layer = tokens * layer_bytes(config, itemsize, fused) + per_layer
+    norm = tokens * (D * itemsize if fused else 4 * D + D * itemsize)
+    tables = tokens * 4 * config.head_dim  # cos and sin, fp32
+    transient = tokens * (2 * config.intermediate_size + D) * itemsize
+    if checkpointing:
+        kept = L * 2 * tokens * D * itemsize + norm + tables + masks
+        return Activations(kept, kept + layer + transient, layer + transient + tables + masks)
+    kept = L * layer + norm + tables + masks
+    return Activations(kept, kept + transient, layer + transient + tables + masks)
+
+
+class Head(NamedTuple):
+    """Bytes of `ppo_head`: while it runs, and what it hands to the backward."""
+
+    running: int
+    kept: int
+
+
+def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4) -> Head:
+    """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
+
+    Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
+    come on top.
+    """
+    V, D = config.vocab_size, config.hidden_size
+    kept = (actions * D + V * D) * itemsize
+    half = 0 if itemsize == 4 else 4 * V * D + workspace // 2
+    return Head(kept + half + workspace + actions * D * (4 + (0 if itemsize == 4 else itemsize)), kept)
+
+
+# ------------------------------------------------------------------------------------------------ phases and their peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the bytes on one device depend on, besides the model's config."""
+
+    tokens: int = 16_384  # N: tree tokens of one forward and backward (--microbatch-tokens, or one larger dialogue)
+    actions: int = 14_000  # sampled ids among them
+    blocks: tuple[tuple[int, int | None], ...] = ()  # of a CPU's tree attention, `tree_blocks`; () on CUDA
+    several_microbatches: bool = True  # gradients of earlier micro-batches are there already
+    cache_tokens: int = 256 * 4096  # slots of the KV cache: rows x capacity, or the blocks of a paged one
+    cache_copies: float = 0.75  # share of the cache that decoding may hold twice: a half and a quarter, as rows finish
+    workspace: int = 1 << 30  # kernels.ppo_head.WORKSPACE
+    weight_bytes: int = 4  # per parameter that is trained: master weights
+    grad_bytes: int = 4  # per parameter
+    moment_bytes: float = 8.0  # of AdamW per parameter: 8 in fp32, 2 in 8 bits, 0 offloaded
+    compute_bytes: int = 4  # of weights and activations in products; 2 (bf16) adds a copy of fp32 master weights
+    reference: bool = True  # a frozen policy is held (--kl-coef above 0), in compute_bytes
+    separate_critic: bool = True  # False: a value head on the policy's trunk
+    gradients_in_rollout: bool = True  # the trainer frees gradients only before it computes the next
+    fused: bool = True  # Triton kernels
+    checkpointing: bool = False
+    ranks: int = 1  # above 1, gradients are copied into one flat message
+
+    def resident(self, config: Qwen2Config) -> dict[str, float]:
+        """Return what is there from the first optimizer step to the last."""
+        copies = self.weight_bytes + (self.compute_bytes if self.compute_bytes != self.weight_bytes else 0)
+        policy, critic = policy_parameters(config), self.critic_parameters(config)
+        return {
+            "policy": policy * copies,
+            "critic": critic * copies,
+            "reference": policy * self.compute_bytes * self.reference,
+            "optimizer": (policy + critic) * self.moment_bytes,
+        }
+
+    def critic_parameters(self, config: Qwen2Config) -> int:
+        """Count the critic's own parameters."""
+        return config.hidden_size + (trunk_parameters(config) if self.separate_critic else 0)
+
+
+def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
+    """Return the bytes of each phase of an iteration at its fullest moment, part by part.
+
+    A backward is fullest at its start (all activations, no gradients yet) or in its last layer (all gradients); in
+    between the sum moves evenly from one to the other. Or at its very end, when the embedding's gradient comes on top
+    of one that is there already: a tied head's, an earlier micro-batch's.
+    """
+    resident, c = plan.resident(config), plan.compute_bytes
+    policy, critic = (n * plan.grad_bytes for n in (policy_parameters(config), plan.critic_parameters(config)))
+    kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks)
+    head = head_bytes(config, plan.actions, plan.workspace, c)
+    embedding = config.vocab_size * config.hidden_size * plan.grad_bytes
+    cache = kv_bytes(config, 1, plan.cache_tokens, c)
+    earlier, both, tied = plan.several_microbatches, policy + critic, config.tie_word_embeddings
+    late = embedding * (not earlier)  # a gradient that does not exist before the very end
+    before, policys = both * earlier, policy + critic * earlier
+    phase = {
+        "rollout": {"gradients": both * plan.gradients_in_rollout, "KV cache": cache * (1 + plan.cache_copies)},
+        "policy's head": {"gradients": before, "activations": kept, "head": head.running},
+        "policy's last layer": {"gradients": before, "activations": start, "head": head.kept},
+        "policy's first layer": {"gradients": policys - late, "activations": end, "head": embedding * tied},
+        "policy's gradients": {"gradients": policys, "head": embedding * (tied + earlier)},
+    }
+    if plan.separate_critic:
+        phase["critic's last layer"] = {"gradients": policys, "activations": start}
+        phase["critic's first layer"] = {"gradients": both - late, "activations": end}
+        phase["critic's gradients"] = {"gradients": both, "head": embedding * earlier}
+    flat = 2 * max(policy, critic) if plan.ranks > 1 else 0
+    phase["optimizer's step"] = {"gradients": both + flat}
+    return {name: resident | parts for name, parts in phase.items()}
+
+
+def peak(config: Qwen2Config, plan: Plan) -> tuple[str, float]:
+    """Return the fullest phase and its bytes."""
+    sums = {name: sum(parts.values()) for name, parts in phases(config, plan).items()}
+    return max(sums.items(), key=lambda item: item[1])
+
+
+# ---------------------------------------------------------------------------------------------------- tokens and calls
+
+
+def causal_pairs(start: int, length: int) -> int:
+    """Count (query, key) pairs of `length` tokens that follow `start` others: each sees those, itself and its own past.
+
+    >>> causal_pairs(2, 3)
+    12
+    """
+    return length * start + length * (length + 1) // 2
+
+
+class Work(NamedTuple):
+    """Tokens of one dialogue, and (query, key) pairs of its attention."""
+
+    prefilled: int  # computed before sampling
+    decoded: int  # sampled
+    trained: int  # in one forward of the update
+    prefill_pairs: int
+    decode_pairs: int
+    train_pairs: int
+
+
+def tree_work(system: int, user: Sequence[int], reply: Sequence[int], n: int) -> Work:
+    """Count a dialogue whose every token is computed once: KV kept over turns, candidates as branches of one tree.
+
+    system: tokens before the first user message. user, reply: per turn, tokens that the prompt grows by (message and
+    ChatML seams) and tokens of one sampled candidate. A winner's last id is prefilled with the next message.
+
+    >>> tree_work(10, [5, 5], [20, 30], n=4)[:3]   # 10 + 5 + (1 + 5); 4·50; 10 + 10 + 200
+    (21, 200, 220)
+    """
+    prefilled = decoded = prefill_pairs = decode_pairs = 0
+    depth, new = 0, system
+    for message, length in zip(user, reply, strict=True):
+        new += message
+        prefilled, prefill_pairs = prefilled + new, prefill_pairs + causal_pairs(depth, new)
+        depth += new
+        decoded, decode_pairs = decoded + n * length, decode_pairs + n * causal_pairs(depth, length)
+        depth, new = depth + length - 1, 1
+    prompt = system + sum(user)
+    # The update's forward sees what sampling saw, but a winner's last id once, not twice.
+    again = sum(causal_pairs(system + sum(user[: t + 1]) + sum(reply[: t + 1]) - 1, 1) for t in range(len(user) - 1))
+    pairs = prefill_pairs + decode_pairs - again
+    return Work(prefilled, decoded, prompt + decoded, prefill_pairs, decode_pairs, pairs)
+
+
+def row_work(
+    system: int, user: Sequence[int], reply: Sequence[int], n: int, kept: Sequence[int] | None = None
+) -> Work:
+    """Count the published procedure: each candidate of each turn is a row of its own, with its whole history.
+
+    kept: per turn, what an older reply leaves in the history (published: its bare response; the newest reply keeps its
+    profile); None: all of it.
+
+    >>> row_work(10, [5, 5], [20, 30], n=4)[:3]   # prompts of 15 and 40, four times; 4·50; 4·(35 + 70)
+    (220, 200, 420)
+    """
+    kept = reply if kept is None else kept
+    prefilled = decoded = prefill_pairs = decode_pairs = 0
+    for t, length in enumerate(reply):
+        prompt = system + sum(user[: t + 1]) + sum(kept[: max(0, t - 1)]) + (reply[t - 1] if t else 0)
+        prefilled, prefill_pairs = prefilled + n * prompt, prefill_pairs + n * causal_pairs(0, prompt)
+        decoded, decode_pairs = decoded + n * length, decode_pairs + n * causal_pairs(prompt, length)
+    return Work(prefilled, decoded, prefilled + decoded, prefill_pairs, decode_pairs, prefill_pairs + decode_pairs)
+
+
+def tree_blocks(
+    system: int, user: Sequence[int], reply: Sequence[int], n: int, block: int = 256
+) -> tuple[tuple[int, int | None], ...]:
+    """Estimate how a dialogue's tree attention is cut on a CPU: its trunk, then branches in blocks of `block` tokens.
+
+    >>> tree_blocks(10, [5, 5], [20, 30], n=4)   # the chosen path; three branches after 15 and three after 40 tokens
+    ((70, None), (150, 40))
+    """
+    blocks: list[tuple[int, int | None]] = [(system + sum(user) + sum(reply), None)]
+    depth = system
+    for message, length in zip(user, reply, strict=True):
+        depth += message
+        for _ in range(n - 1):
+            if len(blocks) == 1 or blocks[-1][0] + length > block:
+                blocks.append((0, 0))
+            blocks[-1] = (blocks[-1][0] + length, depth)
+        depth += length
+    return tuple(blocks)
+
+
+def calls(personas: int, turns: int, n: int, judge_calls: int = 2, fixed_opener: bool = True) -> tuple[int, int]:
+    """Count the replies asked of the simulator and of the judge in one pass over the personas.
+
+    judge_calls: per candidate (published: profile and response; 0: by rule). A fixed opener asks nobody.
+
+    >>> calls(3821, 10, 4)
+    (34389, 305680)
+    """
+    return personas * (turns - fixed_opener), personas * turns * n * judge_calls
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+ADVICE = {
+    "KV cache": "lower --decode-batch-size (or --max-new-tokens, --max-turns)",
+    "activations": "lower --microbatch-tokens, or switch activation checkpointing on",
+    "head": "lower workspace_bytes of kernels/ppo_head.py",
+    "reference": "--kl-coef 0 drops the reference policy",
+    "optimizer": "keep the moments in 8 bits, or share the critic's trunk with the policy",
+    "gradients": "share the critic's trunk with the policy, or keep gradients in bf16",
+    "policy": "take a smaller --ckpt",
+    "critic": "share the critic's trunk with the policy",
+}
+
+
+def shown(nbytes: float) -> str:
+    """Write bytes in GB, or in MB where there is less than one.
+
+    >>> shown(2.34e9), shown(5e6)
+    ('2.3 GB', '5.0 MB')
+    """
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def advice(config: Qwen2Config, plan: Plan, memory: float, margin: float = 0.1) -> str:
+    """Say in one sentence whether the plan fits into `memory` bytes, and what to change if not.
+
+    margin: what the allocator and the device's context take on top, as a share of the peak.
+    """
+    name, need = peak(config, plan)
+    if need * (1 + margin) <= memory:
+        return f"fits {shown(memory)}: the peak is {shown(need)}, in {name}"
+    parts, room = phases(config, plan)[name], memory / (1 + margin)
+    flexible = {"KV cache", "activations"} & parts.keys()
+    # a batch size can only give back what it takes: where the rest is too much already, it is no help
+    helps = [part for part in flexible if need - parts[part] < room]
+    part = max(helps or parts.keys() - flexible, key=lambda key: parts[key])
+    needs = f"{shown(need)} and {margin:.0%} for the allocator, {shown(parts[part])} of it {part}"
+    return f"does not fit {shown(memory)}: {name} needs {needs}; {ADVICE[part]}"
+
+
+def table(rows: dict[str, dict[str, float]], columns: Sequence[str]) -> str:
+    """Lay out rows of bytes under named columns, aligned, with a total."""
+    totals = {name: sum(parts.values()) for name, parts in rows.items()}
+    unit, size = ("GB", 1e9) if max(totals.values()) >= 1e9 else ("MB", 1e6)
+    lines = [f"{unit + ' per device':20s}" + "".join(f"{column:>12s}" for column in (*columns, "total"))]
+    for name, parts in rows.items():
+        cells = [parts.get(column, 0) for column in columns] + [totals[name]]
+        lines.append(f"{name:20s}" + "".join(f"{cell / size:12.2f}" for cell in cells))
+    return "\n".join(lines)
+
+
+def report(
+    config: Qwen2Config,
+    plan: Plan,
+    memory: float,
+    work: Work | None = None,
+    personas: int = 0,
+    call_counts: tuple[int, int] = (0, 0),
+) -> str:
+    """Write bytes per phase, whether they fit, and, given a dialogue's work, tokens and calls of the run."""
+    columns = ("policy", "critic", "reference", "optimizer", "gradients", "activations", "head", "KV cache")
+    lines = [table(phases(config, plan), columns), advice(config, plan, memory)]
+    if work:
+        counts = {name: personas * getattr(work, name) for name in ("prefilled", "decoded", "trained")}
+        lines.append("tokens of the run: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        lines.append(f"calls of the run: {call_counts[0]:,} to the simulator, {call_counts[1]:,} to the judge")
+    return "\n".join(lines)
+
+
+def microbatch(work: Work, microbatch_tokens: int, minibatch: int) -> tuple[int, int, bool]:
+    """Return tokens and actions of the largest micro-batch, and whether a mini-batch of dialogues has several.
+
+    >>> microbatch(Work(0, 7000, 8000, 0, 0, 0), microbatch_tokens=16_384, minibatch=4)
+    (16000, 14000, True)
+    """
+    dialogues = math.ceil(minibatch / math.ceil(minibatch * work.trained / microbatch_tokens))
+    return dialogues * work.trained, dialogues * work.decoded, dialogues < minibatch
