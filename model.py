@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kernels.decode_attention import decode_attention
+from kernels.decode_attention import Prefix, decode_attention, membership
 from kernels.rmsnorm import rmsnorm
 from kernels.rope import rope, rope_into_cache
 from kernels.sample_head import draw_uniforms, sample_head
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         else:
             q, k, v = cache.write(self.layer_idx, q, k, v, tables, slots)  # k, v (B, Hkv, S, Dh)
         if cache is not None and T == 1:
-            out = decode_attention(q[:, 0], k, v, slots.lengths)  # (B, H, Dh)
+            out = decode_attention(q[:, 0], k, v, slots.lengths, cache.shared(self.layer_idx))  # (B, H, Dh)
         else:
             out = attend(q.transpose(1, 2), k, v, mask).transpose(1, 2)  # (B, T, H, Dh)
         return self.o_proj(out.reshape(B, T, D))
@@ -358,7 +358,8 @@ class Slots(NamedTuple):
 
     new_lengths: Tensor  # (B,) long: real tokens per row; the rest is padding
     lengths: Tensor  # (B,) long: tokens stored per row afterwards
-    position_ids: Tensor  # (B, T) long: a token's position, which is also its slot
+    position_ids: Tensor  # (B, T) long: a token's position in its dialogue
+    slot_ids: Tensor  # (B, T) long: its slot in the row; the position, less the tokens of a shared prefix
     mask: Tensor  # (B, 1, T, S) bool: True = may attend
     rows: Tensor  # (N,) long: row of each real token
     columns: Tensor  # (N,) long: its column in the padded batch
@@ -369,9 +370,15 @@ class Slots(NamedTuple):
 class KVCache:
     """Keys and values of B right-padded rows, per layer (B, Hkv, capacity, Dh).
 
-    `lengths` (B,) long counts the tokens stored per row; slot p of a row holds its token at position p. Slots past a
-    row's length may hold stale numbers: masks hide them, later tokens overwrite them.
+    `lengths` (B,) long counts the tokens stored per row, one after another from slot 0. Slots past a row's length may
+    hold stale numbers: masks hide them, later tokens overwrite them.
+
+    `branch` gives a second cache for n candidates of each row: it holds their own tokens, and the row itself, stored
+    once, is their prefix. `adopt` appends a candidate's tokens to the row, and the others are forgotten.
     """
+
+    prefix: KVCache | None = None  # the cache whose rows this one's continue
+    owner: Tensor | None = None  # (B,) long, ascending: which of them
 
     def __init__(
         self,
@@ -412,11 +419,15 @@ class KVCache:
             new_lengths = torch.full((B,), T, device=device)
         longest = self.room_for(new_lengths)
         columns = torch.arange(T, device=device)
-        position_ids = self.lengths[:, None] + columns  # (B, T)
-        mask = torch.arange(longest, device=device) <= position_ids[:, None, :, None]  # (B, 1, T, S)
+        slot_ids = position_ids = self.lengths[:, None] + columns  # (B, T)
+        if self.prefix is not None:
+            if T > 1:
+                raise ValueError(f"{T} tokens at once for rows with a shared prefix; they take one at a time")
+            position_ids = slot_ids + self.prefix.lengths[self.owner][:, None]
+        mask = torch.arange(longest, device=device) <= slot_ids[:, None, :, None]  # (B, 1, T, S)
         rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)  # (N,) each
-        lengths = self.lengths + new_lengths
-        return Slots(new_lengths, lengths, position_ids, mask, rows, columns, position_ids[rows, columns], longest)
+        lengths, slots = self.lengths + new_lengths, slot_ids[rows, columns]
+        return Slots(new_lengths, lengths, position_ids, slot_ids, mask, rows, columns, slots, longest)
 
     def write(
         self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], slots: Slots
@@ -427,14 +438,50 @@ class KVCache:
         """
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         real = slots.rows, slots.columns, slots.slots
-        q = rope_into_cache(q, k, v, *tables, keys, values, slots.position_ids, slots.new_lengths, real)
+        q = rope_into_cache(q, k, v, *tables, keys, values, slots.slot_ids, slots.new_lengths, real)
         return q, keys[:, :, : slots.longest], values[:, :, : slots.longest]
 
+    def branch(self, n: int, capacity: int) -> KVCache:
+        """Give an empty cache for n continuations of each row, candidate c of row b at b * n + c."""
+        branches = copy(self)
+        branches.n, branches.capacity = n, capacity
+        branches.lengths = self.lengths.new_zeros(n * len(self.lengths))
+        for name in ("keys", "values"):
+            shape = (len(branches.lengths), self.keys[0].shape[1], capacity, self.keys[0].shape[3])
+            setattr(branches, name, [tensor.new_zeros(shape) for tensor in getattr(self, name)])
+        branches.follow(self, torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(n))
+        return branches
+
+    def follow(self, prefix: KVCache, owner: Tensor) -> None:
+        """Make row r a continuation of row owner[r] of the prefix."""
+        self.prefix, self.owner = prefix, owner
+        self.membership = membership(owner, len(prefix.lengths), self.n)
+        self.prefix_longest = int(prefix.lengths.max())
+
+    def shared(self, layer_idx: int) -> Prefix | None:
+        """Give what the rows share in this layer; None without a prefix."""
+        if self.prefix is None:
+            return None
+        keys, values = self.prefix.keys[layer_idx], self.prefix.values[layer_idx]
+        S = self.prefix_longest
+        return Prefix(keys[:, :, :S], values[:, :, :S], self.prefix.lengths, *self.membership)
+
+    def adopt(self, branches: KVCache, rows: Tensor) -> None:
+        """Append to each row b what row rows[b] of its branches holds; ValueError if it does not fit."""
+        counts = branches.lengths[rows]
+        self.room_for(counts)
+        columns = torch.arange(int(counts.max()), device=rows.device)
+        to, columns = (columns < counts[:, None]).nonzero(as_tuple=True)  # (N,) each
+        slots, origin = self.lengths[to] + columns, rows[to]
+        for mine, theirs in zip(self.keys + self.values, branches.keys + branches.values, strict=True):
+            mine[to, :, slots] = theirs[origin, :, columns]
+        self.lengths = self.lengths + counts
+
     def select(self, rows: Tensor, lengths: Tensor | None = None, capacity: int | None = None) -> None:
-        """Keep these rows (R,), in this order; repeats are how n candidates share a prompt.
+        """Keep these rows (R,), in this order; all of them, in their own order, are kept without being copied.
 
         `lengths` (R,) cuts each kept row to so many tokens; ValueError if a row holds fewer. `capacity` makes the cache
-        larger or smaller; ValueError if a kept row does not fit.
+        that large at least; ValueError if a kept row does not fit.
         """
         kept = self.lengths[rows]
         if lengths is not None and bool(((lengths < 0) | (lengths > kept)).any()):
@@ -443,6 +490,10 @@ class KVCache:
         longest, capacity = max(lengths.tolist(), default=0), capacity or self.capacity
         if longest > capacity:
             raise ValueError(f"a kept row has {longest} tokens, the capacity asked for is {capacity}")
+        everything = torch.arange(len(self.lengths), device=rows.device)
+        if capacity <= self.capacity and torch.equal(rows, everything):
+            self.lengths = lengths
+            return
         self.lengths, self.capacity = lengths, capacity
         for tensors in (self.keys, self.values):
             for layer_idx, old in enumerate(tensors):  # layer by layer: the old tensor is released before the next
@@ -450,10 +501,14 @@ class KVCache:
                 torch.index_select(old[:, :, :longest], 0, rows, out=tensors[layer_idx][:, :, :longest])
 
     def take(self, rows: Tensor) -> KVCache:
-        """Give a second cache that holds copies of these rows."""
+        """Give a second cache that holds copies of these rows; of a prefix too once half of its rows are not needed."""
         taken = copy(self)
         taken.keys, taken.values = list(self.keys), list(self.values)
         taken.select(rows)
+        if self.prefix is not None:
+            alive, owner = self.owner[rows].unique(return_inverse=True)
+            few = 2 * len(alive) <= len(self.prefix.lengths)
+            taken.follow(self.prefix.take(alive) if few else self.prefix, owner if few else self.owner[rows])
         return taken
 
     def put(self, rows: Tensor, other: KVCache) -> None:
@@ -479,6 +534,7 @@ class Samples:
     logprobs: list[list[float]]  # nats, of each sampled id
     lengths: list[int]  # sampled tokens
     stop_reasons: list[str]  # "stop": a stop id was sampled; "length": max_new_tokens were
+    branches: KVCache | None  # with n > 1, the candidates' own tokens, for `KVCache.adopt`
 
 
 def row_seeds(rows: int, seeds: Sequence[int] | None) -> list[int]:
@@ -517,11 +573,12 @@ def generate(
 ) -> Samples:
     """Extend a cache of B rows by new_ids, then sample n continuations of each row.
 
-    Only new_ids are computed: the cache keeps what earlier turns stored. It grows to B * n rows, candidate c of prompt
-    b at row b * n + c. Afterwards `cache.lengths` counts the tokens whose keys are stored; a row's last sampled id is
+    Only new_ids are computed: the cache keeps what earlier turns stored. Candidate c of prompt b is sampled row
+    b * n + c. With n > 1 the candidates share the prompt's row and have their own tokens in `branches`; with n = 1 they
+    are stored in the row itself. `cache.lengths` counts the tokens whose keys are stored; a row's last sampled id is
     not among them. So with the whole dialogue's ids at hand, the next turn is
 
-        cache.select(rows); new_ids = [ids[row][cache.lengths[row]:] for row ...]
+        cache.adopt(samples.branches, chosen rows); new_ids = [ids[b][cache.lengths[b]:] for b ...]
 
     `seeds` are one per row (B * n): a row's samples do not depend on its neighbours. The kernels and the torch path
     draw differently from a seed. Temperature 0 is greedy. Raises ValueError when the rows could outgrow the cache.
@@ -539,14 +596,13 @@ def generate(
     hidden = model(token_ids, cache=cache, new_lengths=new_lengths)  # (B, T, D)
     prompt = torch.arange(len(new_ids), device=device).repeat_interleave(n)  # (R,): the prompt of each candidate
     last = hidden[prompt, new_lengths[prompt] - 1]  # (R, D)
-    if n > 1:
-        cache.select(prompt)
+    branches = cache.branch(n, max_new_tokens) if n > 1 else cache
 
     ids = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(R, max_new_tokens, device=device)
     lengths = torch.zeros(R, dtype=torch.long, device=device)
     stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    work, rows = cache, torch.arange(R, device=device)  # the cache that is decoded in, and its rows' places in R
+    work, rows = branches, torch.arange(R, device=device)  # the cache that is decoded in, and its rows' places in R
     active = torch.ones(R, dtype=torch.bool, device=device)  # which rows of `work` go on
     for step in range(max_new_tokens):
         token, logprob = sample_head(last, model.head_weight, temperature, seeds[rows], step, uniforms[rows, step])
@@ -557,17 +613,19 @@ def generate(
         if remaining == 0 or step + 1 == max_new_tokens:
             break
         if 2 * remaining <= len(rows):  # go on with a copy of the running rows; halving bounds the copying
-            if work is not cache:
-                cache.put(rows, work)
+            if work is not branches:
+                branches.put(rows, work)
             rows, token = rows[active], token[active]
-            work, active = cache.take(rows), active[active]
+            work, active = branches.take(rows), active[active]
         last = model(token[:, None], cache=work, new_lengths=active.long())[:, 0]
-    if work is not cache:
-        cache.put(rows, work)
-    return collect(ids, logprobs, lengths, stop_ids)
+    if work is not branches:
+        branches.put(rows, work)
+    return collect(ids, logprobs, lengths, stop_ids, branches if n > 1 else None)
 
 
-def collect(ids: Tensor, logprobs: Tensor, lengths: Tensor, stop_ids: Collection[int]) -> Samples:
+def collect(
+    ids: Tensor, logprobs: Tensor, lengths: Tensor, stop_ids: Collection[int], branches: KVCache | None
+) -> Samples:
     """Cut the padded draws (R, max_new_tokens) to lists and say why each row ended."""
     counts = lengths.tolist()
     token_ids = [row[:count] for row, count in zip(ids.tolist(), counts, strict=True)]
@@ -576,6 +634,7 @@ def collect(ids: Tensor, logprobs: Tensor, lengths: Tensor, stop_ids: Collection
         logprobs=[row[:count] for row, count in zip(logprobs.tolist(), counts, strict=True)],
         lengths=counts,
         stop_reasons=["stop" if row[-1] in stop_ids else "length" for row in token_ids],
+        branches=branches,
     )
 
 

@@ -51,7 +51,6 @@ from model import (
     Critic,
     KVCache,
     Qwen2ForCausalLM,
-    Samples,
     generate,
     load_critic,
     load_policy,
@@ -427,23 +426,22 @@ def hear_users(dialogues: list[Dialogue], chat: ChatTokenizer, play: Play, confi
 
 
 class Sampler:
-    """Sample the candidates of a turn; the KV cache of the dialogues' prompts is kept from one turn to the next."""
+    """Sample the candidates of a turn; the KV cache of the dialogues' prompts is kept from one turn to the next.
+
+    A dialogue is one row of the cache. Its n candidates share the row and keep only their own tokens apart; the chosen
+    one's are appended to the row, the others' are forgotten.
+    """
 
     def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, play: Play, config: Config):
         self.policy, self.chat, self.play, self.config = policy, chat, play, config
-        self.device = policy.head_weight.device
         self.cache: KVCache | None = None
-        self.cached: dict[int, list[list[int]]] = {}  # dialogue index → ids behind each of its rows in the cache
-        self.first_row: dict[int, int] = {}  # dialogue index → its first row
+        self.branches: KVCache | None = None  # the candidates' own tokens, with n > 1
+        self.dialogues: list[Dialogue] = []  # whose rows the cache holds
 
     def sample(self, dialogues: list[Dialogue]) -> None:
         """Extend the cache by what is new in each dialogue's prompt and sample n candidates for it."""
         n, config = self.play.num_candidates, self.config
-        prompts = [d.turns[-1].prompt_ids for d in dialogues]
-        new_ids = self.keep_prefixes(dialogues, prompts)
-        seeds = [
-            stream_seed(*self.play.stream, "sample", d.index, len(d.turns), c) for d in dialogues for c in range(n)
-        ]
+        new_ids = self.keep_prefixes(dialogues)
         samples = generate(
             self.policy,
             self.cache,
@@ -452,41 +450,42 @@ class Sampler:
             max_new_tokens=config.max_new_tokens,
             stop_ids=[self.chat.im_end],
             temperature=self.play.temperature,
-            seeds=seeds,
+            seeds=[
+                stream_seed(*self.play.stream, "sample", d.index, len(d.turns), c) for d in dialogues for c in range(n)
+            ],
         )
-        self.take_up(dialogues, samples)
+        for i, dialogue in enumerate(dialogues):
+            dialogue.turns[-1].candidates = [
+                Candidate(samples.token_ids[r], samples.logprobs[r], samples.stop_reasons[r])
+                for r in range(i * n, i * n + n)
+            ]
+        self.dialogues, self.branches = dialogues, samples.branches
 
-    def keep_prefixes(self, dialogues: list[Dialogue], prompts: list[list[int]]) -> list[list[int]]:
-        """Cut the cache to the winners' rows and what they share with the new prompts; return the ids still to compute.
+    def keep_prefixes(self, dialogues: list[Dialogue]) -> list[list[int]]:
+        """Cut the cache to these dialogues' rows and what they share with the new prompts; return the ids to compute.
 
         With `history_profile latest` a prompt departs from the cached ids where the older profile was taken out: the
         common prefix is kept and the rest is computed again, so one rule serves both.
         """
-        capacity = max(map(len, prompts)) + self.config.max_new_tokens
-        rows, kept = [], []
-        for dialogue, prompt in zip(dialogues, prompts, strict=True):
-            chosen = dialogue.turns[-2].chosen if len(dialogue.turns) > 1 else 0
-            rows.append(self.first_row.get(dialogue.index, 0) + chosen)
-            cached = self.cached.get(dialogue.index, [[]] * (chosen + 1))[chosen]
-            kept.append(min(common_prefix(cached, prompt), len(prompt) - 1))
+        prompts = [d.turns[-1].prompt_ids for d in dialogues]
+        capacity, head = max(map(len, prompts)) + self.config.max_new_tokens, self.policy.head_weight
         if self.cache is None:
-            self.cache = KVCache(
-                self.policy.config, len(dialogues), capacity, self.policy.head_weight.dtype, self.device
-            )
-        else:
-            self.cache.select(torch.tensor(rows, device=self.device), torch.tensor(kept, device=self.device), capacity)
+            self.cache = KVCache(self.policy.config, len(dialogues), capacity, head.dtype, head.device)
+            return prompts
+        if self.branches is not None:  # a dialogue that was dropped adopts any of its candidates
+            chosen = {d.index: d.turns[-2].chosen for d in dialogues}
+            rows = [i * self.play.num_candidates + chosen.get(d.index, 0) for i, d in enumerate(self.dialogues)]
+            self.cache.adopt(self.branches, torch.tensor(rows, device=head.device))
+        row, kept = {d.index: i for i, d in enumerate(self.dialogues)}, []
+        for dialogue, prompt in zip(dialogues, prompts, strict=True):
+            turn = dialogue.turns[-2]
+            cached = turn.prompt_ids + turn.winner.token_ids[:-1]  # the last sampled id's K and V are pending
+            kept.append(min(common_prefix(cached, prompt), len(prompt) - 1))
+        if capacity > self.cache.capacity:  # by half at least: a cache that grows in every turn is copied in every turn
+            capacity = max(capacity, self.cache.capacity * 3 // 2)
+        rows = torch.tensor([row[d.index] for d in dialogues], device=head.device)
+        self.cache.select(rows, torch.tensor(kept, device=head.device), capacity)
         return [prompt[k:] for prompt, k in zip(prompts, kept, strict=True)]
-
-    def take_up(self, dialogues: list[Dialogue], samples: Samples) -> None:
-        """Write the samples into the dialogues; remember the ids behind the cache rows (the last K/V is pending)."""
-        n = self.play.num_candidates
-        for i, dialogue in enumerate(dialogues):
-            turn, rows = dialogue.turns[-1], range(i * n, i * n + n)
-            turn.candidates = [
-                Candidate(samples.token_ids[r], samples.logprobs[r], samples.stop_reasons[r]) for r in rows
-            ]
-            self.first_row[dialogue.index] = i * n
-            self.cached[dialogue.index] = [turn.prompt_ids + samples.token_ids[r][:-1] for r in rows]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -32,26 +32,43 @@ TILE = dict(BLOCK=32, num_warps=4, num_stages=4)  # keys a step: at Dh 128 K and
 FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)
 QUERIES, FP32_QUERIES = 64, 16  # most queries a program holds: their sums and scores live in registers
 MERGE = dict(CHUNK=16, num_warps=4)
+LOWEST = -1e30  # below any score, and finite: −∞ − −∞ is NaN
 PROGRAMS_PER_SM = 4  # that many fit an H100: 54 KiB of shared memory each, at Dh 128
 
 
 class Prefix(NamedTuple):
-    """Keys and values that n rows share: rows r of the queries belong to row r // n here."""
+    """Keys and values that up to n rows of queries share."""
 
     keys: Tensor  # (B, Hkv, P, Dh)
     values: Tensor  # (B, Hkv, P, Dh)
     lengths: Tensor  # (B,) long: tokens to attend to, of the P
+    members: Tensor  # (B, n) long: the rows that share each of these; −1: none
+    place: Tensor  # (R,) long: where each row stands among the B * n
+
+
+def membership(owner: Tensor, B: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return members (B, n) and place (R,) of rows whose prefixes are owner (R,), ascending, up to n rows each.
+
+    >>> membership(torch.tensor([0, 0, 2]), 3, 2)[0].tolist()
+    [[0, 1], [-1, -1], [2, -1]]
+    """
+    rows = torch.arange(len(owner), device=owner.device)
+    place = owner * n + rows - torch.searchsorted(owner, owner)
+    members = torch.full((B * n,), -1, device=owner.device)
+    members[place] = rows
+    return members.view(B, n), place
 
 
 def reference_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Prefix | None = None) -> Tensor:
     """Return what `decode_attention` returns, row by row."""
-    out, n = torch.zeros_like(q), len(q) // len(prefix.lengths) if prefix else 1
+    out = torch.zeros_like(q)
     for r, own in enumerate(lengths.tolist()):
         k, v = keys[r, :, :own], values[r, :, :own]
         if prefix:
-            shared = int(prefix.lengths[r // n])
-            k = torch.cat((prefix.keys[r // n, :, :shared], k), 1)
-            v = torch.cat((prefix.values[r // n, :, :shared], v), 1)
+            owner = int(prefix.place[r]) // prefix.members.shape[1]
+            shared = int(prefix.lengths[owner])
+            k = torch.cat((prefix.keys[owner, :, :shared], k), 1)
+            v = torch.cat((prefix.values[owner, :, :shared], v), 1)
         Hkv, S, Dh = k.shape
         if S:
             z = q[r].view(Hkv, -1, Dh) @ k.mT / Dh**0.5  # (Hkv, G, S)
@@ -64,37 +81,27 @@ def reference_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
 
 @jit(do_not_specialize=("S", "splits", "first_split", "all_splits", "key_row", "key_head", "value_row", "value_head"))
 def decode_kernel(
-    q,  # (R, H, Dh), R = n times the cache's rows
-    keys,  # rows of (Hkv, S, Dh); a token's channels are contiguous, and so are tokens
-    values,
-    lengths,  # int64, of each row
-    sums,  # out: (R, H, all_splits, Dh) fp32, o
-    stats,  # out: (R, H, all_splits, 2) fp32, m and s
-    S,
-    splits,
-    first_split,  # this launch writes the splits from here on
-    all_splits,
-    key_row,  # strides, in tokens: times DH, they are known to be aligned
-    key_head,
-    value_row,
-    value_head,
-    scale,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,  # candidates per row
-    DH: tl.constexpr,
-    M: tl.constexpr,  # queries a program
-    DIM: tl.constexpr,  # DH, rounded up to a power of 2
-    UPCAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Attend with queries [block * M, ...) of the N * G of row `program_id` 0 to one split of the row's keys."""
+    q, keys, values, lengths, members, sums, stats, S, splits, first_split, all_splits,
+    key_row, key_head, value_row, value_head, scale,
+    HKV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Attend with queries [block * M, ...) of the N * G of row `program_id` 0 to one split of the row's keys.
+
+    q (R, H, DH); keys, values (rows, HKV, S, DH), strides in tokens: times DH, they are known to be aligned; members
+    (rows, N), or None: row r's only query is r. Out, from first_split on: sums (R, H, all_splits, DH), stats (…, 2).
+    DIM is DH rounded up to a power of 2.
+    """
     row = tl.program_id(0).to(tl.int64)
     head, block = tl.program_id(1) % HKV, tl.program_id(1) // HKV
     split = tl.program_id(2)
     query = block * M + tl.arange(0, M)  # candidate query // G, head query % G of the group
-    at = (row * N + query // G) * (HKV * G) + head * G + query % G  # (M,) int64: its place among R * H
     real = query < N * G
+    member = row + query * 0
+    if members is not None:
+        member = tl.load(members + row * N + query // G, mask=real, other=-1)
+        real = member >= 0
+    at = member * (HKV * G) + head * G + query % G  # (M,) int64: its place among R * H
 
     length = tl.minimum(tl.load(lengths + row), S).to(tl.int32)
     size = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
@@ -173,9 +180,9 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Pre
     G, DIM = H // Hkv, max(16, 1 << (Dh - 1).bit_length())
     tile, most = (FP32_TILE, FP32_QUERIES) if q.dtype == torch.float32 else (TILE, QUERIES)
     parts, all_splits = [], 0
-    for cache in ([prefix] if prefix else []) + [Prefix(keys, values, lengths)]:
+    for cache in ([prefix] if prefix else []) + [Prefix(keys, values, lengths, None, None)]:
         rows, S = len(cache.lengths), cache.keys.shape[2]
-        n = R // rows
+        n = 1 if cache.members is None else cache.members.shape[1]
         M = min(most, max(16, 1 << (n * G - 1).bit_length()))
         blocks = -(-n * G // M)
         splits = split_count(rows * Hkv * blocks, S, tile["BLOCK"], q.device)
@@ -183,9 +190,9 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Pre
         all_splits += splits
     sums = torch.empty(R, H, all_splits, Dh, dtype=torch.float32, device=q.device)
     stats = torch.empty(R, H, all_splits, 2, dtype=torch.float32, device=q.device)
-    for (k, v, cached), n, M, grid, first_split in parts:
+    for (k, v, cached, members, _), n, M, grid, first_split in parts:
         decode_kernel[grid](
-            q, k, v, cached, sums, stats, k.shape[2], grid[2], first_split, all_splits,
+            q, k, v, cached, members, sums, stats, k.shape[2], grid[2], first_split, all_splits,
             *(stride // Dh for x in (k, v) for stride in x.stride()[:2]),
             Dh**-0.5, Hkv, G, n, Dh, M, DIM, INTERPRETED, **tile,
         )  # fmt: skip
@@ -218,7 +225,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
         keys, values: (R, Hkv, S, Dh), or views of the first S slots of a longer cache; slots from a row's length on
             are never read by the kernel, and must be finite on the torch path.
         lengths: (R,) long, tokens to attend to, the new one included, at most S.
-        prefix: keys, values and lengths of B = R / n rows; row r attends to prefix r // n before its own keys.
+        prefix: B rows that up to n of the R share, and attend to before their own keys.
     Raises:
         ValueError: shapes that do not fit.
 
@@ -233,16 +240,30 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
     check(q, keys, values, lengths, rows=R)
     if prefix:
         B = len(prefix.lengths)
-        check(q, *prefix, rows=B)
-        if B == 0 or R % B or prefix.keys.shape[1] != keys.shape[1]:
+        check(q, *prefix[:3], rows=B)
+        if prefix.keys.shape[1] != keys.shape[1] or len(prefix.members) != B or prefix.place.shape != (R,):
             raise ValueError(f"{B} prefixes of {prefix.keys.shape[1]} KV heads for {R} rows of {keys.shape[1]}")
     if use_triton(q):
         return launch(q.contiguous(), keys, values, lengths.contiguous(), prefix)
-    mask = torch.arange(keys.shape[2], device=q.device) < lengths.view(R, 1, 1, 1)  # (R, 1, 1, S)
-    if prefix:
-        owner = torch.arange(R, device=q.device) // (R // B)
-        shared = torch.arange(prefix.keys.shape[2], device=q.device) < prefix.lengths[owner].view(R, 1, 1, 1)
-        mask = torch.cat((shared, mask), 3)
-        keys, values = torch.cat((prefix.keys[owner], keys), 2), torch.cat((prefix.values[owner], values), 2)
+    own = torch.arange(keys.shape[2], device=q.device) < lengths.view(R, 1, 1, 1)  # (R, 1, 1, S)
     grouped = q.reshape(R, keys.shape[1], -1, q.shape[2])  # a group's queries become query rows: K and V are read once
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(q.shape)
+    if prefix is None:
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=own).view(q.shape)
+    shared = torch.arange(prefix.keys.shape[2], device=q.device) < prefix.lengths.view(B, 1, 1, 1)
+    gathered = grouped[prefix.members.clamp(0)].transpose(1, 2).flatten(2, 3)  # (B, Hkv, n * G, Dh)
+    parts = [piece(grouped, keys, values, own), piece(gathered, prefix.keys, prefix.values, shared)]
+    n, Hkv, G = prefix.members.shape[1], grouped.shape[1], grouped.shape[2]
+    parts[1] = [x.unflatten(2, (n, G)).transpose(1, 2).flatten(0, 1)[prefix.place] for x in parts[1]]
+    (m, s, o), (m_shared, s_shared, o_shared) = parts
+    highest = torch.maximum(m, m_shared)
+    weight, weight_shared = (m - highest).exp(), (m_shared - highest).exp()
+    total = weight * s + weight_shared * s_shared
+    return ((weight * o + weight_shared * o_shared) / total.masked_fill_(total == 0, 1)).view(q.shape)
+
+
+def piece(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> list[Tensor]:
+    """Return m, s (..., 1) and o (..., Dh) of the queries over some of their keys; nothing to see gives s = 0."""
+    z = (q @ keys.mT).mul_(q.shape[-1] ** -0.5).masked_fill_(~mask, -torch.inf)
+    m = z.amax(-1, keepdim=True).clamp(min=LOWEST) if z.shape[-1] else q.new_full((*q.shape[:-1], 1), LOWEST)
+    weights = z.sub_(m).exp_()
+    return [m, weights.sum(-1, keepdim=True), weights @ values]

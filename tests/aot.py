@@ -141,10 +141,12 @@ def decode_cases(model: Model) -> list[Case]:
     types |= dict.fromkeys(("sums", "stats"), FP32)
     types |= dict.fromkeys(("S", "splits", "first_split", "all_splits"), "i32")
     types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i32")
+    types["members"] = INT64
     G, cases = model.H // model.Hkv, []
     for N in (1, 4, 8):
         M = min(most, max(16, 1 << (N * G - 1).bit_length()))
         sizes = dict(HKV=model.Hkv, G=G, N=N, DH=model.Dh, M=M, DIM=model.Dh, UPCAST=False)
+        sizes |= dict(members=None) if N == 1 else {}
         cases.append(with_tile(decode.decode_kernel, types, tile, (), **sizes))
     types = dict(sums=FP32, stats=FP32, out=model.dtype, all_splits="i32")
     return [*cases, with_tile(decode.merge_splits_kernel, types, decode.MERGE, (), DH=model.Dh, DIM=model.Dh)]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.decode_attention import Prefix, decode_attention, reference_decode
+from kernels.decode_attention import Prefix, decode_attention, membership, reference_decode
 from kernels.sample_head import (
     draw_uniforms,
     philox,
@@ -24,7 +24,8 @@ def case(R=6, H=4, Hkv=2, S=9, Dh=8, n=None, P=5, dtype=torch.float64):
         return torch.randn(shape, generator=generator, dtype=dtype)
 
     lengths = torch.randint(1, S + 1, (R,), generator=generator)
-    prefix = n and Prefix(draw(R // n, Hkv, P, Dh), draw(R // n, Hkv, P, Dh), torch.arange(R // n) % (P + 1))
+    B, ranks = (R // n, torch.arange(R) // n) if n else (0, None)
+    prefix = n and Prefix(draw(B, Hkv, P, Dh), draw(B, Hkv, P, Dh), torch.arange(B) % (P + 1), *membership(ranks, B, n))
     return draw(R, H, Dh), draw(R, Hkv, S, Dh), draw(R, Hkv, S, Dh), lengths, prefix
 
 
@@ -44,11 +45,24 @@ def test_a_prefix_equals_one_longer_row():
     q, keys, values, _, _ = case(R=2)
     lengths = torch.tensor([9, 7])
     whole = reference_decode(q, keys, values, lengths)
-    prefix = Prefix(keys[:, :, :4], values[:, :, :4], torch.tensor([4, 4]))
+    prefix = Prefix(keys[:, :, :4], values[:, :, :4], torch.tensor([4, 4]), *membership(torch.arange(2), 2, 1))
     cut = reference_decode(q, keys[:, :, 4:], values[:, :, 4:], lengths - 4, prefix)
     torch.testing.assert_close(cut, whole)
     k, v = keys[1, 0, :7], values[1, 0, :7]  # and one head by hand
     torch.testing.assert_close(whole[1, 1], ((q[1, 1] @ k.T) / math.sqrt(8)).softmax(0) @ v)
+
+
+def test_rows_that_have_left():
+    """Guards rows that finish: prefixes with fewer rows than others, and with none, are the same to the rest."""
+    q, keys, values, lengths, prefix = case(n=3)
+    kept = torch.tensor([0, 2, 4])
+    whole = decode_attention(q, keys, values, lengths, prefix)
+    left = prefix._replace(**dict(zip(("members", "place"), membership(torch.tensor([0, 0, 1]), 2, 3), strict=True)))
+    few = decode_attention(q[kept], keys[kept], values[kept], lengths[kept], left)
+    torch.testing.assert_close(few, whole[kept])
+    torch.testing.assert_close(few, reference_decode(q[kept], keys[kept], values[kept], lengths[kept], left))
+    last = prefix._replace(**dict(zip(("members", "place"), membership(torch.tensor([1]), 2, 3), strict=True)))
+    torch.testing.assert_close(decode_attention(q[4:5], keys[4:5], values[4:5], lengths[4:5], last), whole[4:5])
 
 
 def test_views_of_a_longer_cache():
@@ -57,6 +71,12 @@ def test_views_of_a_longer_cache():
     expected = decode_attention(q, keys[:, :, :9].clone(), values[:, :, :9].clone(), lengths)
     longer = [torch.cat((x, x + 7), 2)[:, :, :9] for x in (keys, values)]
     torch.testing.assert_close(decode_attention(q, *longer, lengths), expected)
+
+
+def foreign(B: int, Hkv: int) -> Prefix:
+    """A prefix that does not belong to `case`."""
+    keys = torch.zeros(B, Hkv, 5, 8)
+    return Prefix(keys, keys, torch.ones(B).long(), *membership(torch.arange(3).repeat_interleave(2), 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +88,8 @@ def test_views_of_a_longer_cache():
         (dict(values=torch.zeros(6, 2, 8, 8)), r"must be \(6, Hkv, S, 8\) both"),
         (dict(lengths=torch.ones(6)), r"must be \(6,\) long"),
         (dict(keys=torch.zeros(6, 2, 8, 9).mT), "give views of slots"),
-        (dict(prefix=Prefix(torch.zeros(4, 2, 5, 8), torch.zeros(4, 2, 5, 8), torch.ones(4).long())), "4 prefixes"),
-        (dict(prefix=Prefix(torch.zeros(3, 1, 5, 8), torch.zeros(3, 1, 5, 8), torch.ones(3).long())), "of 1 KV heads"),
+        (dict(prefix=foreign(4, 2)), "4 prefixes"),
+        (dict(prefix=foreign(3, 1)), "of 1 KV heads"),
     ],
 )
 def test_wrong_shapes_are_refused(change, words):

@@ -144,7 +144,7 @@ def test_three_turns_equal_one_prefill(policy):
             expected = logprobs_of(policy, dialogue, samples.token_ids[row])
             torch.testing.assert_close(torch.tensor(samples.logprobs[row]), expected, atol=1e-5, rtol=0)
             dialogue += samples.token_ids[row] + [2, turn, 30 + row]
-        cache.select(winners)
+        cache.adopt(samples.branches, winners)
         new_ids = [ids[length:] for ids, length in zip(dialogues, cache.lengths.tolist(), strict=True)]
         assert all(len(ids) == 4 for ids in new_ids)  # the pending id and three new ones, nothing computed twice
 
@@ -184,18 +184,40 @@ def test_stop_id_as_the_last_allowed_token(policy):
 
 def test_cache_holds_all_but_the_pending_id(policy):
     """Guards finished rows: they hold prompt and sample less the last id, exactly, and nothing beyond."""
-    cache = new_cache(8)
-    samples = generate(policy, cache, PROMPTS, n=2, max_new_tokens=30, stop_ids=STOPS, seeds=range(16))
-    assert len(set(samples.lengths)) > 5
-    for row, sampled in enumerate(samples.token_ids):
-        ids = PROMPTS[row // 2] + sampled[:-1]
-        assert cache.lengths[row] == len(ids)
-        alone = new_cache(1)
-        with torch.no_grad():
-            policy(torch.tensor([ids]), cache=alone)
-        torch.testing.assert_close(stored(cache, row), stored(alone, 0), atol=1e-5, rtol=0)
-        for tensor in cache.keys + cache.values:
-            assert not tensor[row, :, len(ids) :].any()
+    for n in (1, 2):
+        cache = new_cache(8)
+        samples = generate(policy, cache, PROMPTS, n=n, max_new_tokens=30, stop_ids=STOPS, seeds=range(8 * n))
+        assert len(set(samples.lengths)) > 4
+        if n == 2:  # the prompts are stored once; then the second candidates go on
+            assert cache.lengths.tolist() == [len(prompt) for prompt in PROMPTS]
+            assert samples.branches.lengths.tolist() == [length - 1 for length in samples.lengths]
+            cache.adopt(samples.branches, torch.arange(1, 16, 2))
+        for row, prompt in enumerate(PROMPTS):
+            ids = prompt + samples.token_ids[n * row + n - 1][:-1]
+            assert cache.lengths[row] == len(ids)
+            alone = new_cache(1)
+            with torch.no_grad():
+                policy(torch.tensor([ids]), cache=alone)
+            torch.testing.assert_close(stored(cache, row), stored(alone, 0), atol=1e-5, rtol=0)
+            for tensor in cache.keys + cache.values:
+                assert not tensor[row, :, len(ids) :].any()
+
+
+def test_a_full_cache_adopts_nothing(policy):
+    """Guards slots beyond the capacity: what does not fit is refused, and the row stays as it was."""
+    cache = new_cache(1, capacity=12)
+    samples = generate(policy, cache, [[5, 6, 7]], n=2, max_new_tokens=9, stop_ids=[], seeds=[1, 2])
+    cache.capacity = 10
+    with pytest.raises(ValueError, match="11 tokens are needed in a row, the KV cache's capacity is 10"):
+        cache.adopt(samples.branches, torch.tensor([1]))
+    assert cache.lengths.tolist() == [3]
+
+
+def test_branches_take_one_token_at_a_time(policy):
+    """Guards a chunk that would attend to its own row only, without the prefix."""
+    branches = new_cache(2).branch(2, capacity=8)
+    with torch.no_grad(), pytest.raises(ValueError, match="one at a time"):
+        policy(torch.zeros(4, 3, dtype=torch.long), cache=branches)
 
 
 def test_finished_rows_leave_the_batch(policy, monkeypatch):

@@ -622,16 +622,18 @@ def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path, monkeypat
     def scripted_samples(model, cache, new_ids, *, n, **_):
         token_ids = [lovely, dull][:n] * len(new_ids)
         sizes = [len(t) for t in token_ids]
-        cache.select(torch.arange(len(new_ids)).repeat_interleave(n))
-        stored = [len(new_ids[row // n]) + size - 1 for row, size in enumerate(sizes)]
-        cache.lengths = cache.lengths + torch.tensor(stored)
-        return Samples(token_ids, [[-1.0] * size for size in sizes], sizes, ["stop"] * len(sizes))
+        cache.lengths = cache.lengths + torch.tensor([len(ids) for ids in new_ids])
+        branches = cache.branch(n, max(sizes))
+        branches.lengths = torch.tensor(sizes) - 1
+        if n == 1:
+            cache.adopt(branches, torch.arange(len(new_ids)))
+        return Samples(token_ids, [[-1.0] * size for size in sizes], sizes, ["stop"] * len(sizes), branches)
 
     monkeypatch.setattr(train_rlpa, "generate", scripted_samples)
     run = tmp_path / "run"
     with chat_server(lambda text: (200, "well..." if "lovely" in text else GOOD)) as url:
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--judge-url", url, "--max-turns", 2,
-           "--num-iterations", 1)  # fmt: skip
+           "--num-iterations", 1, "--max-new-tokens", 100)  # fmt: skip
     (train,) = records(run, "train")
     assert (train["candidates_unjudged"], train["dialogues_dropped"]) == (8, 0)
     assert (train["response_reward"], train["format_valid"]) == (1, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.backend import INTERPRETED, jit, set_backend, tl
-from kernels.decode_attention import Prefix, decode_attention, reference_decode
+from kernels.decode_attention import Prefix, decode_attention, membership, reference_decode
 from kernels.sample_head import exponential, reference_exponentials, reference_sample, sample_head
 
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -48,11 +48,10 @@ def assert_within(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, 
 def check_attention(q, keys, values, lengths, prefix=None) -> torch.Tensor:
     """Compare one call to fp64 and return what it gave; what lies beyond the lengths is NaN in the kernel's copy."""
     wide = [x.double() for x in (q, keys, values)]
-    wide_prefix = prefix and Prefix(prefix.keys.double(), prefix.values.double(), prefix.lengths)
+    wide_prefix = prefix and prefix._replace(keys=prefix.keys.double(), values=prefix.values.double())
     truth = reference_decode(*wide, lengths, wide_prefix)
     plain = reference_decode(q, keys, values, lengths, prefix)
-    spoilt = Prefix(*spoil(keys, values, lengths))
-    ours = decode_attention(q, *spoilt, prefix and Prefix(*spoil(*prefix)))
+    ours = decode_attention(q, *spoil(keys, values, lengths), prefix and Prefix(*spoil(*prefix[:3]), *prefix[3:]))
     assert ours.dtype == q.dtype
     assert_within(ours, plain, truth, q.dtype)
     return ours
@@ -114,7 +113,12 @@ def test_a_shared_prefix(n, B, H, Hkv, dtype):
     _, shared_keys, shared_values = attention_case(B, H, Hkv, Dh, P, dtype)
     lengths = (7 * torch.arange(R) % (S + 1)).to(DEVICE)  # row 0 has none
     prefix_lengths = torch.tensor([P, 0, 33][:B], device=DEVICE)
-    check_attention(q, keys, values, lengths, Prefix(-shared_keys, shared_values, prefix_lengths))
+    owner = torch.arange(B, device=DEVICE).repeat_interleave(n)
+    prefix = Prefix(-shared_keys, shared_values, prefix_lengths, *membership(owner, B, n))
+    check_attention(q, keys, values, lengths, prefix)
+    kept = torch.arange(0, R, 2, device=DEVICE)  # and after every second row has left
+    left = Prefix(*prefix[:3], *membership(owner[kept], B, n))
+    check_attention(q[kept], keys[kept], values[kept], lengths[kept], left)
 
 
 def test_nothing_to_attend_to():
