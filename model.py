@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kernels.decode_attention import Prefix, decode_attention, membership
+from kernels.decode_attention import decode_attention
+from kernels.prefix import Prefix, membership
 from kernels.rmsnorm import rmsnorm
 from kernels.rope import rope, rope_into_cache
 from kernels.sample_head import draw_uniforms, sample_head

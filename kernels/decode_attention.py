@@ -20,13 +20,12 @@ With a prefix of P tokens shared by n candidates, P is read once instead of n ti
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import INTERPRETED, jit, tl, use_triton
+from kernels.prefix import Prefix
 
 TILE = dict(BLOCK=32, num_warps=4, num_stages=4)  # keys a step: at Dh 128 K and V are 16 KiB, three steps in flight
 FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)
@@ -34,29 +33,6 @@ QUERIES, FP32_QUERIES = 64, 16  # most queries a program holds: their sums and s
 MERGE = dict(CHUNK=16, num_warps=4)
 LOWEST = -1e30  # below any score, and finite: −∞ − −∞ is NaN
 PROGRAMS_PER_SM = 4  # that many fit an H100: 54 KiB of shared memory each, at Dh 128
-
-
-class Prefix(NamedTuple):
-    """Keys and values that up to n rows of queries share."""
-
-    keys: Tensor  # (B, Hkv, P, Dh)
-    values: Tensor  # (B, Hkv, P, Dh)
-    lengths: Tensor  # (B,) long: tokens to attend to, of the P
-    members: Tensor  # (B, n) long: the rows that share each of these; −1: none
-    place: Tensor  # (R,) long: where each row stands among the B * n
-
-
-def membership(owner: Tensor, B: int, n: int) -> tuple[Tensor, Tensor]:
-    """Return members (B, n) and place (R,) of rows whose prefixes are owner (R,), ascending, up to n rows each.
-
-    >>> membership(torch.tensor([0, 0, 2]), 3, 2)[0].tolist()
-    [[0, 1], [-1, -1], [2, -1]]
-    """
-    rows = torch.arange(len(owner), device=owner.device)
-    place = owner * n + rows - torch.searchsorted(owner, owner)
-    members = torch.full((B * n,), -1, device=owner.device)
-    members[place] = rows
-    return members.view(B, n), place
 
 
 def reference_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Prefix | None = None) -> Tensor:
@@ -129,7 +105,7 @@ def decode_kernel(
         v = tl.load(values + first * DH, mask=inside, other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        z = tl.where(seen[None, :], tl.dot(x, tl.trans(k), input_precision="ieee") * scale, float("-inf"))  # (M, BLOCK)
+        z = tl.where(seen[None, :], tl.dot(x, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 1))
         p = tl.exp(z - m_new[:, None])
         shrink = tl.exp(m - m_new)
@@ -207,8 +183,7 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, prefix: Pre
 def check(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, rows: int) -> None:
     """Raise ValueError unless keys and values are (rows, Hkv, S, Dh), tokens contiguous, and lengths (rows,) long."""
     if keys.dim() != 4 or keys.shape != values.shape or keys.shape[0] != rows or keys.shape[3] != q.shape[2]:
-        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
-        raise ValueError(f"{shapes} must be ({rows}, Hkv, S, {q.shape[2]}) both")
+        raise ValueError(f"keys {[*keys.shape]}, values {[*values.shape]} must be ({rows}, Hkv, S, {q.shape[2]}) both")
     if q.shape[1] % keys.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
     if lengths.shape != (rows,) or lengths.dtype != torch.long:
@@ -252,7 +227,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
     shared = torch.arange(prefix.keys.shape[2], device=q.device) < prefix.lengths.view(B, 1, 1, 1)
     gathered = grouped[prefix.members.clamp(0)].transpose(1, 2).flatten(2, 3)  # (B, Hkv, n * G, Dh)
     parts = [piece(grouped, keys, values, own), piece(gathered, prefix.keys, prefix.values, shared)]
-    n, Hkv, G = prefix.members.shape[1], grouped.shape[1], grouped.shape[2]
+    n, G = prefix.members.shape[1], grouped.shape[2]
     parts[1] = [x.unflatten(2, (n, G)).transpose(1, 2).flatten(0, 1)[prefix.place] for x in parts[1]]
     (m, s, o), (m_shared, s_shared, o_shared) = parts
     highest = torch.maximum(m, m_shared)

@@ -89,23 +89,13 @@ def exponential(bits):
 
 @jit(do_not_specialize=("R", "step"))
 def sample_kernel(
-    hidden,  # (R, D)
-    weight,  # (V, D)
-    seeds,  # (R,) int64
-    partial,  # out: (4, R, blocks) fp32: max z, Σ exp(z − max), the best key, its z
-    winner,  # out: (R, blocks) int32, its id
-    R,
-    V,
-    D,
-    step,
-    inv_temperature,
-    SAMPLED: tl.constexpr,  # False: no noise
-    UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute the logits of BLOCK_R rows and BLOCK_V ids, and reduce them to five numbers a row."""
+    hidden, weight, seeds, partial, winner, R, V, D, step, inv_temperature,
+    SAMPLED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute the logits of BLOCK_R rows and BLOCK_V ids, and reduce them to five numbers a row.
+
+    partial (4, R, blocks): max z, Σ exp(z − max), the best key, its z. winner (R, blocks): its id.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * BLOCK_V
     ids = first + tl.arange(0, BLOCK_V)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels.decode_attention import Prefix, decode_attention, membership, reference_decode
+from kernels.decode_attention import decode_attention, reference_decode
+from kernels.prefix import Prefix, membership
 from kernels.sample_head import (
     draw_uniforms,
     philox,

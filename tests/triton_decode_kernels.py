@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels.backend import INTERPRETED, jit, set_backend, tl
-from kernels.decode_attention import Prefix, decode_attention, membership, reference_decode
+from kernels.decode_attention import decode_attention, reference_decode
+from kernels.prefix import Prefix, membership
 from kernels.sample_head import exponential, reference_exponentials, reference_sample, sample_head
 
 if not (torch.cuda.is_available() or INTERPRETED):
