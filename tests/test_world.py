@@ -33,7 +33,11 @@ OPENED = [("user", "Hello"), ("assistant", "Hi!")]
 
 
 
-@pytest.mark.parametrize("name", ["world", "rewards", "dialogue", "kernels.linear_logprob"])
+KERNELS = ["backend", "decode_attention", "head", "kl_estimates", "linear_kl", "linear_logprob", "ppo_head", "prefix",
+           "rmsnorm", "rope", "sample_head", "swiglu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["world", "rewards", "dialogue", *(f"kernels.{name}" for name in KERNELS)])
 def test_examples_in_docstrings_are_true(name):
     """Guards: documentation that was never run."""
     result = doctest.testmod(importlib.import_module(name))
