@@ -125,6 +125,7 @@ def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int 
     """
     V, D = config.vocab_size, config.hidden_size
     kept = (actions * D + V * D) * itemsize
+    workspace = min(workspace, 4 * actions * (-(-V // 128) * 128))
     half = 0 if itemsize == 4 else 4 * V * D + workspace // 2
     return Head(kept + half + workspace + actions * D * (4 + (0 if itemsize == 4 else itemsize)), kept)
 

@@ -25,6 +25,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.decode_attention import decode_attention
 from kernels.prefix import Prefix, membership
@@ -237,6 +238,7 @@ class Qwen2Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = False  # keep each layer's input only, and compute the layer again in the backward
 
     def forward(
         self,
@@ -268,8 +270,10 @@ class Qwen2Model(nn.Module):
             position_ids = arange if slots is None else slots.position_ids
         tables = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         x, delta = self.embed_tokens(token_ids), None  # (B, T, D)
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
-            x, delta = layer(x, delta, tables, mask, cache, slots)
+            inputs = (x, delta, tables, mask, cache, slots)
+            x, delta = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         if cache is not None:
             cache.lengths = slots.lengths
         return self.norm(x, delta)[0]

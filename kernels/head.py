@@ -15,10 +15,11 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def new_workspace(nbytes: int, like: Tensor) -> Tensor:
-    """Return room for nbytes of logits, flat, in the dtype that products of `like` are kept in."""
-    dtype = sum_dtype(like)
-    return torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=like.device)
+def new_workspace(nbytes: int, hidden: Tensor, V: int) -> Tensor:
+    """Return room for nbytes of logits, or for all (N, V) if they are fewer, flat, in the dtype of sums over hidden."""
+    dtype = sum_dtype(hidden)
+    everything = len(hidden) * (-(-V // 128) * 128)  # whole tiles
+    return torch.empty(min(nbytes // dtype.itemsize, max(128, everything)), dtype=dtype, device=hidden.device)
 
 
 def matmul(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def finish_kl(stats: Tensor, direction: str) -> tuple[Tensor, ...]:
 
 def both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes: int):
     """Yield rows, ids and both models' logits of each tile."""
-    space, ref_space = (head.new_workspace(workspace_bytes // 2, hidden) for _ in range(2))
+    space, ref_space = (head.new_workspace(workspace_bytes // 2, hidden, len(weight)) for _ in range(2))
     for rows, ids in head.tile_slices(len(hidden), len(weight), len(space)):
         logits = head.matmul(hidden[rows], weight[ids].T, space)
         yield rows, ids, logits, head.matmul(ref_hidden[rows], ref_weight[ids].T, ref_space)

@@ -157,7 +157,7 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, workspace_bytes):
-        stats, workspace = new_stats(len(hidden), hidden), head.new_workspace(workspace_bytes, hidden)
+        stats, workspace = new_stats(len(hidden), hidden), head.new_workspace(workspace_bytes, hidden, len(weight))
         for rows, ids in head.tile_slices(len(hidden), len(weight), len(workspace)):
             logits = head.matmul(hidden[rows], weight[ids].T, workspace)
             fold(logits, targets[rows], ids.start, temperature, stats[:, rows])
@@ -173,7 +173,8 @@ class LinearLogprob(torch.autograd.Function):
     def backward(ctx, g, e, _):
         hidden, weight, targets, m, log_s, entropy = ctx.saved_tensors
         per_row = torch.stack([m, log_s, torch.zeros_like(m) if g is None else g] + ([] if e is None else [entropy, e]))
-        workspace, gradients = head.new_workspace(ctx.workspace_bytes, hidden), head.HeadGradients(hidden, weight)
+        workspace = head.new_workspace(ctx.workspace_bytes, hidden, len(weight))
+        gradients = head.HeadGradients(hidden, weight)
         for rows, ids in head.tile_slices(len(hidden), len(weight), len(workspace)):
             logits = head.matmul(hidden[rows], weight[ids].T, workspace)
             dz = dlogits(logits, targets[rows], ids.start, ctx.temperature, per_row[:, rows], hidden.dtype)

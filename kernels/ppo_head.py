@@ -154,9 +154,10 @@ class PPOHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, known, reference, settings, workspace_bytes):
         N, V = len(hidden), len(weight)
         gradients = head.HeadGradients(hidden, weight)
-        spaces = head.new_workspace(workspace_bytes, hidden).chunk(1 if reference is None else 2)
-        most = len(spaces[-1]) // V
-        if most < 1:
+        models = 1 if reference is None else 2
+        spaces = [head.new_workspace(workspace_bytes // models, hidden, V) for _ in range(models)]
+        most = len(spaces[0]) // V
+        if N and most < 1:
             raise ValueError(f"workspace_bytes is {workspace_bytes}; one token's logits need {V * spaces[0].itemsize}")
         size = -(-N // -(-N // most)) if N else 1  # equal chunks: a small last one would add to all of (V, D) as well
         parts = [gradients.hidden.new_zeros(8, 0)]

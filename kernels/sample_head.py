@@ -235,4 +235,4 @@ def sample_head(
     if uniforms is None:
         uniforms = draw_uniforms(seeds.tolist(), step + 1)[:, step].to(hidden.device)
     nbytes = hidden.shape[0] * len(weight) * sum_dtype(hidden).itemsize
-    return sample(matmul(hidden, weight.T, new_workspace(nbytes, hidden)), temperature, uniforms)
+    return sample(matmul(hidden, weight.T, new_workspace(nbytes, hidden, len(weight))), temperature, uniforms)

@@ -575,6 +575,27 @@ def test_the_gradient_does_not_depend_on_the_microbatches(chat, policy, critic):
     assert parts[0] == 4 > parts[1] > parts[2] == 1
 
 
+def test_checkpointing_changes_memory_only(chat, policy, critic):
+    """Guards the flag: the same gradients, from fewer bytes kept for the backward."""
+    kept, gradients = [], []
+    packed = prepared([scripted(chat, i, n_turns=2, n=2) for i in range(2)], policy, critic, settings())
+    for checkpointing in (False, True):
+        model, sizes = copy.deepcopy(policy), {}
+        model.model.checkpointing = checkpointing
+
+        def keep(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, _ = policy_loss(model, None, together(packed), settings(kl_coef=0.0))
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([q.grad for q in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < kept[0] / 2
+
+
 def test_microbatches_are_balanced(chat):
     """Guards one micro-batch full and the last nearly empty, a dialogue lost or doubled, and more than are needed."""
     packed = [pack(random_dialogue(i, [[3 + 7 * (i % 5)] * 2] * 2), settings()) for i in range(9)]

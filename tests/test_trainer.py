@@ -654,6 +654,19 @@ def test_a_run_folder_is_not_overwritten(ckpt, user_url, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------- small print
 
 
+def test_a_dry_run_loads_nothing(ckpt, tmp_path, capsys):
+    """Guards its promise: bytes, tokens and calls of the run from config.json alone, and no run folder."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((Path(ckpt) / "config.json").read_text())
+    run = tmp_path / "run"
+    assert train_rlpa.main(["--ckpt", str(bare), "--dry-run", "--run-dir", str(run), "--num-iterations", "3",
+                            "--rollout-batch-size", "8", "--minibatch-size", "4", "--max-turns", "4"]) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "fits" in shown and "KV cache" in shown and not run.exists()
+    assert f"calls of the run: {3 * 8 * 3} to the simulator, 0 to the judge" in shown
+
+
 def test_help_explains_every_flag(capsys):
     """Guards flags without a word of explanation, and a percent sign that breaks the help."""
     with pytest.raises(SystemExit) as end:
