@@ -137,6 +137,7 @@ class RunLog:
         except OSError as error:
             raise ValueError(f"--run-dir {folder} cannot be made a folder: {error.strerror}") from None
         self.writer = None
+        self.intervals: list[tuple[str, float, float]] = []  # of the last iteration: phase, start, end
         for name in ("metrics.jsonl", "episodes.jsonl"):
             forget_after(self.folder / name, last_iteration)
         if tensorboard:
@@ -160,10 +161,11 @@ class RunLog:
                 file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
 
     def close(self) -> None:
-        """Draw the learning curve and close the event file."""
+        """Draw the learning curve and the last iteration's timeline, and close the event file."""
         if self.writer:
             self.writer.close()
         plot_curve(self.folder)
+        plot_timeline(self.folder / "timeline.png", self.intervals)
 
 
 def forget_after(path: Path, last_iteration: int) -> None:
@@ -204,6 +206,28 @@ CURVES = [
         },
     ),
 ]
+
+
+def plot_timeline(path: Path, intervals: list[tuple[str, float, float]]) -> None:
+    """Draw when one iteration was in which phase: a row per phase, a bar per interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    phases = list(dict.fromkeys(phase for phase, _, _ in intervals))
+    first = min((start for _, start, _ in intervals), default=0.0)
+    figure, axis = plt.subplots(figsize=(11, 1 + 0.45 * len(phases)), constrained_layout=True)
+    for row, phase in enumerate(phases):
+        bars = [(start - first, end - start) for name, start, end in intervals if name == phase]
+        axis.broken_barh(bars, (row - 0.4, 0.8), color=f"C{row}")
+        axis.text(sum(bars[-1]), row, f"  {sum(width for _, width in bars):.1f} s", va="center", fontsize=8)
+    axis.set(title="One iteration", xlabel="seconds", yticks=range(len(phases)), yticklabels=phases)
+    axis.invert_yaxis()
+    axis.margins(x=0.08)
+    axis.grid(axis="x", alpha=0.25)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def plot_curve(folder: Path) -> None:

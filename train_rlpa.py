@@ -361,16 +361,24 @@ def all_sum_gradients(model: nn.Module) -> None:
 
 
 class Timers:
-    """Seconds spent per phase of an iteration."""
+    """Seconds spent per phase of an iteration, and when."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self.intervals: list[tuple[str, float, float]] = []  # phase, start and end, for the timeline
+
+    def clear(self) -> None:
+        """Forget the last iteration."""
+        self.seconds.clear()
+        self.intervals.clear()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] += time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[phase] += end - start
+        self.intervals.append((phase, start, end))
 
 
 @dataclass
@@ -398,7 +406,7 @@ def rollout(
     """Play dialogues to their end, `decode_batch_size` at a time; fills in `turns` and `dropped`."""
     for start in range(0, len(dialogues), config.decode_batch_size):
         group = dialogues[start : start + config.decode_batch_size]
-        sampler = Sampler(policy, chat, play, config)
+        sampler = Sampler(policy, chat, play, config, env.counts)
         for _ in range(config.max_turns):
             if group := [d for d in group if d.dropped is None]:
                 with env.timers("simulator"):
@@ -437,8 +445,8 @@ class Sampler:
     one's are appended to the row, the others' are forgotten.
     """
 
-    def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, play: Play, config: Config):
-        self.policy, self.chat, self.play, self.config = policy, chat, play, config
+    def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, play: Play, config: Config, counts: Counter):
+        self.policy, self.chat, self.play, self.config, self.counts = policy, chat, play, config, counts
         self.cache: KVCache | None = None
         self.branches: KVCache | None = None  # the candidates' own tokens, with n > 1
         self.dialogues: list[Dialogue] = []  # whose rows the cache holds
@@ -447,6 +455,9 @@ class Sampler:
         """Extend the cache by what is new in each dialogue's prompt and sample n candidates for it."""
         n, config = self.play.num_candidates, self.config
         new_ids = self.keep_prefixes(dialogues)
+        prefilled = sum(map(len, new_ids))
+        self.counts["tokens_prefilled"] += prefilled
+        self.counts["tokens_kept"] += sum(len(d.turns[-1].prompt_ids) for d in dialogues) - prefilled
         samples = generate(
             self.policy,
             self.cache,
@@ -610,6 +621,7 @@ class Packed:
     targets: Tensor  # (N,) long: the sampled ids
     sampler_logprobs: Tensor  # (N,) fp32, nats
     spans: list[Span]
+    row_tokens: int  # tokens of the same samples as separate rows, each with its whole history
     old_logprobs: Tensor | None = None  # (N,) under the policy that sampled, by the trainer
     ref_logprobs: Tensor | None = None  # (N,) under the frozen reference
     ref_hidden: Tensor | None = None  # (N, D) of the reference, with --kl-estimator exact
@@ -650,6 +662,7 @@ def pack(dialogue: Dialogue, config: Config) -> Packed | None:
         targets=torch.tensor(targets),
         sampler_logprobs=torch.tensor(sampled),
         spans=spans,
+        row_tokens=sum(len(dialogue.turns[span.turn].prompt_ids) + span.stop - span.start for span in spans),
     )
 
 
@@ -1202,7 +1215,7 @@ def persona_order(state: State, number: int) -> list[int]:
 def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     """Run one iteration: rollout, pack, statistics, advantages, update. Returns metrics and this rank's dialogues."""
     config, env = state.config, state.env
-    env.timers.seconds.clear()
+    env.timers.clear()
     env.counts.clear()
     calls_before = endpoint_counts(env)
     start = time.perf_counter()
@@ -1225,10 +1238,12 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
     metrics |= sum_counters(gather(env.counts)) | sum_counters(gather(endpoint_counts(env) - calls_before))
-    tree_tokens = all_sum(torch.tensor(float(sum(len(p.token_ids) for p in packed)))).item()
+    sizes = [sum(len(p.token_ids) for p in packed), sum(p.row_tokens for p in packed)]
+    tree_tokens, row_tokens = all_sum(torch.tensor(sizes, dtype=torch.double)).tolist()
     seconds = time.perf_counter() - start
     metrics |= {
         "tree_tokens": tree_tokens,
+        "tree_saving": row_tokens / max(1, tree_tokens),
         "seconds": seconds,
         "sampled_tokens_per_second": metrics["action_tokens"] / seconds,
     }
@@ -1304,6 +1319,7 @@ def train(config: Config, env: World) -> None:
         metrics, dialogues = run_iteration(state)
         if log:
             log.metrics(state.iteration, "train", metrics)
+            log.intervals = list(state.env.timers.intervals)
             tqdm.write(progress_line(state, metrics))
         bar.update()
         last = state.iteration == state.num_iterations
