@@ -22,6 +22,7 @@ tiny: $(VENV)/runtime
 
 # On a GPU machine, with the Python that has its torch: make bench-gpu OUT=DIR PYTHON=python3
 bench-gpu:
+	@test -n "$(OUT)" || { echo "usage: make bench-gpu OUT=folder PYTHON=python3"; exit 2; }
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUT)
 
 $(VENV)/runtime: requirements.txt

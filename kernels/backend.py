@@ -8,6 +8,7 @@ anything. `auto`, the default, is triton for CUDA tensors and torch for the rest
 from __future__ import annotations
 
 import os
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -50,3 +51,15 @@ def jit(do_not_specialize: tuple[str, ...] = ()):
     call: they are listed here, and two lengths share one binary.
     """
     return lambda fn: triton.jit(fn, do_not_specialize=do_not_specialize) if triton else fn
+
+
+def first_order(backward):
+    """Make a backward refuse create_graph=True: what it returns has no graph, and a penalty on it would count as 0."""
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the kernels have no second derivative: create_graph=True does not go through them")
+        return backward(ctx, *gradients)
+
+    return checked

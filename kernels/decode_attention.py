@@ -184,6 +184,8 @@ def check(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, rows: int) -
     """Raise ValueError unless keys and values are (rows, Hkv, S, Dh), tokens contiguous, and lengths (rows,) long."""
     if keys.dim() != 4 or keys.shape != values.shape or keys.shape[0] != rows or keys.shape[3] != q.shape[2]:
         raise ValueError(f"keys {[*keys.shape]}, values {[*values.shape]} must be ({rows}, Hkv, S, {q.shape[2]}) both")
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"q is {q.dtype}, keys {keys.dtype}, values {values.dtype}; they must be of one dtype")
     if q.shape[1] % keys.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
     if lengths.shape != (rows,) or lengths.dtype != torch.long:
@@ -209,8 +211,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
     tensor([[[2., 3.],
              [2., 3.]]])
     """
-    if q.dim() != 3:
-        raise ValueError(f"q must be (R, H, Dh), got {tuple(q.shape)}")
+    if q.dim() != 3 or not len(q):
+        raise ValueError(f"q must be (R, H, Dh) with R > 0, got {tuple(q.shape)}")
     R = len(q)
     check(q, keys, values, lengths, rows=R)
     if prefix:
@@ -219,7 +221,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, p
         if prefix.keys.shape[1] != keys.shape[1] or len(prefix.members) != B or prefix.place.shape != (R,):
             raise ValueError(f"{B} prefixes of {prefix.keys.shape[1]} KV heads for {R} rows of {keys.shape[1]}")
     if use_triton(q):
-        return launch(q.contiguous(), keys, values, lengths.contiguous(), prefix)
+        shared = prefix and prefix._replace(lengths=prefix.lengths.contiguous(), members=prefix.members.contiguous())
+        return launch(q.contiguous(), keys, values, lengths.contiguous(), shared)
     own = torch.arange(keys.shape[2], device=q.device) < lengths.view(R, 1, 1, 1)  # (R, 1, 1, S)
     grouped = q.reshape(R, keys.shape[1], -1, q.shape[2])  # a group's queries become query rows: K and V are read once
     if prefix is None:

@@ -88,13 +88,18 @@ def tile_slices(N: int, V: int, elements: int) -> Iterator[tuple[slice, slice]]:
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, action_mask: Tensor | None) -> None:
-    """Raise ValueError unless hidden is (N, D), weight (V, D), targets (N,), action_mask (N,) bool, temperature > 0."""
-    N = hidden.shape[:1]
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != N:
+    """Raise ValueError unless hidden is (N, D), weight (V, D) of its dtype and on its device, targets (N,) long in
+    [0, V), action_mask (N,) bool, and temperature > 0. On CUDA the range is not looked at: the host would wait."""
+    N, V = hidden.shape[:1], len(weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or not V or hidden.shape[1] != weight.shape[1] or targets.shape != N:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
             " must be (N, D), (V, D) and (N,)"
         )
+    if weight.dtype != hidden.dtype or not hidden.device == weight.device == targets.device:
+        raise ValueError(f"weight is {weight.dtype} on {weight.device}, hidden {hidden.dtype} on {hidden.device}")
+    if targets.dtype != torch.long or not targets.is_cuda and bool(((targets < 0) | (targets >= V)).any()):
+        raise ValueError(f"targets must be long ids in [0, {V}); mask rows without one by action_mask")
     if action_mask is not None and (action_mask.shape != N or action_mask.dtype != torch.bool):
         raise ValueError(f"action_mask is {tuple(action_mask.shape)} {action_mask.dtype}; it must be {tuple(N)} bool")
     if not temperature > 0:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import head
-from kernels.backend import jit, tl, use_triton
+from kernels.backend import first_order, jit, tl, use_triton
 from kernels.linear_logprob import LOWEST, WORKSPACE, finish
 
 DIRECTIONS = ("forward", "reverse")
@@ -207,6 +207,7 @@ class LinearKL(torch.autograd.Function):
         return kl, logprobs, entropy
 
     @staticmethod
+    @first_order
     def backward(ctx, k, g, e):
         hidden, weight, ref_hidden, ref_weight, targets, kl, entropy, m, log_s, ref_m, ref_log_s = ctx.saved_tensors
         temperature, direction, workspace_bytes = ctx.settings
@@ -242,9 +243,7 @@ def linear_kl(
     head.check_head(ref_hidden, ref_weight, targets, temperature, action_mask)
     if len(weight) != len(ref_weight) or direction not in DIRECTIONS:
         raise ValueError(f"heads of {len(weight)} and {len(ref_weight)} ids, direction {direction!r} of {DIRECTIONS}")
-    settings = temperature, direction, workspace_bytes
-    if action_mask is None:
-        return LinearKL.apply(hidden, weight, ref_hidden, ref_weight, targets, *settings)
-    kept = [x[action_mask] for x in (hidden, ref_hidden, targets)]
-    values = LinearKL.apply(kept[0], weight, kept[1], ref_weight, kept[2], *settings)
-    return tuple(head.scatter_rows(x, action_mask) for x in values)
+    rows = slice(None) if action_mask is None else action_mask
+    tensors = hidden[rows], weight, ref_hidden[rows], ref_weight, targets[rows].contiguous()
+    values = LinearKL.apply(*tensors, temperature, direction, workspace_bytes)
+    return values if action_mask is None else tuple(head.scatter_rows(x, action_mask) for x in values)

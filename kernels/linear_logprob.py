@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels import head
-from kernels.backend import jit, tl, use_triton
+from kernels.backend import first_order, jit, tl, use_triton
 
 WORKSPACE = 64 << 20  # bytes of logits that exist at one time
 TILE = dict(BLOCK=4096, num_warps=8)  # 16 logits a thread: enough loads in flight, and no spills
@@ -170,6 +170,7 @@ class LinearLogprob(torch.autograd.Function):
         return logprobs, entropy, logsumexp
 
     @staticmethod
+    @first_order
     def backward(ctx, g, e, _):
         hidden, weight, targets, m, log_s, entropy = ctx.saved_tensors
         per_row = torch.stack([m, log_s, torch.zeros_like(m) if g is None else g] + ([] if e is None else [entropy, e]))
@@ -212,6 +213,6 @@ def linear_logprob(
     """
     head.check_head(hidden, weight, targets, temperature, action_mask)
     if action_mask is None:
-        return LinearLogprob.apply(hidden, weight, targets, temperature, workspace_bytes)
+        return LinearLogprob.apply(hidden, weight, targets.contiguous(), temperature, workspace_bytes)
     kept = LinearLogprob.apply(hidden[action_mask], weight, targets[action_mask], temperature, workspace_bytes)
     return tuple(head.scatter_rows(x, action_mask) for x in kept)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import head
-from kernels.backend import jit, tl, use_triton
+from kernels.backend import first_order, jit, tl, use_triton
 from kernels.kl_estimates import kl_estimates
 from kernels.linear_kl import dlogits_kl, finish_kl, fold_kl, new_kl_stats, reference_kl
 from kernels.linear_logprob import dlogits, finish, fold, new_stats, reference_logprob
@@ -180,6 +180,7 @@ class PPOHead(torch.autograd.Function):
         return loss, rows
 
     @staticmethod
+    @first_order
     def backward(ctx, upstream, _):
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden.mul_(upstream), None if d_weight is None else d_weight.mul_(upstream), *(None,) * 5
@@ -214,17 +215,23 @@ def ppo_head(
     (-2.0, [-1.0, 1.0])
     """
     head.check_head(hidden, weight, targets, temperature, action_mask)
-    if old_logprobs.shape != targets.shape or advantages.shape != targets.shape:
-        raise ValueError(f"old_logprobs and advantages must be {tuple(targets.shape)}, as targets")
+    known = [old_logprobs, advantages, ref_logprobs]
+    if any(x is not None and (x.shape != targets.shape or x.dtype != head.sum_dtype(hidden)) for x in known):
+        raise ValueError(f"old_logprobs, advantages and ref_logprobs must be {tuple(targets.shape)} fp32, as targets")
     if ref_logprobs is not None and reference is not None:
         raise ValueError("ref_logprobs (k3) and reference (exact KL) exclude each other")
-    known = [old_logprobs, advantages, ref_logprobs]
+    if reference is not None:
+        head.check_head(*reference, targets, temperature, action_mask)
+        if len(reference[1]) != len(weight):
+            raise ValueError(f"heads of {len(weight)} and {len(reference[1])} ids")
     if action_mask is not None:
         hidden, targets = hidden[action_mask], targets[action_mask]
         known = [None if x is None else x[action_mask] for x in known]
         reference = reference and (reference[0][action_mask], reference[1])
     settings = Settings(temperature, clip_eps, entropy_coef, kl_coef)
-    workspace_bytes = workspace_bytes or WORKSPACE[hidden.device.type]
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE[hidden.device.type]
+    targets, known = targets.contiguous(), [x if x is None else x.contiguous() for x in known]
     loss, rows = PPOHead.apply(hidden, weight, targets, known, reference, settings, workspace_bytes)
     _, _, approx_kl, clipped, deviation, ratio, entropy, kl = rows
     statistics = dict(approx_kl=approx_kl, clip_frac=clipped, ratio_dev=deviation, entropy=entropy, kl_exact=kl)

@@ -28,6 +28,8 @@ def membership(owner: Tensor, B: int, n: int) -> tuple[Tensor, Tensor]:
     >>> membership(torch.tensor([0, 0, 2]), 3, 2)[0].tolist()
     [[0, 1], [-1, -1], [2, -1]]
     """
+    if len(owner) and (bool((owner.diff() < 0).any()) or int(owner.bincount(minlength=B).max()) > n or owner[-1] >= B):
+        raise ValueError(f"owner must ascend within [0, {B}), each at most {n} times: {owner.tolist()}")
     rows = torch.arange(len(owner), device=owner.device)
     place = owner * n + rows - torch.searchsorted(owner, owner)
     members = torch.full((B * n,), -1, device=owner.device)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl, use_triton
+from kernels.backend import first_order, jit, tl, use_triton
 
 PROGRAMS = 512  # of the backward: what an H100 or H200 holds at a time at D <= 2,048, and not too many partial sums
 LONGEST_ROW = 8192
@@ -132,6 +132,7 @@ class RMSNormFunction(torch.autograd.Function):
         return y if h is None else (y, h)
 
     @staticmethod
+    @first_order
     def backward(ctx, g, d=None):
         h, weight, rstd = ctx.saved_tensors
         if g is None:  # only the sum was used
@@ -161,15 +162,16 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     (tensor([[ 1., -1.]]), tensor([[ 3., -3.]]))
     """
     D = x.shape[-1]
-    if weight.shape != (D,) or (residual is not None and residual.shape != x.shape):
+    if weight.shape != (D,) or weight.dtype != x.dtype or (residual is not None and residual.shape != x.shape):
         added = "" if residual is None else f" and residual {tuple(residual.shape)}"
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}{added} must be (..., D), (D,) and (..., D)")
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}{added}"
+        raise ValueError(f"{shapes} must be (..., D), (D,) and (..., D), x and weight of one dtype")
     if not use_triton(x):
         return reference_rmsnorm(x, weight, eps, residual)
     if D > LONGEST_ROW:
         raise ValueError(f"rows of {D} numbers; the kernel holds at most {LONGEST_ROW} in registers (--kernels torch)")
     rows = x.reshape(-1, D).contiguous()
     if residual is None:
-        return RMSNormFunction.apply(rows, weight, eps, None).view(x.shape)
-    y, h = RMSNormFunction.apply(rows, weight, eps, residual.reshape(-1, D).contiguous())
+        return RMSNormFunction.apply(rows, weight.contiguous(), eps, None).view(x.shape)
+    y, h = RMSNormFunction.apply(rows, weight.contiguous(), eps, residual.reshape(-1, D).contiguous())
     return y.view(x.shape), h.view(x.shape)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl, use_triton
+from kernels.backend import first_order, jit, tl, use_triton
 
 
 def reference_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -144,6 +144,7 @@ class RopeFunction(torch.autograd.Function):
         return launch(q, k, cos, sin, k_out), k_out
 
     @staticmethod
+    @first_order
     def backward(ctx, dq, dk):
         dk_out = torch.empty_like(dk, memory_format=torch.contiguous_format)
         dq_out = launch(dq.contiguous(), dk.contiguous(), *ctx.saved_tensors, dk_out, sign=-1)

@@ -228,7 +228,9 @@ def sample_head(
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or seeds.shape != hidden.shape[:1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and seeds {tuple(seeds.shape)}"
         raise ValueError(f"{shapes} must be (R, D), (V, D) and (R,)")
-    if temperature < 0:
+    if not len(weight) or not len(hidden):
+        raise ValueError(f"{len(hidden)} rows and {len(weight)} ids: nothing to sample")
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be at least 0 (--temperature)")
     if use_triton(hidden):
         return launch(hidden.contiguous(), weight.contiguous(), temperature, seeds.contiguous(), step)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, tl, use_triton
+from kernels.backend import first_order, jit, tl, use_triton
 
 TILE = dict(BLOCK=1024, num_warps=4)  # 8 numbers a thread: one 16-byte load of each operand in bf16
 
@@ -77,6 +77,7 @@ class SwiGLUFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)

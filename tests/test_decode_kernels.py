@@ -83,6 +83,8 @@ def foreign(B: int, Hkv: int) -> Prefix:
 @pytest.mark.parametrize(
     "change, words",
     [
+        (dict(q=torch.zeros(6, 4, 8).double()), "they must be of one dtype"),
+        (dict(q=torch.zeros(0, 4, 8)), "with R > 0"),
         (dict(q=torch.zeros(6, 1, 4, 8)), r"q must be \(R, H, Dh\)"),
         (dict(q=torch.zeros(6, 3, 8)), "3 query heads must be a multiple of the 2 KV heads"),
         (dict(q=torch.zeros(5, 4, 8)), r"must be \(5, Hkv, S, 8\)"),
@@ -97,7 +99,7 @@ def test_wrong_shapes_are_refused(change, words):
     """Guards a kernel that would read outside its tensors."""
     names = ("q", "keys", "values", "lengths", "prefix")
     with pytest.raises(ValueError, match=words):
-        decode_attention(**dict(zip(names, case(n=2), strict=True)) | change)
+        decode_attention(**dict(zip(names, case(n=2, dtype=torch.float32), strict=True)) | change)
 
 
 # --------------------------------------------------------------------------------------------------------- the noise

@@ -237,11 +237,19 @@ def test_a_frozen_head_gets_no_gradient():
         (lambda h, W, y: linear_logprob(h, W, y, 0.0), r"temperature is 0.0; it must be positive \(--temperature\)"),
         (lambda h, W, y: linear_logprob(h, W, y, action_mask=torch.ones(2, dtype=torch.bool)), r"must be \(3,\) bool"),
         (lambda h, W, y: linear_logprob(h, W, y, workspace_bytes=100), "a tile needs at least 128"),
-        (lambda h, W, y: linear_kl(h, W, h, W[:9], y), "heads of 300 and 9 ids"),
+        (lambda h, W, y: linear_kl(h, W, h, W[:9], y), r"long ids in \[0, 9\)"),
         (lambda h, W, y: linear_kl(h, W, h, W, y, direction="both"), "direction 'both'"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:2, 0]), r"must be \(3,\), as targets"),
+        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:2, 0]), r"must be \(3,\) fp32, as targets"),
         (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], ref_logprobs=h[:, 0], reference=(h, W)), "exclude each"),
         (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], workspace_bytes=512), "one token's logits need 2400"),
+        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], workspace_bytes=0), "one token's logits need 2400"),
+        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], ref_logprobs=h[:1, 0]), r"must be \(3,\) fp32"),
+        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], reference=(h[:2], W)), r"must be \(N, D\)"),
+        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], reference=(h, W[:9])), "long ids in|heads of 300"),
+        (lambda h, W, y: linear_logprob(h, W, y - 300), r"long ids in \[0, 300\); mask rows"),
+        (lambda h, W, y: linear_logprob(h, W, y.int()), r"long ids in \[0, 300\)"),
+        (lambda h, W, y: linear_logprob(h, W.float(), y), "weight is torch.float32 on cpu, hidden torch.float64"),
+        (lambda h, W, y: linear_logprob(h, W[:0], y), r"must be \(N, D\), \(V, D\)"),
     ],
 )  # fmt: skip
 def test_misuse_is_named(call, message):
@@ -269,3 +277,16 @@ def test_bf16_keeps_its_sums_in_fp32():
         error, bound = ((x - truth).pow(2).mean().sqrt().item() for x in (ours, plain))
         assert error <= bound, (error, bound)
     assert (results[0][0] - results[2][0]).abs().max() < 1e-4 < (results[1][0] - results[2][0]).abs().max()
+
+
+def test_a_second_derivative_is_refused():
+    """Guards a penalty on gradients that would silently count as nothing."""
+    hidden, weight, targets = head(3)
+    old, advantages, _ = ppo_case(hidden, weight, targets)
+    for value in (
+        linear_logprob(hidden, weight, targets)[0].sum(),
+        linear_kl(hidden, weight, -hidden.detach(), weight.detach(), targets)[0].sum(),
+        ppo_head(hidden, weight, targets, old, advantages)[0],
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value, hidden, create_graph=True)

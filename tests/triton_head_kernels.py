@@ -142,6 +142,22 @@ def test_ppo_statistics():
     assert results[0]["clip_frac"] > 0 and results[0]["kl_exact"] > 0
 
 
+def test_strided_inputs():
+    """Guards pointers that assume a stride of 1: columns of a table, and one number for all rows."""
+    (hidden, weight, *reference), targets, noise = inputs((7, 32, 300), torch.float32)
+    table = torch.stack([targets, targets * 0], 1)[:, 0]
+    wide = torch.stack([noise, -noise], 2)[..., 0]  # the same numbers, two apart
+    assert not table.is_contiguous() and not wide[0].is_contiguous()
+    for strided, plain in (
+        (linear_logprob(hidden, weight, table), linear_logprob(hidden, weight, targets)),
+        (linear_kl(hidden, weight, *reference, table), linear_kl(hidden, weight, *reference, targets)),
+        (ppo_head(hidden, weight, table, wide[0], wide[1], ref_logprobs=wide[2], kl_coef=0.1)[:1],
+         ppo_head(hidden, weight, targets, noise[0], noise[1], ref_logprobs=noise[2], kl_coef=0.1)[:1]),
+        (linear_logprob(hidden, weight, targets[:1].expand(7)), linear_logprob(hidden, weight, targets[:1].repeat(7))),
+    ):  # fmt: skip
+        torch.testing.assert_close(strided, plain)
+
+
 def test_all_rows_masked():
     """Guards launches of zero programs: no values, no gradients, no error."""
     tensors, targets, noise = inputs((5, 16, 130), torch.float32)
