@@ -365,7 +365,7 @@ class Slots(NamedTuple):
     lengths: Tensor  # (B,) long: tokens stored per row afterwards
     position_ids: Tensor  # (B, T) long: a token's position in its dialogue
     slot_ids: Tensor  # (B, T) long: its slot in the row; the position, less the tokens of a shared prefix
-    mask: Tensor  # (B, 1, T, S) bool: True = may attend
+    mask: Tensor | None  # (B, 1, T, S) bool: True = may attend; None: causal
     rows: Tensor  # (N,) long: row of each real token
     columns: Tensor  # (N,) long: its column in the padded batch
     slots: Tensor  # (N,) long: its slot in the row
@@ -429,7 +429,9 @@ class KVCache:
             if T > 1:
                 raise ValueError(f"{T} tokens at once for rows with a shared prefix; they take one at a time")
             position_ids = slot_ids + self.prefix.lengths[self.owner][:, None]
-        mask = torch.arange(longest, device=device) <= slot_ids[:, None, :, None]  # (B, 1, T, S)
+        mask = None  # causal: one token has nothing to hide, and a first chunk is a plain sequence
+        if T > 1 and self.lengths.any():
+            mask = torch.arange(longest, device=device) <= slot_ids[:, None, :, None]  # (B, 1, T, S)
         rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)  # (N,) each
         lengths, slots = self.lengths + new_lengths, slot_ids[rows, columns]
         return Slots(new_lengths, lengths, position_ids, slot_ids, mask, rows, columns, slots, longest)
