@@ -150,7 +150,7 @@ class Plan:
     compute_bytes: int = 4  # of weights and activations in products; 2 (bf16) adds a copy of fp32 master weights
     reference: bool = True  # a frozen policy is held (--kl-coef above 0), in compute_bytes
     separate_critic: bool = True  # False: a value head on the policy's trunk
-    gradients_in_rollout: bool = True  # the trainer frees gradients only before it computes the next
+    gradients_in_rollout: bool = True  # False: the trainer frees them before it samples, as train_rlpa.py does
     fused: bool = True  # Triton kernels
     checkpointing: bool = False
     ranks: int = 1  # above 1, gradients are copied into one flat message

@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.backend import use_triton
 from kernels.decode_attention import decode_attention
 from kernels.prefix import Prefix, membership
 from kernels.rmsnorm import rmsnorm
-from kernels.rope import rope, rope_into_cache
+from kernels.rope import real_tokens, rope, rope_into_cache
 from kernels.sample_head import draw_uniforms, sample_head
 from kernels.swiglu import swiglu
 from kernels.tree_attention import Tree, tree_attention
@@ -366,9 +367,7 @@ class Slots(NamedTuple):
     position_ids: Tensor  # (B, T) long: a token's position in its dialogue
     slot_ids: Tensor  # (B, T) long: its slot in the row; the position, less the tokens of a shared prefix
     mask: Tensor | None  # (B, 1, T, S) bool: True = may attend; None: causal
-    rows: Tensor  # (N,) long: row of each real token
-    columns: Tensor  # (N,) long: its column in the padded batch
-    slots: Tensor  # (N,) long: its slot in the row
+    real: tuple[Tensor, Tensor, Tensor]  # row, column and slot (N,) of each token that is not padding
     longest: int  # S: slots in use in the longest row afterwards
 
 
@@ -432,9 +431,8 @@ class KVCache:
         mask = None  # causal: one token has nothing to hide, and a first chunk is a plain sequence
         if T > 1 and self.lengths.any():
             mask = torch.arange(longest, device=device) <= slot_ids[:, None, :, None]  # (B, 1, T, S)
-        rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)  # (N,) each
-        lengths, slots = self.lengths + new_lengths, slot_ids[rows, columns]
-        return Slots(new_lengths, lengths, position_ids, slot_ids, mask, rows, columns, slots, longest)
+        lengths, real = self.lengths + new_lengths, real_tokens(slot_ids, new_lengths)
+        return Slots(new_lengths, lengths, position_ids, slot_ids, mask, real, longest)
 
     def write(
         self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], slots: Slots
@@ -444,26 +442,24 @@ class KVCache:
         Give q (B, T, H, Dh), turned too, and views (B, Hkv, S, Dh) of all keys and values that are stored.
         """
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        real = slots.rows, slots.columns, slots.slots
-        q = rope_into_cache(q, k, v, *tables, keys, values, slots.slot_ids, slots.new_lengths, real)
+        q = rope_into_cache(q, k, v, *tables, keys, values, slots.slot_ids, slots.new_lengths, slots.real)
         return q, keys[:, :, : slots.longest], values[:, :, : slots.longest]
 
     def branch(self, n: int, capacity: int) -> KVCache:
         """Give an empty cache for n continuations of each row, candidate c of row b at b * n + c."""
+        B, Hkv, _, Dh = self.keys[0].shape
         branches = copy(self)
-        branches.n, branches.capacity = n, capacity
-        branches.lengths = self.lengths.new_zeros(n * len(self.lengths))
-        for name in ("keys", "values"):
-            shape = (len(branches.lengths), self.keys[0].shape[1], capacity, self.keys[0].shape[3])
-            setattr(branches, name, [tensor.new_zeros(shape) for tensor in getattr(self, name)])
-        branches.follow(self, torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(n))
+        branches.keys = [keys.new_zeros(n * B, Hkv, capacity, Dh) for keys in self.keys]
+        branches.values = [values.new_zeros(n * B, Hkv, capacity, Dh) for values in self.values]
+        branches.lengths, branches.capacity = self.lengths.new_zeros(n * B), capacity
+        branches.follow(self, torch.arange(B, device=self.lengths.device).repeat_interleave(n), n)
         return branches
 
-    def follow(self, prefix: KVCache, owner: Tensor) -> None:
-        """Make row r a continuation of row owner[r] of the prefix."""
+    def follow(self, prefix: KVCache, owner: Tensor, n: int) -> None:
+        """Make row r a continuation of row owner[r] of the prefix, which has at most n."""
         self.prefix, self.owner = prefix, owner
-        self.membership = membership(owner, len(prefix.lengths), self.n)
-        self.prefix_longest = int(prefix.lengths.max())
+        self.membership = membership(owner, len(prefix.lengths), n)
+        self.prefix_longest = int(prefix.lengths.max())  # once: the host waits for it
 
     def shared(self, layer_idx: int) -> Prefix | None:
         """Give what the rows share in this layer; None without a prefix."""
@@ -477,11 +473,10 @@ class KVCache:
         """Append to each row b what row rows[b] of its branches holds; ValueError if it does not fit."""
         counts = branches.lengths[rows]
         self.room_for(counts)
-        columns = torch.arange(int(counts.max()), device=rows.device)
-        to, columns = (columns < counts[:, None]).nonzero(as_tuple=True)  # (N,) each
-        slots, origin = self.lengths[to] + columns, rows[to]
+        slot_ids = self.lengths[:, None] + torch.arange(int(counts.max()), device=rows.device)
+        to, columns, slots = real_tokens(slot_ids, counts)  # (N,) each
         for mine, theirs in zip(self.keys + self.values, branches.keys + branches.values, strict=True):
-            mine[to, :, slots] = theirs[origin, :, columns]
+            mine[to, :, slots] = theirs[rows[to], :, columns]
         self.lengths = self.lengths + counts
 
     def select(self, rows: Tensor, lengths: Tensor | None = None, capacity: int | None = None) -> None:
@@ -514,8 +509,11 @@ class KVCache:
         taken.select(rows)
         if self.prefix is not None:
             alive, owner = self.owner[rows].unique(return_inverse=True)
-            few = 2 * len(alive) <= len(self.prefix.lengths)
-            taken.follow(self.prefix.take(alive) if few else self.prefix, owner if few else self.owner[rows])
+            n = self.membership[0].shape[1]
+            if 2 * len(alive) <= len(self.prefix.lengths):
+                taken.follow(self.prefix.take(alive), owner, n)
+            else:
+                taken.follow(self.prefix, self.owner[rows], n)
         return taken
 
     def put(self, rows: Tensor, other: KVCache) -> None:
@@ -597,8 +595,10 @@ def generate(
     cache.room_for(new_lengths, later=max_new_tokens - 1)  # the last sampled id is never stored
     # Greedy sampling draws nothing: an evaluation in between does not change what training samples next.
     seeds = row_seeds(R, seeds) if temperature > 0 else [0] * R
-    uniforms = draw_uniforms(seeds, max_new_tokens).to(device)  # (R, max_new_tokens), for the torch path
-    seeds = torch.tensor(seeds, device=device)
+    uniforms = torch.zeros(R, max_new_tokens)  # the torch path alone needs them, and not when it is greedy
+    if temperature > 0 and not use_triton(model.head_weight):
+        uniforms = draw_uniforms(seeds, max_new_tokens)
+    seeds, uniforms = torch.tensor(seeds, device=device), uniforms.to(device)
 
     hidden = model(token_ids, cache=cache, new_lengths=new_lengths)  # (B, T, D)
     prompt = torch.arange(len(new_ids), device=device).repeat_interleave(n)  # (R,): the prompt of each candidate

@@ -11,8 +11,8 @@ One iteration, in the order of this file:
     advantages   per-token rewards → GAE within a turn (credit "turn") or along the chosen path (credit "dialogue")
     update       clipped PPO loss for the policy, clipped value loss for the critic, normalised by global token counts
 
-Changed against the published code: README, "What differs from the paper". Letters: B dialogues in a micro-batch, T
-padded tree tokens, N action tokens (sampled ids), D hidden, V vocabulary.
+Changed against the published code: README, "What differs from the paper". Letters: T tree tokens in a micro-batch, N
+action tokens (sampled ids), D hidden, V vocabulary.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ except ImportError:  # there is no Triton for macOS: the torch paths serve
 
 BACKENDS = ("auto", "triton", "torch")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOWEST = -1e30  # "−∞" before the first number of a running maximum, finite because −∞ − −∞ is NaN
 _backend = "auto"
 
 

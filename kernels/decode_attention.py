@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, jit, tl, use_triton
+from kernels.backend import INTERPRETED, LOWEST, jit, tl, use_triton
 from kernels.prefix import Prefix
 
 TILE = dict(BLOCK=32, num_warps=4, num_stages=4)  # keys a step: at Dh 128 K and V are 16 KiB, three steps in flight
 FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)
 QUERIES, FP32_QUERIES = 64, 16  # most queries a program holds: their sums and scores live in registers
 MERGE = dict(CHUNK=16, num_warps=4)
-LOWEST = -1e30  # below any score, and finite: −∞ − −∞ is NaN
 PROGRAMS_PER_SM = 4  # that many fit an H100: 54 KiB of shared memory each, at Dh 128
 
 

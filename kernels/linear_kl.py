@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels import head
-from kernels.backend import first_order, jit, tl, use_triton
-from kernels.linear_logprob import LOWEST, WORKSPACE, finish
+from kernels.backend import LOWEST, first_order, jit, tl, use_triton
+from kernels.linear_logprob import WORKSPACE, finish, new_stats
 
 DIRECTIONS = ("forward", "reverse")
 TILE = dict(BLOCK=2048, num_warps=8)  # two logits for each column: half the columns of linear_logprob's tile
@@ -168,8 +168,8 @@ def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, dire
 
 def new_kl_stats(N: int, like: Tensor) -> Tensor:
     """Return the seven running numbers of N rows before the first tile."""
-    stats = torch.zeros(7, N, dtype=head.sum_dtype(like), device=like.device)
-    stats[0] = stats[4] = LOWEST
+    stats = new_stats(N, like, numbers=7)
+    stats[4] = LOWEST
     return stats
 
 

@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from kernels import head
-from kernels.backend import first_order, jit, tl, use_triton
+from kernels.backend import LOWEST, first_order, jit, tl, use_triton
 
 WORKSPACE = 64 << 20  # bytes of logits that exist at one time
 TILE = dict(BLOCK=4096, num_warps=8)  # 16 logits a thread: enough loads in flight, and no spills
-LOWEST = -1e30  # "−∞" before the first tile, finite because −∞ − −∞ is NaN
 
 
 def reference_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0):
@@ -135,9 +134,9 @@ def dlogits(logits: Tensor, targets: Tensor, first: int, temperature: float, row
     return out
 
 
-def new_stats(N: int, like: Tensor) -> Tensor:
-    """Return the four running numbers of N rows before the first tile."""
-    stats = torch.zeros(4, N, dtype=head.sum_dtype(like), device=like.device)
+def new_stats(N: int, like: Tensor, numbers: int = 4) -> Tensor:
+    """Return the running numbers of N rows before the first tile."""
+    stats = torch.zeros(numbers, N, dtype=head.sum_dtype(like), device=like.device)
     stats[0] = LOWEST
     return stats
 
