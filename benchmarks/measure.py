@@ -42,13 +42,19 @@ def allocations(prof: profile) -> list[tuple[int, int]]:
 def extra_peak(events: list[tuple[int, int]], returned: set[int]) -> int:
     """Return the peak of the bytes that exist, without the last allocation at each returned address.
 
-    >>> extra_peak([(1, 100), (2, 40), (1, -100), (1, 7)], returned={1})
+    A release of what was there before the record began counts nothing: garbage may be collected at any moment.
+
+    >>> extra_peak([(9, -500), (1, 100), (2, 40), (1, -100), (1, 7)], returned={1})
     140
     """
     last = {address: i for i, (address, size) in enumerate(events) if size > 0 and address in returned}
+    alive: dict[int, int] = {}  # address: bytes
     extra = peak = 0
     for i, (address, size) in enumerate(events):
-        if last.get(address) != i:
+        if size < 0:
+            extra -= alive.pop(address, 0)
+        elif last.get(address) != i:
+            alive[address] = size
             extra += size
             peak = max(peak, extra)
     return peak
