@@ -126,6 +126,7 @@ class Candidate:
     ledger: dict[str, float] = field(
         default_factory=dict
     )  # this profile against what was disclosed: rewards.ProfileScore
+    scored: bool = False  # it has been parsed and judged, as far as that could be done
     judged: bool = True  # False: the judge failed for good; it is neither trained on nor chosen
 
 

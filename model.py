@@ -1,20 +1,18 @@
-"""Qwen-2.5 by hand: modules, a KV cache, its sampler, a critic, and Hugging Face safetensors in and out.
+"""Qwen-2.5 by hand: modules, a KV cache, a critic, and Hugging Face safetensors in and out.
 
 Parameter names and shapes are Hugging Face's: weights load without a map, and a save loads in `transformers` and vLLM.
-Left out, and refused by name when a config asks for it: RoPE scaling, sliding windows, other activations. There is no
-top-k or top-p: while training data is collected, the sampled distribution must be the policy itself.
+Left out, and refused by name when a config asks for it: RoPE scaling, sliding windows, other activations.
 
-Reading order: config, norm, rotary positions, attention, MLP, trunk, policy, critic, cache, sampler, checkpoints.
-Shapes: B dialogues (rows), T padded tokens, S cache slots read, R = B*n sampled rows, D hidden, H/Hkv heads, Dh head
-dim, V vocabulary. On a CPU everything is fp32. Tests: `pytest tests/test_model.py tests/test_sampler.py`.
+Reading order: config, norm, rotary positions, attention, MLP, trunk, policy, critic, cache, checkpoints. What decodes
+with the cache is `sampler.py`. Shapes: B rows, T padded tokens, N packed tokens, S cache slots read, D hidden, H/Hkv
+heads, Dh head dim, V vocabulary. Tests: `pytest tests/test_model.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.backend import use_triton
 from kernels.decode_attention import decode_attention
-from kernels.prefix import Prefix, membership
 from kernels.rmsnorm import rmsnorm
-from kernels.rope import real_tokens, rope, rope_into_cache
-from kernels.sample_head import draw_uniforms, sample_head
+from kernels.rope import rope, rope_into_cache
+from kernels.rows import Rows
 from kernels.swiglu import swiglu
 from kernels.tree_attention import Tree, tree_attention
 
@@ -165,23 +161,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
         self.head_dim, self.layer_idx = config.head_dim, layer_idx
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | Tree | None, cache: KVCache | None, slots: Slots
-    ) -> Tensor:
-        """Mix the tokens of x (B, T, D); with a cache, store the new keys and attend to all of the row's."""
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], context: Tree | Cached | None) -> Tensor:
+        """Mix the tokens of x (B, T, D): each attends to what the context says, or, without one, to those before it."""
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, Dh)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, Dh)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        if cache is None:
+        if isinstance(context, Cached):
+            out = context.attend(self.layer_idx, q[0], k[0], v[0], tables)
+        else:
             q, k = rope(q, k, *tables)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            q, k, v = cache.write(self.layer_idx, q, k, v, tables, slots)  # k, v (B, Hkv, S, Dh)
-        if cache is not None and T == 1:
-            out = decode_attention(q[:, 0], k, v, slots.lengths, cache.shared(self.layer_idx))  # (B, H, Dh)
-        else:
-            out = attend(q.transpose(1, 2), k, v, mask).transpose(1, 2)  # (B, T, H, Dh)
+            out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context).transpose(1, 2)
         return self.o_proj(out.reshape(B, T, D))
 
 
@@ -217,13 +207,11 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         delta: Tensor | None,
         tables: tuple[Tensor, Tensor],
-        mask: Tensor | Tree | None,
-        cache: KVCache | None,
-        slots: Slots,
+        context: Tree | Cached | None,
     ) -> tuple[Tensor, Tensor]:
         """Give the stream x (B, T, D) and the next delta to it; delta None: there is none yet."""
         normed, x = self.input_layernorm(x, delta)
-        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, tables, mask, cache, slots))
+        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, tables, context))
         return x, self.mlp(normed)
 
 
@@ -242,41 +230,29 @@ class Qwen2Model(nn.Module):
         self.checkpointing = False  # keep each layer's input only, and compute the layer again in the backward
 
     def forward(
-        self,
-        token_ids: Tensor,
-        position_ids: Tensor | None = None,
-        tree: Tree | None = None,
-        cache: KVCache | None = None,
-        new_lengths: Tensor | None = None,
+        self, token_ids: Tensor, position_ids: Tensor | None = None, context: Tree | Cached | None = None
     ) -> Tensor:
         """Give hidden states after the final norm, (B, T, D), for token_ids (B, T) long.
 
-        Rows are right-padded. Without a cache attention is causal, so that padding at the end of a row is harmless; or
-        the one row (B = 1) holds token trees, and `tree` says who sees whom (then give position_ids (1, T) too). With a
-        cache, row b's first new_lengths[b] tokens (default T) continue what the cache holds: their keys are stored and
-        `cache.lengths` grows. Raises ValueError on other shapes or a full cache.
+        Rows are right-padded and attention is causal, so that padding at the end of a row is harmless. With a context,
+        all tokens stand in one row (B = 1) and need position_ids (1, T): token trees (`Tree`), or tokens that continue
+        rows of a KV cache (`Cached`), where their keys and values are stored. Raises ValueError on other shapes.
         """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids must be (B, T), got {tuple(token_ids.shape)}")
         B, T = token_ids.shape
-        if tree is not None and (cache is not None or position_ids is None):
-            raise ValueError("a tree needs position_ids, and excludes a cache: a cached row is a plain sequence")
-        if position_ids is not None and position_ids.shape != (B, T):
-            raise ValueError(f"position_ids must be {(B, T)}, got {tuple(position_ids.shape)}")
-
-        slots = None if cache is None else cache.reserve(B, T, new_lengths)
-        mask = tree if slots is None else slots.mask
+        if context is not None and (B != 1 or position_ids is None):
+            raise ValueError(f"a context needs one row of tokens, got {B}, and position_ids")
         if position_ids is None:
-            arange = torch.arange(T, device=token_ids.device).expand(B, T)
-            position_ids = arange if slots is None else slots.position_ids
+            position_ids = torch.arange(T, device=token_ids.device).expand(B, T)
+        elif position_ids.shape != (B, T):
+            raise ValueError(f"position_ids must be {(B, T)}, got {tuple(position_ids.shape)}")
         tables = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         x, delta = self.embed_tokens(token_ids), None  # (B, T, D)
-        again = self.checkpointing and torch.is_grad_enabled() and cache is None
+        again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            inputs = (x, delta, tables, mask, cache, slots)
+            inputs = (x, delta, tables, context)
             x, delta = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
-        if cache is not None:
-            cache.lengths = slots.lengths
         return self.norm(x, delta)[0]
 
 
@@ -359,290 +335,94 @@ def random_policy(config: Qwen2Config, seed: int) -> Qwen2ForCausalLM:
 # ---------------------------------------------------------------------------------------------------------- KV cache
 
 
-class Slots(NamedTuple):
-    """Where one forward's tokens go in the cache, worked out once for all layers."""
-
-    new_lengths: Tensor  # (B,) long: real tokens per row; the rest is padding
-    lengths: Tensor  # (B,) long: tokens stored per row afterwards
-    position_ids: Tensor  # (B, T) long: a token's position in its dialogue
-    slot_ids: Tensor  # (B, T) long: its slot in the row; the position, less the tokens of a shared prefix
-    mask: Tensor | None  # (B, 1, T, S) bool: True = may attend; None: causal
-    real: tuple[Tensor, Tensor, Tensor]  # row, column and slot (N,) of each token that is not padding
-    longest: int  # S: slots in use in the longest row afterwards
-
-
 class KVCache:
-    """Keys and values of B right-padded rows, per layer (B, Hkv, capacity, Dh).
+    """Keys and values of B rows, per layer (B, Hkv, capacity, Dh), all on one device.
 
-    `lengths` (B,) long counts the tokens stored per row, one after another from slot 0. Slots past a row's length may
-    hold stale numbers: masks hide them, later tokens overwrite them.
-
-    `branch` gives a second cache for n candidates of each row: it holds their own tokens, and the row itself, stored
-    once, is their prefix. `adopt` appends a candidate's tokens to the row, and the others are forgotten.
+    It is only storage: who owns a row, and how many of its slots are in use, its user knows (`sampler.py`). Slots that
+    are not in use hold stale numbers, which nobody reads.
     """
-
-    prefix: KVCache | None = None  # the cache whose rows this one's continue
-    owner: Tensor | None = None  # (B,) long, ascending: which of them
 
     def __init__(
         self,
         config: Qwen2Config,
-        batch_size: int,
+        rows: int,
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
-        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        # Zeros, not empty: a masked slot has weight 0, but 0 * NaN would be NaN.
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        # Zeros, not empty: a hidden slot has weight 0, but 0 * NaN would be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.capacity = capacity
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Give the number of rows and each one's capacity in tokens."""
+        return self.keys[0].shape[0], self.keys[0].shape[2]
 
     @property
     def nbytes(self) -> int:
         """Give the bytes held by keys and values."""
         return sum(t.nbytes for t in self.keys + self.values)
 
-    def room_for(self, new_lengths: Tensor, later: int = 0) -> int:
-        """Give the tokens of the longest row after new_lengths (B,) and `later` more; ValueError if it does not fit."""
-        if len(new_lengths) != len(self.lengths):
-            raise ValueError(f"the KV cache has {len(self.lengths)} rows, the batch {len(new_lengths)}")
-        longest = int((self.lengths + new_lengths).max()) + later
-        if longest > self.capacity:
-            raise ValueError(
-                f"{longest} tokens are needed in a row, the KV cache's capacity is {self.capacity}; "
-                f"lower --max-new-tokens or --max-turns, or build the cache larger"
-            )
-        return longest
-
-    def reserve(self, B: int, T: int, new_lengths: Tensor | None) -> Slots:
-        """Place T more columns behind what each row holds; row b uses the first new_lengths[b] of them (default T)."""
-        device = self.lengths.device
-        if new_lengths is None:
-            new_lengths = torch.full((B,), T, device=device)
-        longest = self.room_for(new_lengths)
-        columns = torch.arange(T, device=device)
-        slot_ids = position_ids = self.lengths[:, None] + columns  # (B, T)
-        if self.prefix is not None:
-            if T > 1:
-                raise ValueError(f"{T} tokens at once for rows with a shared prefix; they take one at a time")
-            position_ids = slot_ids + self.prefix.lengths[self.owner][:, None]
-        mask = None  # causal: one token has nothing to hide, and a first chunk is a plain sequence
-        if T > 1 and self.lengths.any():
-            mask = torch.arange(longest, device=device) <= slot_ids[:, None, :, None]  # (B, 1, T, S)
-        lengths, real = self.lengths + new_lengths, real_tokens(slot_ids, new_lengths)
-        return Slots(new_lengths, lengths, position_ids, slot_ids, mask, real, longest)
-
-    def write(
-        self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], slots: Slots
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the real tokens of k and v (B, T, Hkv, Dh), k turned by the tables' angles.
-
-        Give q (B, T, H, Dh), turned too, and views (B, Hkv, S, Dh) of all keys and values that are stored.
-        """
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        q = rope_into_cache(q, k, v, *tables, keys, values, slots.slot_ids, slots.new_lengths, slots.real)
-        return q, keys[:, :, : slots.longest], values[:, :, : slots.longest]
-
-    def branch(self, n: int, capacity: int) -> KVCache:
-        """Give an empty cache for n continuations of each row, candidate c of row b at b * n + c."""
-        B, Hkv, _, Dh = self.keys[0].shape
-        branches = copy(self)
-        branches.keys = [keys.new_zeros(n * B, Hkv, capacity, Dh) for keys in self.keys]
-        branches.values = [values.new_zeros(n * B, Hkv, capacity, Dh) for values in self.values]
-        branches.lengths, branches.capacity = self.lengths.new_zeros(n * B), capacity
-        branches.follow(self, torch.arange(B, device=self.lengths.device).repeat_interleave(n), n)
-        return branches
-
-    def follow(self, prefix: KVCache, owner: Tensor, n: int) -> None:
-        """Make row r a continuation of row owner[r] of the prefix, which has at most n."""
-        self.prefix, self.owner = prefix, owner
-        self.membership = membership(owner, len(prefix.lengths), n)
-        self.prefix_longest = int(prefix.lengths.max())  # once: the host waits for it
-
-    def shared(self, layer_idx: int) -> Prefix | None:
-        """Give what the rows share in this layer; None without a prefix."""
-        if self.prefix is None:
-            return None
-        keys, values = self.prefix.keys[layer_idx], self.prefix.values[layer_idx]
-        S = self.prefix_longest
-        return Prefix(keys[:, :, :S], values[:, :, :S], self.prefix.lengths, *self.membership)
-
-    def adopt(self, branches: KVCache, rows: Tensor) -> None:
-        """Append to each row b what row rows[b] of its branches holds; ValueError if it does not fit."""
-        counts = branches.lengths[rows]
-        self.room_for(counts)
-        slot_ids = self.lengths[:, None] + torch.arange(int(counts.max()), device=rows.device)
-        to, columns, slots = real_tokens(slot_ids, counts)  # (N,) each
-        for mine, theirs in zip(self.keys + self.values, branches.keys + branches.values, strict=True):
-            mine[to, :, slots] = theirs[rows[to], :, columns]
-        self.lengths = self.lengths + counts
-
-    def select(self, rows: Tensor, lengths: Tensor | None = None, capacity: int | None = None) -> None:
-        """Keep these rows (R,), in this order; all of them, in their own order, are kept without being copied.
-
-        `lengths` (R,) cuts each kept row to so many tokens; ValueError if a row holds fewer. `capacity` makes the cache
-        that large at least; ValueError if a kept row does not fit.
-        """
-        kept = self.lengths[rows]
-        if lengths is not None and bool(((lengths < 0) | (lengths > kept)).any()):
-            raise ValueError(f"cannot cut rows of {kept.tolist()} tokens to {lengths.tolist()}")
-        lengths = kept if lengths is None else lengths.to(kept)
-        longest, capacity = max(lengths.tolist(), default=0), capacity or self.capacity
-        if longest > capacity:
-            raise ValueError(f"a kept row has {longest} tokens, the capacity asked for is {capacity}")
-        everything = torch.arange(len(self.lengths), device=rows.device)
-        if capacity <= self.capacity and torch.equal(rows, everything):
-            self.lengths = lengths
-            return
-        self.lengths, self.capacity = lengths, capacity
+    def move(self, kept: list[int], rows: int, capacity: int) -> None:
+        """Change the size; row i becomes a copy of the old row kept[i], the rest is empty."""
+        old_capacity = self.shape[1]
+        index = torch.tensor(kept, dtype=torch.long, device=self.keys[0].device)
         for tensors in (self.keys, self.values):
             for layer_idx, old in enumerate(tensors):  # layer by layer: the old tensor is released before the next
-                tensors[layer_idx] = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
-                torch.index_select(old[:, :, :longest], 0, rows, out=tensors[layer_idx][:, :, :longest])
+                tensors[layer_idx] = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+                shared = min(capacity, old_capacity)
+                torch.index_select(old[:, :, :shared], 0, index, out=tensors[layer_idx][: len(kept), :, :shared])
 
-    def take(self, rows: Tensor) -> KVCache:
-        """Give a second cache that holds copies of these rows; of a prefix too once half of its rows are not needed."""
-        taken = copy(self)
-        taken.keys, taken.values = list(self.keys), list(self.values)
-        taken.select(rows)
-        if self.prefix is not None:
-            alive, owner = self.owner[rows].unique(return_inverse=True)
-            n = self.membership[0].shape[1]
-            if 2 * len(alive) <= len(self.prefix.lengths):
-                taken.follow(self.prefix.take(alive), owner, n)
-            else:
-                taken.follow(self.prefix, self.owner[rows], n)
-        return taken
-
-    def put(self, rows: Tensor, other: KVCache) -> None:
-        """Overwrite these rows by those of another cache."""
-        longest = int(other.lengths.max())
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[:, :, :longest].index_copy_(0, rows, theirs[:, :, :longest])
-        self.lengths[rows] = other.lengths
-
-    def free(self) -> None:
-        """Release the memory; the cache then has no rows."""
-        self.keys, self.values, self.lengths = [], [], self.lengths[:0]
+    def adopt(self, row: int, prompt: int, tokens: int, candidate: int, n: int) -> None:
+        """Move the candidate's tokens, every nth slot behind the prompt, together: the row is a plain sequence again."""
+        for stored in self.keys + self.values:
+            own = stored[row, :, prompt + candidate : prompt + n * tokens : n]
+            stored[row, :, prompt : prompt + tokens] = own.clone()  # the two overlap
 
 
-# ----------------------------------------------------------------------------------------------------------- sampler
+class Chunk(NamedTuple):
+    """Tokens [first, last) of a forward: the new ones of one row, which has `used` slots in use with them."""
+
+    row: int
+    first: int
+    last: int
+    used: int
 
 
-@dataclass
-class Samples:
-    """What `generate` sampled, one entry per row; candidate c of prompt b is row b * n + c."""
+@dataclass(frozen=True)
+class Cached:
+    """What N tokens of one packed row attend to: rows of a KV cache, in which they are stored themselves.
 
-    token_ids: list[list[int]]  # sampled ids, the stop id included
-    logprobs: list[list[float]]  # nats, of each sampled id
-    lengths: list[int]  # sampled tokens
-    stop_reasons: list[str]  # "stop": a stop id was sampled; "length": max_new_tokens were
-    branches: KVCache | None  # with n > 1, the candidates' own tokens, for `KVCache.adopt`
-
-
-def row_seeds(rows: int, seeds: Sequence[int] | None) -> list[int]:
-    """Give one seed per row: those given, or new ones off torch's global generator; ValueError for another number."""
-    if seeds is None:
-        return torch.randint(2**31, (rows,)).tolist()
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} sampled rows; give one per row, B * n in all")
-    return list(seeds)
-
-
-def pad(rows: list[list[int]], vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-pad id lists into (B, T) long and their lengths (B,); ValueError for an empty row or a foreign id."""
-    if not rows or not all(rows):
-        raise ValueError("every row needs at least one new id: the next token is predicted from the last one")
-    low, high = min(map(min, rows)), max(map(max, rows))
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}")
-    token_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for row, ids in zip(token_ids, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return token_ids.to(device), torch.tensor([len(ids) for ids in rows], device=device)
-
-
-@torch.no_grad()
-def generate(
-    model: Qwen2ForCausalLM,
-    cache: KVCache,
-    new_ids: list[list[int]],
-    *,
-    n: int = 1,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    temperature: float = 1.0,
-    seeds: Sequence[int] | None = None,
-) -> Samples:
-    """Extend a cache of B rows by new_ids, then sample n continuations of each row.
-
-    Only new_ids are computed: the cache keeps what earlier turns stored. Candidate c of prompt b is sampled row
-    b * n + c. With n > 1 the candidates share the prompt's row and have their own tokens in `branches`; with n = 1 they
-    are stored in the row itself. `cache.lengths` counts the tokens whose keys are stored; a row's last sampled id is
-    not among them. So with the whole dialogue's ids at hand, the next turn is
-
-        cache.adopt(samples.branches, chosen rows); new_ids = [ids[b][cache.lengths[b]:] for b ...]
-
-    `seeds` are one per row (B * n): a row's samples do not depend on its neighbours. The kernels and the torch path
-    draw differently from a seed. Temperature 0 is greedy. Raises ValueError when the rows could outgrow the cache.
+    Either they are one new token of each running candidate (`decoding`), or consecutive ones of some rows (`chunks`).
     """
-    if n < 1 or max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"{n=} and {max_new_tokens=} must be at least 1, {temperature=} at least 0")
-    device, R = cache.lengths.device, len(new_ids) * n
-    token_ids, new_lengths = pad(new_ids, model.config.vocab_size, device)  # (B, T), (B,)
-    cache.room_for(new_lengths, later=max_new_tokens - 1)  # the last sampled id is never stored
-    # Greedy sampling draws nothing: an evaluation in between does not change what training samples next.
-    seeds = row_seeds(R, seeds) if temperature > 0 else [0] * R
-    uniforms = torch.zeros(R, max_new_tokens)  # the torch path alone needs them, and not when it is greedy
-    if temperature > 0 and not use_triton(model.head_weight):
-        uniforms = draw_uniforms(seeds, max_new_tokens)
-    seeds, uniforms = torch.tensor(seeds, device=device), uniforms.to(device)
 
-    hidden = model(token_ids, cache=cache, new_lengths=new_lengths)  # (B, T, D)
-    prompt = torch.arange(len(new_ids), device=device).repeat_interleave(n)  # (R,): the prompt of each candidate
-    last = hidden[prompt, new_lengths[prompt] - 1]  # (R, D)
-    branches = cache.branch(n, max_new_tokens) if n > 1 else cache
+    cache: KVCache
+    rows: Tensor  # (N,) long: where each token's key and value go
+    slots: Tensor  # (N,) long
+    decoding: Rows | None = None
+    chunks: Sequence[Chunk] = ()
 
-    ids = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(R, max_new_tokens, device=device)
-    lengths = torch.zeros(R, dtype=torch.long, device=device)
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    work, rows = branches, torch.arange(R, device=device)  # the cache that is decoded in, and its rows' places in R
-    active = torch.ones(R, dtype=torch.bool, device=device)  # which rows of `work` go on
-    for step in range(max_new_tokens):
-        token, logprob = sample_head(last, model.head_weight, temperature, seeds[rows], step, uniforms[rows, step])
-        ids[rows, step], logprobs[rows, step] = token, logprob
-        lengths[rows] += active  # what a finished row draws lies beyond its length
-        active = active & ~torch.isin(token, stop)
-        remaining = int(active.sum())
-        if remaining == 0 or step + 1 == max_new_tokens:
-            break
-        if 2 * remaining <= len(rows):  # go on with a copy of the running rows; halving bounds the copying
-            if work is not branches:
-                branches.put(rows, work)
-            rows, token = rows[active], token[active]
-            work, active = branches.take(rows), active[active]
-        last = model(token[:, None], cache=work, new_lengths=active.long())[:, 0]
-    if work is not branches:
-        branches.put(rows, work)
-    return collect(ids, logprobs, lengths, stop_ids, branches if n > 1 else None)
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Store k and v (N, Hkv, Dh), and give what the queries q (N, H, Dh) find in their rows, (N, H, Dh)."""
+        keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
+        cos, sin = tables[0][0], tables[1][0]  # (N, 1, Dh/2)
+        q = rope_into_cache(q, k, v, cos, sin, keys, values, self.rows, self.slots)
+        if self.decoding is not None:
+            return decode_attention(q, keys, values, self.decoding)
+        out = torch.empty_like(q)
+        for row, first, last, used in self.chunks:
+            seen = keys[row : row + 1, :, :used], values[row : row + 1, :, :used]  # (1, Hkv, S, Dh)
+            found = attend(q[None, first:last].transpose(1, 2), *seen, self.mask(last - first, used))
+            out[first:last] = found[0].transpose(0, 1)
+        return out
 
-
-def collect(
-    ids: Tensor, logprobs: Tensor, lengths: Tensor, stop_ids: Collection[int], branches: KVCache | None
-) -> Samples:
-    """Cut the padded draws (R, max_new_tokens) to lists and say why each row ended."""
-    counts = lengths.tolist()
-    token_ids = [row[:count] for row, count in zip(ids.tolist(), counts, strict=True)]
-    return Samples(
-        token_ids=token_ids,
-        logprobs=[row[:count] for row, count in zip(logprobs.tolist(), counts, strict=True)],
-        lengths=counts,
-        stop_reasons=["stop" if row[-1] in stop_ids else "length" for row in token_ids],
-        branches=branches,
-    )
+    def mask(self, T: int, S: int) -> Tensor | None:
+        """Give who sees whom, (T, S) bool, when the last T of S slots ask; None for a row's first chunk: causal."""
+        if T == S:
+            return None
+        return torch.ones(T, S, dtype=torch.bool, device=self.rows.device).tril_(S - T)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

@@ -32,7 +32,7 @@ PARSE_FAILURES = (
 )
 PROFILE_TARGETS = {"persona": "f1", "evidence": "evidence_f1", "ledger": "ledger_f1"}  # name → field of ProfileScore
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
-ChatMany = Callable[[Sequence[list[dict]], Sequence[int]], Sequence[str | Exception]]
+Ask = Callable[[list[dict], int], str | Exception]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsing
@@ -376,36 +376,25 @@ def _json_object(text: str) -> dict:
 
 
 def ask_judge(
-    chat_many: ChatMany,
-    requests: Sequence[list[dict]],
-    parse: Callable[[str], object],
-    seeds: Sequence[int],
-    n_tries: int = 3,
-) -> list[object | None]:
-    """Send requests to a judge and parse its answers; answers that cannot be parsed are asked for again.
+    ask: Ask, request: list[dict], parse: Callable[[str], object], seed: int, n_tries: int = 3
+) -> object | None:
+    """Send a request to a judge and parse its answer; an answer that cannot be parsed is asked for again.
 
     Args:
-        chat_many: sends many message lists, returns a text or an exception for each (`ChatClient.chat_many`).
-        requests: one message list per verdict.
+        ask: sends a message list with a seed, returns a text or an exception (`ChatClient.ask`).
+        request: the message list.
         parse: text → verdict, ValueError if it holds none.
-        seeds: one per request; each further try gets another one, so that a deterministic judge can answer differently.
+        seed: of the first try; each further one gets another, so that a deterministic judge can answer differently.
         n_tries: how often an unparsable answer is asked for in all.
     Returns:
-        the verdict per request, None where the judge failed for good.
+        the verdict, None where the judge failed for good.
     """
-    verdicts: list[object | None] = [None] * len(requests)
-    waiting = list(range(len(requests)))
     for attempt in range(n_tries):
-        answers = chat_many([requests[i] for i in waiting], [seeds[i] + attempt for i in waiting])
-        unparsable = []
-        for i, answer in zip(waiting, answers, strict=True):
-            if isinstance(answer, Exception):  # the client has retried already; asking again would only double that
-                continue
-            try:
-                verdicts[i] = parse(answer)
-            except ValueError:
-                unparsable.append(i)
-        waiting = unparsable
-        if not waiting:
-            break
-    return verdicts
+        answer = ask(request, seed + attempt)
+        if isinstance(answer, Exception):  # the client has retried already; asking again would only double that
+            return None
+        try:
+            return parse(answer)
+        except ValueError:
+            continue
+    return None

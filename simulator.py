@@ -357,7 +357,7 @@ class ChatClient:
         if len(batch) != len(seeds):
             raise ValueError(f"chat_many got {len(batch)} lists of messages but {len(seeds)} seeds")
         start = time.monotonic()
-        replies = list(self._workers.map(self._call, batch, seeds))
+        replies = list(self._workers.map(self.ask, batch, seeds))
         self._count("wait_seconds", time.monotonic() - start)
         return replies
 
@@ -380,7 +380,8 @@ class ChatClient:
         with self._lock:
             self._tally[key] += amount
 
-    def _call(self, messages: list[Message], seed: int | None) -> str | ChatError:
+    def ask(self, messages: list[Message], seed: int | None = None) -> str | ChatError:
+        """Return the reply's text, or the ChatError that ended the call; in the caller's own thread."""
         self._count("requests")
         request = self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})
         deadline = time.monotonic() + self.total_timeout

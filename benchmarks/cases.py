@@ -21,6 +21,7 @@ from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import Settings, ppo_head, token_losses
 from kernels.rmsnorm import reference_rmsnorm, rmsnorm
 from kernels.rope import reference_rope, rope
+from kernels.rows import Rows
 from kernels.sample_head import sample_head
 from kernels.swiglu import reference_swiglu, swiglu
 
@@ -51,8 +52,8 @@ class Size:
     Hkv: int
     Dh: int
     inner: int
-    R: int  # rows in decoding
-    S: int  # cached tokens of each
+    R: int  # candidates in decoding
+    S: int  # cached tokens that each sees
     kernels: tuple[str, ...] | None = None  # None: all
     truth: bool = True  # compare with fp64: minutes, for the largest
 
@@ -263,11 +264,11 @@ def make_ppo_head(size: Size, dtype: torch.dtype, device: str, exact: bool = Fal
 def make_sample_head(size: Size, dtype: torch.dtype, device: str) -> Case:
     """Draw a token and its log-prob; the floor is the bare product of R rows, which reads the weight once."""
     inputs = head_inputs(size.R, size, dtype, device)
-    seeds = torch.arange(size.R, device=device)
+    seeds = steps = torch.arange(size.R, device=device)
     del inputs["targets"]
 
     def ours(hidden: Tensor, weight: Tensor) -> Result:
-        return dict(zip(("ids", "logprobs"), sample_head(hidden, weight, 1.0, seeds, 0), strict=True))
+        return dict(zip(("ids", "logprobs"), sample_head(hidden, weight, 1.0, seeds, steps), strict=True))
 
     def eager(hidden: Tensor, weight: Tensor) -> Result:
         probs = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).softmax(-1)
@@ -353,24 +354,35 @@ def make_swiglu(size: Size, dtype: torch.dtype, device: str) -> Case:
     )  # fmt: skip
 
 
-def make_decode_attention(size: Size, dtype: torch.dtype, device: str) -> Case:
-    """One new query per row over S cached tokens: keys and values once."""
+def make_decode_attention(size: Size, dtype: torch.dtype, device: str, n: int = 1) -> Case:
+    """One new query for each of R candidates, which all see S tokens: every slot's key and value once.
+
+    With n candidates a row, the first 7/8 of those tokens are a prompt that all n share. Masks and `Rows` are not in
+    anybody's time: a model makes them once for all its layers.
+    """
     torch.manual_seed(0)
-    q = torch.randn(size.R, size.H, size.Dh, device=device).to(dtype)
-    keys, values = (torch.randn(size.R, size.Hkv, size.S, size.Dh, device=device).to(dtype) for _ in range(2))
-    lengths = torch.full((size.R,), size.S, device=device)
+    B = max(1, size.R // n)
+    own = size.S // 8 if n > 1 else 0
+    prompt, slots = size.S - own, size.S + (n - 1) * own
+    q = torch.randn(B * n, size.H, size.Dh, device=device).to(dtype)
+    keys, values = (torch.randn(B, size.Hkv, slots, size.Dh, device=device).to(dtype) for _ in range(2))
+    place = torch.arange(B * n, device=device)
+    rows = Rows(*(torch.full((B,), x, device=device) for x in (prompt, slots)), place.view(B, n), place)
+    slot = torch.arange(slots, device=device)
+    sees = (slot < prompt) | ((slot - prompt) % n == torch.arange(n, device=device)[:, None])  # (n, slots)
 
-    def eager(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Result:
-        mask = torch.arange(keys.shape[2], device=q.device) < lengths[:, None]
-        o = F.scaled_dot_product_attention(q[:, :, None], keys, values, mask[:, None, None], enable_gqa=True)
-        return dict(o=o[:, :, 0])
+    def eager(q: Tensor, keys: Tensor, values: Tensor) -> Result:
+        x = q.view(B, n, size.H, size.Dh).transpose(1, 2)
+        o = F.scaled_dot_product_attention(x, keys, values, sees, enable_gqa=True)
+        return dict(o=o.transpose(1, 2).reshape(q.shape))
 
-    def ours(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Result:
-        return dict(o=decode_attention(q, keys, values, lengths))
+    def ours(q: Tensor, keys: Tensor, values: Tensor) -> Result:
+        return dict(o=decode_attention(q, keys, values, rows))
 
+    shape = f"{size.name} R={B * n} S={size.S:,}{f' n={n}' if n > 1 else ''} H={size.H}/{size.Hkv} Dh={size.Dh}"
     return Case(
-        "decode_attention", f"{size.name} R={size.R} S={size.S:,} H={size.H}/{size.Hkv} Dh={size.Dh} {short(dtype)}",
-        dict(q=q, keys=keys, values=values, lengths=lengths), eager, ours,
+        "decode_attention_shared" if n > 1 else "decode_attention", f"{shape} {short(dtype)}",
+        dict(q=q, keys=keys, values=values), eager, ours,
         **byte_work(device, forward=keys.nbytes + values.nbytes + 2 * q.nbytes),
     )  # fmt: skip
 
@@ -384,5 +396,6 @@ KERNELS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {  # what make
     "rope": (make_rope, (FORWARD, BOTH)),
     "swiglu": (make_swiglu, (FORWARD, BOTH)),
     "decode_attention": (make_decode_attention, (FORWARD,)),
+    "decode_attention_shared": (functools.partial(make_decode_attention, n=4), (FORWARD,)),
     "sample_head": (make_sample_head, (FORWARD,)),
 }

@@ -158,8 +158,8 @@ def fla_swiglu(gate: Tensor, up: Tensor) -> dict[str, Tensor]:
     return dict(y=swiglu(gate, up))
 
 
-def unmasked_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Attend to all S slots whatever the lengths, which flash kernels allow: right because all are full."""
+def unmasked_attention(q: Tensor, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """Attend to all S slots without a mask, which flash kernels allow: right because all are full."""
     o = F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)
     return dict(o=o[:, :, 0])
 
@@ -191,5 +191,6 @@ PEERS = {
     "rope": {"Liger": ("liger_kernel", liger_rope)},
     "swiglu": {"Liger": ("liger_kernel", liger_swiglu), "fla": ("fla", fla_swiglu)},
     "decode_attention": {"SDPA_unmasked": ("scaled_dot_product_attention", unmasked_attention)},
+    "decode_attention_shared": {},  # a peer has a row for each candidate: its line above, at the same R and S
     "sample_head": {},
 }

@@ -145,14 +145,24 @@ class Published:
             clock = time.perf_counter()
             for dialogue in played:
                 open_turn(dialogue, self.user_message(dialogue, play), self.chat)
-            self.seconds["simulator"] += time.perf_counter() - clock
+            self.seconds["waiting"] += time.perf_counter() - clock
             clock = time.perf_counter()
             self.sample([d.turns[-1] for d in played], [d.turns[t] for d in recorded])
             self.seconds["sampling"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            train_rlpa.score_turns(played, self.chat, play, self.config, self.env)
+            for dialogue in played:
+                self.score(dialogue)
             self.seconds["rewards"] += time.perf_counter() - clock
         return played
+
+    def score(self, dialogue: Dialogue) -> None:
+        """Score a turn's candidates, and choose the best."""
+        turn = dialogue.turns[-1]
+        for candidate in turn.candidates:
+            train_rlpa.read_candidate(candidate, dialogue, self.chat)
+            train_rlpa.judge(candidate, dialogue, 0, self.config, self.env)
+        found = [train_rlpa.turn_reward(candidate, self.config) for candidate in turn.candidates]
+        turn.chosen = found.index(max(found))
 
     def user_message(self, dialogue: Dialogue, play: train_rlpa.Play) -> str:
         """Ask the user for the next message of one dialogue, and wait for it."""

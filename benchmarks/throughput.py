@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 import train_rlpa  # noqa: E402
 from dialogue import Dialogue  # noqa: E402
 from kernels import ppo_head  # noqa: E402
-from model import KVCache, Qwen2Config, generate, load_policy, random_policy, save_pretrained  # noqa: E402
+from model import Qwen2Config, load_policy, random_policy, save_pretrained  # noqa: E402
+from sampler import generate  # noqa: E402
 
 TINY = str(ROOT / "tiny")
 QWEN_05B = Qwen2Config(151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True)
@@ -119,9 +120,8 @@ def ours_decoder(folder: str) -> Callable[[list[list[int]], int, float], list[li
     policy = load_policy(folder)
 
     def sample(prompts: list[list[int]], new_tokens: int, temperature: float) -> list[list[int]]:
-        store = KVCache(policy.config, len(prompts), len(prompts[0]) + new_tokens)
         arguments = dict(max_new_tokens=new_tokens, stop_ids=[], temperature=temperature, seeds=range(len(prompts)))
-        return generate(policy, store, prompts, n=1, **arguments).token_ids
+        return [draw.token_ids for draw in generate(policy, prompts, **arguments)]
 
     return sample
 
@@ -365,7 +365,7 @@ def update(dialogues: int = 4, turns: int = 10, n: int = 4, repeats: int = 3,
 # iteration
 
 
-PHASES = ("sampling", "simulator", "rewards", "statistics", "update")
+PHASES = ("sampling", "waiting", "rewards", "statistics", "update")
 
 
 def iteration(dialogues: int = 32, turns: int = 10, n: int = 4, latency: float = 0.0, bar: str = "",
@@ -433,11 +433,11 @@ def latency(dialogues: int = 32, turns: int = 10, n: int = 4, seconds: float = L
     return [Row("latency", what, found["slow"], floor, "s", found["slow"] / floor, "<= 1.25")]
 
 
-def growth_child(dialogues: int, turns: int, n: int) -> dict[str, float]:
+def growth_child(dialogues: int, turns: int, n: int, most_tokens: int) -> dict[str, float]:
     """Run one iteration in this process; return its seconds, its split, and the memory before it and at its peak."""
     with world_of(bench_config(2, 2, n)) as (state, _):
         train_rlpa.run_iteration(state)  # warm-up
-    with world_of(bench_config(dialogues, turns, n)) as (state, _):
+    with world_of(bench_config(dialogues, turns, n, max_new_tokens=most_tokens)) as (state, _):
         before = memory_status("VmRSS")
         forget_peak()
         metrics, played = train_rlpa.run_iteration(state)
@@ -446,13 +446,17 @@ def growth_child(dialogues: int, turns: int, n: int) -> dict[str, float]:
     return metrics | {"before": before, "peak": peak}
 
 
-def growth(dialogues: int = 8, turns: tuple[int, ...] = (10, 40, 70), n: int = 4) -> list[Row]:
-    """Compare iterations of longer dialogues with the shortest; "other" is the shortest's."""
+def growth(dialogues: int = 8, turns: tuple[int, ...] = (10, 40, 70), n: int = 4, most_tokens: int = 32) -> list[Row]:
+    """Compare iterations of longer dialogues with the shortest; "other" is the shortest's.
+
+    With the default `most_tokens` replies are cut, so that all turns are about equally long; with 128, they grow with
+    the profile.
+    """
     short, *longer = turns
-    base, rows = in_child(growth_child, dialogues, short, n), []
+    base, rows = in_child(growth_child, dialogues, short, n, most_tokens), []
     for length in longer:
-        found, bar = in_child(growth_child, dialogues, length, n), "<= 5" if length == 4 * short else ""
-        what = f"{dialogues} dialogues, {length} turns against {short}"
+        found, bar = in_child(growth_child, dialogues, length, n, most_tokens), "<= 5" if length == 4 * short else ""
+        what = f"{dialogues} dialogues, {length} turns against {short}, replies up to {most_tokens} tokens"
         rows.append(Row("growth", f"iteration, {what}", found["seconds"], base["seconds"], "s",
                         found["seconds"] / base["seconds"], bar))  # fmt: skip
         for phase in ("sampling", "statistics", "update"):
@@ -462,8 +466,8 @@ def growth(dialogues: int = 8, turns: tuple[int, ...] = (10, 40, 70), n: int = 4
         rows.append(Row("growth", "  tokens per training pass", *tokens, "tokens", tokens[0] / tokens[1]))
         peaks = found["peak"], base["peak"]
         rows.append(Row("growth", "  peak memory", *peaks, "MiB", peaks[0] / peaks[1], bar))
-        beyond = peaks[0] - found["before"], peaks[1] - base["before"]
-        rows.append(Row("growth", "  peak beyond what it began with", *beyond, "MiB", beyond[0] / beyond[1], bar))
+        beyond = peaks[0] - found["before"], max(1.0, peaks[1] - base["before"])  # it may fit in what was left over
+        rows.append(Row("growth", "  peak beyond what it began with", *beyond, "MiB", beyond[0] / beyond[1]))
     return rows
 
 
@@ -476,7 +480,7 @@ PARTS: dict[str, list[Callable[[], list[Row]]]] = {
     "update": [update],
     "iteration": [lambda: iteration(bar=">= 8"), lambda: iteration(latency=LATENCY, bar=">= 12")],
     "latency": [latency],
-    "growth": [growth],
+    "growth": [growth, lambda: growth(turns=(10, 40), most_tokens=128)],
 }
 
 

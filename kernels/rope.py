@@ -11,12 +11,15 @@ operations move about nine times the bytes, since cos and sin promote every prod
 H = 16, Hkv = 2, Dh = 128 in bf16 and 3.35 TB/s: 75 MB, 23 µs. The tables (4 Dh bytes a token) are read once for all
 heads, because one program takes all heads of one token.
 
-With a cache, the same launch stores a token's rotated key and its value straight into their slots, instead of a rotated
-copy, an index computation and two scattered copies: 2 N (H + 2 Hkv) Dh elements. In decoding, when N is a few dozen,
-the bytes are nothing and it is the launches that count: one a layer.
+With a cache, the same launch stores a token's rotated key and its value straight into their row and slot, instead of a
+rotated copy and two scattered copies: 2 N (H + 2 Hkv) Dh elements. As every token names its row and slot, the new
+tokens of several prompts come packed, without padding, and those of decoding too. There, when N is a few dozen, the
+bytes are nothing and it is the launches that count: one a layer.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -25,24 +28,16 @@ from kernels.backend import first_order, jit, tl, use_triton
 
 
 def reference_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + Dh/2) of x (B, T, heads, Dh) by their angles, by plain operations."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    """Turn channel pairs (i, i + Dh/2) of x (…, heads, Dh) by their angles, by plain operations."""
+    partner = x.roll(x.shape[-1] // 2, -1)  # x2 beside x1 and x1 beside x2
+    return (x * torch.cat((cos, cos), -1) + partner * torch.cat((-sin, sin), -1)).to(x.dtype)
 
 
-def real_tokens(position_ids: Tensor, new_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row, column and slot (N,) of every token of position_ids (B, T) that is not padding."""
-    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
-    rows, columns = (columns < new_lengths[:, None]).nonzero(as_tuple=True)
-    return rows, columns, position_ids[rows, columns]
-
-
-def reference_rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths, real=None) -> Tensor:
+def reference_rope_into_cache(q, k, v, cos, sin, keys, values, rows, slots) -> Tensor:
     """Do what `rope_into_cache` does, by plain operations."""
-    rows, columns, slots = real or real_tokens(position_ids, new_lengths)
-    q, k = reference_rope(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)  # one turn for both
-    keys[rows, :, slots] = k[rows, columns]
-    values[rows, :, slots] = v[rows, columns]
+    q, k = reference_rope(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)  # one turn for both
+    keys[rows, :, slots] = k
+    values[rows, :, slots] = v
     return q
 
 
@@ -58,19 +53,18 @@ def turn(x, x_at, out, out_at, c, s, load, store, HALF: tl.constexpr):
     tl.store(out + out_at + HALF, (x2 * c + x1 * s).to(out.dtype.element_ty), mask=store)
 
 
-@jit(do_not_specialize=("T", "capacity"))
+@jit(do_not_specialize=("capacity",))
 def rope_kernel(
-    q,  # (B, T, H, 2 HALF)
-    k,  # (B, T, HKV, 2 HALF)
-    v,  # (B, T, HKV, 2 HALF), or None without a cache, as are those marked *
-    cos,  # (B, T, HALF) fp32
-    sin,  # (B, T, HALF) fp32
+    q,  # (N, H, 2 HALF)
+    k,  # (N, HKV, 2 HALF)
+    v,  # (N, HKV, 2 HALF), or None without a cache, as are those marked *
+    cos,  # (N, HALF) fp32
+    sin,  # (N, HALF) fp32
     q_out,  # out, as q
     k_out,  # out: as k, or the cache's keys (B, HKV, capacity, 2 HALF)
     v_out,  # * out: the cache's values
-    position_ids,  # * (B, T) int64
-    new_lengths,  # * (B,) int64
-    T,
+    rows,  # * (N,) int64
+    slots,  # * (N,) int64
     capacity,
     CACHED: tl.constexpr,
     SIGN: tl.constexpr,  # 1, or −1 to turn back
@@ -81,7 +75,7 @@ def rope_kernel(
     KV_HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Turn all heads of token `program_id` of the B * T."""
+    """Turn all heads of token `program_id` of the N."""
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, PAIRS)[None, :]
     c = tl.load(cos + token * HALF + pair, mask=pair < HALF, other=0.0)
@@ -96,10 +90,8 @@ def rope_kernel(
     inside = (head < HKV) & (pair < HALF)
     at = (token * HKV + head) * (2 * HALF) + pair
     if CACHED:
-        row = token // T
-        slot = tl.load(position_ids + token)
-        # a padding column's slot may be another token's later, or lie past the row's end: it stores nothing
-        real = (token - row * T < tl.load(new_lengths + row)) & (slot >= 0) & (slot < capacity)
+        row, slot = tl.load(rows + token), tl.load(slots + token)
+        real = (row >= 0) & (slot >= 0) & (slot < capacity)  # a slot past the end would be the next head's first
         slot_at = ((row * HKV + head) * capacity + slot) * (2 * HALF) + pair
         turn(k, at, k_out, slot_at, c, s, inside, inside & real, HALF)
         v1 = tl.load(v + at, mask=inside & real, other=0.0)
@@ -124,11 +116,11 @@ def tile(H: int, Hkv: int, Dh: int) -> dict[str, int]:
     return sizes | dict(num_warps=min(8, max(1, HEADS * PAIRS // 256)))
 
 
-def launch(q, k, cos, sin, k_out, v=None, v_out=None, position_ids=None, new_lengths=None, *, sign: int = 1) -> Tensor:
+def launch(q, k, cos, sin, k_out, v=None, v_out=None, rows=None, slots=None, *, sign: int = 1) -> Tensor:
     """Run the kernel on contiguous tensors; return the turned q."""
-    (B, T, H, Dh), Hkv, q_out = q.shape, k.shape[2], torch.empty_like(q)
-    rope_kernel[(B * T,)](
-        q, k, v, cos, sin, q_out, k_out, v_out, position_ids, new_lengths, T, k_out.shape[2],
+    (*tokens, H, Dh), Hkv, q_out = q.shape, k.shape[-2], torch.empty_like(q)
+    rope_kernel[(math.prod(tokens),)](
+        q, k, v, cos, sin, q_out, k_out, v_out, rows, slots, k_out.shape[2],
         CACHED=v is not None, SIGN=sign, **tile(H, Hkv, Dh),
     )  # fmt: skip
     return q_out
@@ -152,12 +144,12 @@ class RopeFunction(torch.autograd.Function):
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raise ValueError unless q is (B, T, H, Dh), k (B, T, Hkv, Dh), and cos and sin are (B, T, 1, Dh/2) fp32."""
-    B, T, _, Dh = q.shape
-    if k.dim() != 4 or k.shape[:2] != (B, T) or k.shape[3] != Dh or Dh % 2:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} must be (B, T, H, Dh), (B, T, Hkv, Dh), Dh even")
-    if cos.shape != (B, T, 1, Dh // 2) or sin.shape != cos.shape:
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {(B, T, 1, Dh // 2)}")
+    """Raise ValueError unless q is (…, H, Dh), k (…, Hkv, Dh), and cos and sin are (…, 1, Dh/2) fp32."""
+    *tokens, _, Dh = q.shape
+    if k.dim() != q.dim() or [*k.shape[:-2]] != tokens or k.shape[-1] != Dh or Dh % 2:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} must be (…, H, Dh), (…, Hkv, Dh), Dh even")
+    if cos.shape != (*tokens, 1, Dh // 2) or sin.shape != cos.shape:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {(*tokens, 1, Dh // 2)}")
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +162,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     >>> [x.tolist() for x in rope(q, 2 * q, torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))]  # a quarter turn
     [[[[[0.0, 1.0]]]], [[[[0.0, 2.0]]]]]
     """
+    if q.dim() != 4:
+        raise ValueError(f"q is {tuple(q.shape)}; it must be (B, T, H, Dh)")
     check(q, k, cos, sin)
     if not use_triton(q):
         return reference_rope(q, cos, sin), reference_rope(k, cos, sin)
@@ -177,40 +171,37 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 def rope_into_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position_ids: Tensor,
-    new_lengths: Tensor,
-    real: tuple[Tensor, Tensor, Tensor] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor
 ) -> Tensor:
     """Return q, turned; store k, turned, and v in the cache. For inference: nothing is differentiable.
 
     Args:
-        q, k, v: (B, T, H, Dh), (B, T, Hkv, Dh) and (B, T, Hkv, Dh).
-        cos, sin: (B, T, 1, Dh/2) fp32.
+        q, k, v: (N, H, Dh), (N, Hkv, Dh) and (N, Hkv, Dh), of N tokens.
+        cos, sin: (N, 1, Dh/2) fp32.
         keys, values: (B, Hkv, capacity, Dh), contiguous; written in place.
-        position_ids: (B, T) long, the slot of each token.
-        new_lengths: (B,) long; the columns of row b from new_lengths[b] on are padding, of which nothing is stored.
-        real: `real_tokens(position_ids, new_lengths)`, which the torch path needs in every layer; the kernel does not.
+        rows, slots: (N,) long, where each token's key and value go, no two to one place. The kernel stores nothing
+            for row −1 or a slot outside the capacity; the torch path does not know such tokens.
     Raises:
         ValueError: shapes that do not fit, or a cache that is not contiguous.
+
+    >>> keys, values, x, no_turn = *torch.zeros(2, 1, 1, 3, 2), torch.ones(1, 1, 2), torch.zeros(1, 1, 1)
+    >>> row, slot = torch.tensor([0]), torch.tensor([1])
+    >>> q = rope_into_cache(x, x, 5 * x, no_turn + 1, no_turn, keys, values, row, slot)
+    >>> keys.tolist(), values.tolist()
+    ([[[[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]]], [[[[0.0, 0.0], [5.0, 5.0], [0.0, 0.0]]]])
     """
+    if q.dim() != 3:
+        raise ValueError(f"q is {tuple(q.shape)}; it must be (N, H, Dh)")
     check(q, k, cos, sin)
-    (B, T, Hkv, Dh), rows = k.shape, keys.shape[0:2] + keys.shape[3:]
-    if v.shape != k.shape or keys.shape != values.shape or rows != (B, Hkv, Dh):
-        shapes = f"v {tuple(v.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)}"
-        raise ValueError(f"{shapes} must be (B, T, Hkv, Dh) and (B, Hkv, capacity, Dh) twice; k is {tuple(k.shape)}")
-    if position_ids.shape != (B, T) or new_lengths.shape != (B,):
-        shapes = f"position_ids {tuple(position_ids.shape)} and new_lengths {tuple(new_lengths.shape)}"
-        raise ValueError(f"{shapes} must be {(B, T)} and {(B,)}")
+    (N, _, Dh), Hkv = q.shape, k.shape[1]
+    if v.shape != k.shape or not rows.shape == slots.shape == (N,):
+        shapes = f"v {tuple(v.shape)}, rows {tuple(rows.shape)} and slots {tuple(slots.shape)}"
+        raise ValueError(f"{shapes} must be {tuple(k.shape)}, ({N},) and ({N},)")
+    fits = keys.dim() == 4 and keys.shape[1::2] == (Hkv, Dh) and keys.shape == values.shape
+    if not (fits and keys.is_contiguous() and values.is_contiguous()):
+        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        raise ValueError(f"{shapes} must be (B, {Hkv}, capacity, {Dh}), contiguous")
     if not use_triton(q):
-        return reference_rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths, real)
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("keys and values must be contiguous: they are written in place")
-    contiguous = (x.contiguous() for x in (q, k, cos, sin))
-    return launch(*contiguous, keys, v.contiguous(), values, position_ids.contiguous(), new_lengths.contiguous())
+        return reference_rope_into_cache(q, k, v, cos, sin, keys, values, rows, slots)
+    q, k, v, cos, sin, rows, slots = (x.contiguous() for x in (q, k, v, cos, sin, rows, slots))
+    return launch(q, k, cos, sin, keys, v, values, rows, slots)

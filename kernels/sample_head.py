@@ -8,8 +8,9 @@ vocabulary and keeps, per row, five numbers: the largest z, Σ exp(z − max), t
 A second kernel merges the blocks, a softmax in pieces as in decode_attention.py. At τ = 0 there is no noise: the
 likeliest token, with its log p at τ = 1.
 
-The noise is a function, not a state: E of id v in step t of a row is lane v mod 4 of Philox-4x32-10 (Salmon et al.,
-2011) at the counter (v div 4, t, 0, 0), keyed by the row's seed. A row's draw does not depend on what shares its batch.
+The noise is a function, not a state: E of id v at a row's own step t is lane v mod 4 of Philox-4x32-10 (Salmon et al.,
+2011) at the counter (v div 4, t, 0, 0), keyed by the row's seed. A row's draw does not depend on what shares its batch,
+nor on when it joined.
 
     w = (bits + ½) / 2³²      E = −log(1 − w)      w in fp32, at most 1 − 2⁻²⁴: E is never 0 nor infinite
 
@@ -42,8 +43,8 @@ MERGE = dict(BLOCK=2048, num_warps=4)
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
-def philox(seeds: Tensor, counter: Tensor, step: int) -> Tensor:
-    """Return the four 32-bit words of Philox-4x32-10, (R, n, 4) long, for seeds (R,) and first counters (n,)."""
+def philox(seeds: Tensor, counter: Tensor, steps: Tensor) -> Tensor:
+    """Return the four 32-bit words of Philox-4x32-10, (R, n, 4) long, for seeds and steps (R,) and counters (n,)."""
     low = 0xFFFFFFFF
 
     def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # high and low word, by halves: int64 holds no 64 bits
@@ -53,7 +54,7 @@ def philox(seeds: Tensor, counter: Tensor, step: int) -> Tensor:
 
     k0, k1 = (seeds & low)[:, None], (seeds >> 32 & low)[:, None]
     c0 = counter.expand(len(seeds), -1)
-    c1, c2, c3 = torch.full_like(c0, step), torch.zeros_like(c0), torch.zeros_like(c0)
+    c1, c2, c3 = steps[:, None].expand_as(c0), torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(10):
         (hi0, lo0), (hi1, lo1) = product(0xD2511F53, c0), product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -61,17 +62,17 @@ def philox(seeds: Tensor, counter: Tensor, step: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def reference_exponentials(seeds: Tensor, step: int, V: int) -> Tensor:
+def reference_exponentials(seeds: Tensor, steps: Tensor, V: int) -> Tensor:
     """Return E (R, V) fp64, the kernel's noise."""
-    bits = philox(seeds, torch.arange(-(-V // 4), device=seeds.device), step).flatten(1)[:, :V]
+    bits = philox(seeds, torch.arange(-(-V // 4), device=seeds.device), steps).flatten(1)[:, :V]
     w = (bits.float() + 0.5) * 2.0**-32
     return -torch.log1p(-w.clamp(max=1 - 2.0**-24).double())
 
 
-def reference_sample(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, step: int):
+def reference_sample(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, steps: Tensor):
     """Return what the kernels of `sample_head` return, with all logits at once."""
     z = (hidden @ weight.T).to(sum_dtype(hidden)) / (temperature or 1.0)  # (R, V)
-    keys = z - reference_exponentials(seeds, step, len(weight)).log() if temperature else z
+    keys = z - reference_exponentials(seeds, steps, len(weight)).log() if temperature else z
     ids = keys.argmax(-1)
     return ids, z.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
@@ -87,9 +88,9 @@ def exponential(bits):
     return tl.where(w < 0.015625, series, -tl.log(1 - w))
 
 
-@jit(do_not_specialize=("R", "step"))
+@jit(do_not_specialize=("R",))
 def sample_kernel(
-    hidden, weight, seeds, partial, winner, R, V, D, step, inv_temperature,
+    hidden, weight, seeds, steps, partial, winner, R, V, D, inv_temperature,
     SAMPLED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute the logits of BLOCK_R rows and BLOCK_V ids, and reduce them to five numbers a row.
@@ -115,9 +116,10 @@ def sample_kernel(
     keys = z
     if SAMPLED:
         seed = tl.load(seeds + row, mask=row < R, other=0)
+        step = tl.load(steps + row, mask=row < R, other=0).to(tl.uint32)
         counter = first // 4 + tl.arange(0, BLOCK_V // 4)
         c0 = (tl.zeros([BLOCK_R, 1], tl.int32) + counter[None, :]).to(tl.uint32)
-        a, b, c, e = tl.philox(seed[:, None], c0, c0 * 0 + step, c0 * 0, c0 * 0)
+        a, b, c, e = tl.philox(seed[:, None], c0, c0 * 0 + step[:, None], c0 * 0, c0 * 0)
         bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, e))  # a b c e: lanes 0 to 3 of each counter
         keys = z - tl.log(exponential(bits))
     best = tl.argmax(keys, 1)
@@ -156,7 +158,7 @@ def merge_blocks_kernel(partial, winner, ids, logprobs, R, blocks, BLOCK: tl.con
     tl.store(logprobs + row, (tl.load(partial + 3 * numbers + at) - m) - tl.log(s))
 
 
-def launch(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def launch(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Run the two kernels."""
     (R, D), V, device = hidden.shape, len(weight), hidden.device
     tile = next((tile for tile in TILES if R <= tile["BLOCK_R"]), TILES[-1])
@@ -166,7 +168,7 @@ def launch(hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, st
     partial = torch.empty(4, R, blocks, dtype=torch.float32, device=device)
     winner = torch.empty(R, blocks, dtype=torch.int32, device=device)
     sample_kernel[(row_blocks, blocks)](  # neighbours share a block of W: the second finds it in the L2 cache
-        hidden, weight, seeds, partial, winner, R, V, D, step, 1 / (temperature or 1.0),
+        hidden, weight, seeds, steps, partial, winner, R, V, D, 1 / (temperature or 1.0),
         temperature > 0, INTERPRETED, **tile,
     )  # fmt: skip
     ids = torch.empty(R, dtype=torch.long, device=device)
@@ -204,7 +206,7 @@ def draw_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
 
 
 def sample_head(
-    hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, step: int, uniforms: Tensor | None = None
+    hidden: Tensor, weight: Tensor, temperature: float, seeds: Tensor, steps: Tensor, uniforms: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one id per row from softmax(hidden @ weight.T / temperature); return ids (R,) long, log-probs (R,) fp32.
 
@@ -216,25 +218,29 @@ def sample_head(
         weight: (V, D) head weight, of the same dtype, contiguous.
         temperature: divides the logits; 0 takes the likeliest id, with its log-prob at temperature 1.
         seeds: (R,) long, at least 0, one stream each.
-        step: number of the draw within the streams.
-        uniforms: (R,) fp32, column `step` of `draw_uniforms(seeds, ...)`, for the torch path; None: drawn here.
+        steps: (R,) long, the number of each row's draw in its stream; rows that joined later are at an earlier one.
+        uniforms: (R,) fp32, for the torch path: of each row column `steps` of `draw_uniforms(seeds, …)`; None: drawn
+            here.
     Raises:
         ValueError: shapes that do not fit, or a negative temperature.
 
-    >>> ids, logprobs = sample_head(torch.ones(2, 1), torch.tensor([[0.0], [50.0]]), 1.0, torch.tensor([3, 4]), 0)
+    >>> seeds, steps = torch.tensor([3, 4]), torch.tensor([0, 7])
+    >>> ids, logprobs = sample_head(torch.ones(2, 1), torch.tensor([[0.0], [50.0]]), 1.0, seeds, steps)
     >>> ids.tolist(), logprobs.tolist()
     ([1, 1], [0.0, 0.0])
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or seeds.shape != hidden.shape[:1]:
-        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and seeds {tuple(seeds.shape)}"
-        raise ValueError(f"{shapes} must be (R, D), (V, D) and (R,)")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (R, D) and (V, D)")
+    if not seeds.shape == steps.shape == hidden.shape[:1]:
+        raise ValueError(f"seeds {tuple(seeds.shape)} and steps {tuple(steps.shape)} must be ({len(hidden)},) both")
     if not len(weight) or not len(hidden):
         raise ValueError(f"{len(hidden)} rows and {len(weight)} ids: nothing to sample")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be at least 0 (--temperature)")
     if use_triton(hidden):
-        return launch(hidden.contiguous(), weight.contiguous(), temperature, seeds.contiguous(), step)
+        return launch(hidden.contiguous(), weight.contiguous(), temperature, seeds.contiguous(), steps.contiguous())
     if uniforms is None:
-        uniforms = draw_uniforms(seeds.tolist(), step + 1)[:, step].to(hidden.device)
+        table = draw_uniforms(seeds.tolist(), int(steps.max()) + 1).to(hidden.device)
+        uniforms = table.gather(1, steps[:, None])[:, 0]
     nbytes = hidden.shape[0] * len(weight) * sum_dtype(hidden).itemsize
     return sample(matmul(hidden, weight.T, new_workspace(nbytes, hidden, len(weight))), temperature, uniforms)

@@ -125,39 +125,37 @@ def model_cases(model: Model) -> list[Case]:
     ):
         cases.append(with_tile(kernel, dict.fromkeys(names, T), swiglu.TILE, (), WIDTH=model.width))
     types = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), T) | dict(cos=FP32, sin=FP32)
-    types |= dict(position_ids=INT64, new_lengths=INT64, T="i32", capacity="i32")
+    types |= dict(rows=INT64, slots=INT64, capacity="i32")
     for cached, sign in ((False, 1), (False, -1), (True, 1)):
-        absent = {} if cached else dict.fromkeys(("v", "v_out", "position_ids", "new_lengths"))
+        absent = {} if cached else dict.fromkeys(("v", "v_out", "rows", "slots"))
         tile = rope.tile(model.H, model.Hkv, model.Dh)
         cases.append(with_tile(rope.rope_kernel, types, tile, (), CACHED=cached, SIGN=sign, **absent))
     return cases
 
 
 def decode_cases(model: Model) -> list[Case]:
-    """List decode attention's kernels at one model's sizes, for one row per prefix and for several candidates."""
+    """List decode attention's kernels at one model's sizes, for rows of one candidate and of several."""
     fp32 = model.dtype == FP32
     tile, most = (decode.FP32_TILE, decode.FP32_QUERIES) if fp32 else (decode.TILE, decode.QUERIES)
-    types = dict.fromkeys(("q", "keys", "values"), model.dtype) | dict(lengths=INT64, scale="fp32")
-    types |= dict.fromkeys(("sums", "stats"), FP32)
-    types |= dict.fromkeys(("S", "splits", "first_split", "all_splits"), "i32")
-    types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i32")
-    types["members"] = INT64
+    types = dict.fromkeys(("q", "keys", "values"), model.dtype) | dict.fromkeys(("sums", "stats"), FP32)
+    types |= dict.fromkeys(("prompt", "lengths", "members"), INT64)
+    types |= dict(capacity="i32", splits="i32", scale="fp32")
     G, cases = model.H // model.Hkv, []
     for N in (1, 4, 8):
         M = min(most, max(16, 1 << (N * G - 1).bit_length()))
         sizes = dict(HKV=model.Hkv, G=G, N=N, DH=model.Dh, M=M, DIM=model.Dh, UPCAST=False)
-        sizes |= dict(members=None) if N == 1 else {}
         cases.append(with_tile(decode.decode_kernel, types, tile, (), **sizes))
-    types = dict(sums=FP32, stats=FP32, out=model.dtype, all_splits="i32")
-    return [*cases, with_tile(decode.merge_splits_kernel, types, decode.MERGE, (), DH=model.Dh, DIM=model.Dh)]
+    types = dict(sums=FP32, stats=FP32, place=INT64, out=model.dtype, splits="i32")
+    sizes = dict(H=model.H, DH=model.Dh, DIM=model.Dh)
+    return [*cases, with_tile(decode.merge_splits_kernel, types, decode.MERGE, (), **sizes)]
 
 
 def sampling_cases() -> list[Case]:
     """List the two kernels of sampling from the head, at each number of rows that has a tile of its own."""
     cases = []
     for dtype, tiles in ((BF16, sampling.TILES), (FP32, [sampling.FP32_TILE])):
-        types = dict(hidden=dtype, weight=dtype, seeds=INT64, partial=FP32, winner="*i32", inv_temperature="fp32")
-        types |= dict.fromkeys(("R", "V", "D", "step"), "i32")
+        types = dict(hidden=dtype, weight=dtype, seeds=INT64, steps=INT64, partial=FP32, winner="*i32")
+        types |= dict.fromkeys(("R", "V", "D"), "i32") | dict(inv_temperature="fp32")
         for tile in tiles:
             for sampled in (False, True):
                 constants = dict(SAMPLED=sampled, UPCAST=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.rmsnorm import rmsnorm
-from kernels.rope import real_tokens, rope, rope_into_cache
+from kernels.rope import rope, rope_into_cache
 from kernels.swiglu import swiglu
 
 
@@ -92,38 +92,74 @@ def test_rope_gradients():
     assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_rope_into_cache_stores_the_real_tokens_and_nothing_else(given):
-    """Guards: padding that overwrites a neighbour's or a later token's slot, or falls off a full row."""
-    B, T, Hkv, Dh, capacity = 3, 3, 2, 4, 6
-    lengths, new_lengths = torch.tensor([0, 2, 5]), torch.tensor([3, 0, 1])  # row 2 is full: its padding is at 6, 7
-    position_ids = lengths[:, None] + torch.arange(T)
-    q, k, v = draw(B, T, 4, Dh), draw(B, T, Hkv, Dh, seed=1), draw(B, T, Hkv, Dh, seed=2)
-    cos, sin = tables(position_ids, Dh)
-    keys, values = draw(B, Hkv, capacity, Dh, seed=3), draw(B, Hkv, capacity, Dh, seed=4)
+PACKED = [(0, 0), (0, 1), (2, 5), (0, 2), (1, 3), (2, 4)]  # row and slot: two prompts, and candidates out of order
+
+
+def packed_case(H: int = 4, Hkv: int = 2, Dh: int = 4, B: int = 3, capacity: int = 6) -> list[torch.Tensor]:
+    """Give the arguments of `rope_into_cache` for the tokens in PACKED, each at a position of its own."""
+    rows, slots = torch.tensor(PACKED).T
+    tokens = [draw(len(PACKED), heads, Dh, seed=i) for i, heads in enumerate((H, Hkv, Hkv))]
+    cos, sin = (table[0] for table in tables(5 * slots[None] + rows, Dh))
+    cache = [draw(B, Hkv, capacity, Dh, seed=3 + i) for i in range(2)]
+    return [*tokens, cos, sin, *cache, rows, slots]
+
+
+def test_rope_into_cache_stores_each_token_in_its_place_and_nothing_else():
+    """Guards: rows and slots in each other's place, the values turned too, and a slot that nobody named overwritten."""
+    q, k, v, cos, sin, keys, values, rows, slots = packed_case()
     expected_keys, expected_values = keys.clone(), values.clone()
-    turned_q, turned_k = rope(q, k, cos, sin)
-    for b in range(B):
-        for t in range(int(new_lengths[b])):
-            expected_keys[b, :, lengths[b] + t] = turned_k[b, t]
-            expected_values[b, :, lengths[b] + t] = v[b, t]
-    real = real_tokens(position_ids, new_lengths) if given else None
-    assert torch.equal(rope_into_cache(q, k, v, cos, sin, keys, values, position_ids, new_lengths, real), turned_q)
+    turned_q, turned_k = (x[0] for x in rope(q[None], k[None], cos[None], sin[None]))
+    for token, (row, slot) in enumerate(PACKED):
+        for head in range(2):
+            expected_keys[row, head, slot] = turned_k[token, head]
+            expected_values[row, head, slot] = v[token, head]
+    assert torch.equal(rope_into_cache(q, k, v, cos, sin, keys, values, rows, slots), turned_q)
     assert torch.equal(keys, expected_keys) and torch.equal(values, expected_values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_into_cache_keeps_the_dtype(dtype):
+    """Guards: queries promoted to fp32 by the tables, which the next product would refuse."""
+    q, k, v, cos, sin, keys, values, rows, slots = packed_case()
+    q, k, v, keys, values = (x.to(dtype) for x in (q, k, v, keys, values))
+    turned = rope_into_cache(q, k, v, cos, sin, keys, values, rows, slots)
+    assert turned.dtype == dtype
+    assert torch.equal(turned, rope(q[None], k[None], cos[None], sin[None])[0][0])
+
+
 def test_rope_refuses_other_shapes():
-    """Guards: a table of another batch that broadcasts, and a cache laid out otherwise."""
+    """Guards: a table of another batch that broadcasts."""
     q, k, (cos, sin) = draw(2, 3, 2, 4), draw(2, 3, 1, 4), tables(torch.arange(6).view(2, 3), 4)
-    cache, positions, lengths = draw(2, 1, 5, 4), torch.arange(6).view(2, 3), torch.tensor([3, 3])
-    with pytest.raises(ValueError, match="q .* must be"):
-        rope(q, k[:, :2], cos, sin)
-    with pytest.raises(ValueError, match="cos .* must be"):
-        rope(q, k, cos[:1], sin[:1])
-    with pytest.raises(ValueError, match="keys .* must be"):
-        rope_into_cache(q, k, k, cos, sin, cache.transpose(1, 2), cache.transpose(1, 2), positions, lengths)
-    with pytest.raises(ValueError, match="position_ids .* must be"):
-        rope_into_cache(q, k, k, cos, sin, cache, cache, positions[:, :1], lengths)
+    for arguments, words in (
+        ((q, k[:, :2], cos, sin), "q .* must be"),
+        ((q[0], k, cos, sin), r"q .* must be \(B, T, H, Dh\)"),
+        ((q, k, cos[:1], sin[:1]), "cos .* must be"),
+        ((q, k, cos[:, :, 0], sin[:, :, 0]), "cos .* must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rope(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "words"),
+    [
+        (0, lambda q: q[None], r"q .* must be \(N, H, Dh\)"),
+        (1, lambda k: k[:5], "q .*, k .* must be"),
+        (2, lambda v: v[:, :1], "v .* must be"),
+        (3, lambda cos: cos[:1], "cos .* must be"),
+        (5, lambda keys: keys[:, :, :5], "keys .* must be"),
+        (5, lambda keys: keys.transpose(2, 3).contiguous().transpose(2, 3), "keys .* contiguous"),
+        (6, lambda values: values[:, :1], "values .* must be"),
+        (7, lambda rows: rows[:1], "rows .* must be"),
+        (8, lambda slots: slots[:, None], "slots .* must be"),
+    ],
+)
+def test_rope_into_cache_refuses_other_shapes(place, change, words):
+    """Guards: a kernel that writes outside the cache, or into a contiguous copy of it."""
+    arguments = packed_case()
+    arguments[place] = change(arguments[place])
+    with pytest.raises(ValueError, match=words):
+        rope_into_cache(*arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- swiglu
@@ -155,7 +191,7 @@ def test_swiglu_refuses_two_shapes_or_two_dtypes():
 
 @pytest.mark.parametrize(
     ("module", "name", "counts"),
-    [("kernels.rmsnorm", "backward_kernel", {"N"}), ("kernels.rope", "rope_kernel", {"T", "capacity"})],
+    [("kernels.rmsnorm", "backward_kernel", {"N"}), ("kernels.rope", "rope_kernel", {"capacity"})],
 )
 def test_a_count_of_tokens_is_never_specialized(module, name, counts):
     """Guards: a compilation of seconds in the middle of training, whenever a length becomes a multiple of 16."""

@@ -54,7 +54,7 @@ def test_iteration():
     assert found["mean difference after the update"].ours < 1e-3
     tokens = found["tokens per training pass"]
     assert tokens.other > tokens.ours > 0
-    assert found["simulator"].other > 3 * 2 * 0.01  # three dialogues' two requests, one after another
+    assert found["waiting"].other > 3 * 2 * 0.01  # three dialogues' two requests, one after another
 
 
 def test_iteration_of_other_dialogues_is_refused(monkeypatch):

@@ -33,8 +33,8 @@ OPENED = [("user", "Hello"), ("assistant", "Hi!")]
 
 
 
-KERNELS = ["backend", "decode_attention", "head", "kl_estimates", "linear_kl", "linear_logprob", "ppo_head", "prefix",
-           "rmsnorm", "rope", "sample_head", "swiglu"]  # fmt: skip
+KERNELS = ["backend", "decode_attention", "head", "kl_estimates", "linear_kl", "linear_logprob", "ppo_head", "rmsnorm",
+           "rope", "rows", "sample_head", "swiglu"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["world", "rewards", "dialogue", *(f"kernels.{name}" for name in KERNELS)])

@@ -2,13 +2,15 @@
 
 import importlib
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
+from test_decode_kernels import running
 
 from kernels.backend import INTERPRETED, jit, set_backend, tl
 from kernels.decode_attention import decode_attention, reference_decode
-from kernels.prefix import Prefix, membership
+from kernels.rows import Rows
 from kernels.sample_head import exponential, reference_exponentials, reference_sample, sample_head
 
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -46,30 +48,54 @@ def assert_within(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, 
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def check_attention(q, keys, values, lengths, prefix=None) -> torch.Tensor:
-    """Compare one call to fp64 and return what it gave; what lies beyond the lengths is NaN in the kernel's copy."""
-    wide = [x.double() for x in (q, keys, values)]
-    wide_prefix = prefix and prefix._replace(keys=prefix.keys.double(), values=prefix.values.double())
-    truth = reference_decode(*wide, lengths, wide_prefix)
-    plain = reference_decode(q, keys, values, lengths, prefix)
-    ours = decode_attention(q, *spoil(keys, values, lengths), prefix and Prefix(*spoil(*prefix[:3]), *prefix[3:]))
+@contextmanager
+def spoilt_memory():
+    """Let what `torch.empty` gives be NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def on_device(rows: Rows) -> Rows:
+    return Rows(*(x.to(DEVICE) for x in (rows.prompt, rows.lengths, rows.members, rows.place)))
+
+
+def spoil(keys: torch.Tensor, values: torch.Tensor, rows: Rows) -> list[torch.Tensor]:
+    """Give longer caches that hold NaN in every slot beyond a row's length, and all over rows that nobody reads."""
+    B, Hkv, S, Dh = keys.shape
+    lengths = torch.where((rows.members >= 0).any(1), rows.lengths, 0)
+    beyond = torch.arange(S + 5, device=DEVICE) >= lengths[:, None]  # (B, S + 5)
+    longer = [torch.cat((x, x.new_zeros(B, Hkv, 5, Dh)), 2) for x in (keys, values)]
+    return [x.masked_fill_(beyond[:, None, :, None], math.nan) for x in longer]
+
+
+def check_attention(q, keys, values, rows: Rows) -> torch.Tensor:
+    """Compare one call to fp64 and return what it gave; slots that are not to be read, and buffers, are NaN before."""
+    rows = on_device(rows)
+    truth = reference_decode(*(x.double() for x in (q, keys, values)), rows)
+    plain = reference_decode(q, keys, values, rows)
+    with spoilt_memory():
+        ours = decode_attention(q, *spoil(keys, values, rows), rows)
     assert ours.dtype == q.dtype
+    assert not ours[rows.place < 0].any()
     assert_within(ours, plain, truth, q.dtype)
     return ours
 
 
-def spoil(keys, values, lengths):
-    """Give views into longer caches that hold NaN in every slot that is not to be read."""
-    B, Hkv, S, Dh = keys.shape
-    beyond = torch.arange(S + 5, device=DEVICE) >= lengths[:, None]  # (B, S + 5)
-    longer = [torch.cat((x, x.new_zeros(B, Hkv, 5, Dh)), 2) for x in (keys, values)]
-    keys, values = (x.masked_fill_(beyond[:, None, :, None], math.nan)[:, :, :S] for x in longer)
-    return keys, values, lengths
+def plain_rows(lengths: list[int]) -> Rows:
+    """Rows of one candidate each; all slots count as prompt in every other row: with n = 1 it makes no difference."""
+    return running([length * (b % 2) for b, length in enumerate(lengths)], lengths, [[True]] * len(lengths))
 
 
-def attention_case(R, H, Hkv, Dh, S, dtype, scale=1.0):
-    rows = (R, Hkv, S, Dh)
-    return draw(R, H, Dh, dtype=dtype, scale=scale), draw(*rows, dtype=dtype, seed=1), draw(*rows, dtype=dtype, seed=2)
+def attention_case(R, B, H, Hkv, Dh, S, dtype, scale=1.0):
+    cache = (B, Hkv, S, Dh)
+    return (
+        draw(R, H, Dh, dtype=dtype, scale=scale),
+        draw(*cache, dtype=dtype, seed=1),
+        draw(*cache, dtype=dtype, seed=2),
+    )
 
 
 QWEN = [(14, 2, 64), (12, 2, 128), (16, 2, 128), (28, 4, 128)]
@@ -77,62 +103,118 @@ HEADS = QWEN if CUDA else [(1, 1, 32), (14, 2, 32), (8, 4, 12), (8, 1, 16)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("H, Hkv, Dh", HEADS)
-def test_attention_equals_fp64(H, Hkv, Dh, dtype):
-    """Guards groups, padding of queries and channels, and ragged rows: one token, a few, all."""
+def test_attention_equals_fp64(H, Hkv, Dh, n, dtype):
+    """Guards groups, padding of queries and channels, and ragged rows: one slot a candidate, a few, all."""
     S = 1500 if CUDA else 75
-    lengths = torch.tensor([S, 1, 2, S // 2, S - 1], device=DEVICE)
-    check_attention(*attention_case(5, H, Hkv, Dh, S, dtype), lengths)
+    lengths = [S, n, 2 * n, S // 2, S - 1]
+    rows = running([S // 2, 0, n, S // 2 - n, 1], lengths, [[True] * n] * 5)
+    check_attention(*attention_case(5 * n, 5, H, Hkv, Dh, S, dtype), rows)
 
 
+@pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
-def test_split_boundaries(splits, monkeypatch):
+def test_split_boundaries(splits, n, monkeypatch):
     """Guards the cut: lengths one below, at and one above every edge of a tile and of a split, and empty splits."""
     monkeypatch.setattr(module("decode_attention"), "split_count", lambda *_: splits)
     block = module("decode_attention").FP32_TILE["BLOCK"]
     edges = {block, 2 * block, splits * block, 2 * splits * block, 3 * splits * block}
-    lengths = torch.tensor(sorted({1} | {e + d for e in edges for d in (-1, 0, 1)}), device=DEVICE)
-    q, keys, values = attention_case(len(lengths), 2, 1, 32, int(lengths.max()), torch.float32)
-    check_attention(q, keys, values, lengths)
+    lengths = sorted({n} | {e + d for e in edges for d in (-1, 0, 1)})
+    B = len(lengths)
+    if n == 1:
+        rows = plain_rows(lengths)
+    else:
+        prompt = [max(0, min(length - n, (7 * b, block, block + 1)[b % 3])) for b, length in enumerate(lengths)]
+        rows = running(prompt, lengths, [[True] * n] * B)
+    check_attention(*attention_case(B * n, B, 2, 1, 32, max(lengths), torch.float32), rows)
 
 
 def test_more_splits_than_a_merge_takes_at_once(monkeypatch):
     """Guards the merge's loop: more splits than its chunk, the best keys in the last of them, or all in one row."""
     monkeypatch.setattr(module("decode_attention"), "split_count", lambda *_: 21)
     block = module("decode_attention").FP32_TILE["BLOCK"]
-    q, keys, values = attention_case(2, 1, 1, 16, 21 * block, torch.float32)
+    q, keys, values = attention_case(2, 2, 1, 1, 16, 21 * block, torch.float32)
     keys[:, :, 18 * block :] += 3 * q[:, :, None]
-    check_attention(q, keys, values, torch.tensor([21 * block, 5], device=DEVICE))
+    check_attention(q, keys, values, plain_rows([21 * block, 5]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, B, H, Hkv", [(1, 3, 2, 1), (4, 2, 14, 2), (5, 1, 7, 1), (9, 1, 8, 2)])
-def test_a_shared_prefix(n, B, H, Hkv, dtype):
-    """Guards the prefix: its owner, n no power of 2, more queries than a program holds, no prefix, no own keys."""
-    R, S, P, Dh = n * B, 40, 70, 64 if CUDA else 16
-    q, keys, values = attention_case(R, H, Hkv, Dh, S, dtype)
-    _, shared_keys, shared_values = attention_case(B, H, Hkv, Dh, P, dtype)
-    lengths = (7 * torch.arange(R) % (S + 1)).to(DEVICE)  # row 0 has none
-    prefix_lengths = torch.tensor([P, 0, 33][:B], device=DEVICE)
-    owner = torch.arange(B, device=DEVICE).repeat_interleave(n)
-    prefix = Prefix(-shared_keys, shared_values, prefix_lengths, *membership(owner, B, n))
-    check_attention(q, keys, values, lengths, prefix)
-    kept = torch.arange(0, R, 2, device=DEVICE)  # and after every second row has left
-    left = Prefix(*prefix[:3], *membership(owner[kept], B, n))
-    check_attention(q[kept], keys[kept], values[kept], lengths[kept], left)
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("n, H, Hkv", [(1, 2, 1), (4, 14, 2), (5, 7, 1), (9, 8, 2)])
+def test_candidates_that_run_and_those_that_do_not(n, H, Hkv, padding, dtype):
+    """Guards the mask and who writes what: finished candidates, rows of none, padding, n that is no power of 2, more
+    queries than a program holds (some of whose blocks have no query at all), and no prompt."""
+    prompt, B, Dh = [33, 70, 0, 64, 10], 5, 64 if CUDA else 16
+    lengths = [33 + 2 * n, 70 + n, 5 * n, 64 + n, 10 + 3 * n]
+    runs = [[True] * n, [False] * n, [c % 2 == 0 for c in range(n)], [c == n - 1 for c in range(n)], [True] * n]
+    rows = running(prompt, lengths, runs, padding)
+    out = check_attention(*attention_case(len(rows.place), B, H, Hkv, Dh, max(lengths), dtype), rows)
+    assert out[rows.place.to(DEVICE) >= 0].any(-1).all()
+
+
+def test_the_same_candidate_wherever_it_stands():
+    """Guards members and place: which query is whose follows from them, and not from the order of rows."""
+    rows = running([9, 5, 20], [17, 29, 40], [[True] * 4, [False] * 4, [True, False, True, True]])
+    q, keys, values = attention_case(7, 3, 4, 2, 16, 40, torch.float32)
+    straight = check_attention(q, keys, values, rows)
+    turned = Rows(
+        rows.prompt.flip(0), rows.lengths.flip(0), rows.members.flip(0), (2 - rows.place // 4) * 4 + rows.place % 4
+    )
+    with spoilt_memory():
+        out = decode_attention(q, keys.flip(0), values.flip(0), on_device(turned))
+    torch.testing.assert_close(out, straight)
+
+
+def test_a_tile_in_which_a_candidate_sees_nothing(monkeypatch):
+    """Guards −∞ − −∞: more candidates than slots in a tile, so that whole tiles and splits are hidden from some."""
+    for splits in (1, 4):
+        monkeypatch.setattr(module("decode_attention"), "split_count", lambda *_, splits=splits: splits)
+        rows = running([0, 3], [70, 73], [[True] * 70, [c > 60 for c in range(70)]])
+        check_attention(*attention_case(79, 2, 1, 1, 16, 80, torch.float32), rows)
 
 
 def test_nothing_to_attend_to():
     """Guards 0 / 0: a row without any key gives zeros, its neighbour is not touched."""
-    q, keys, values = attention_case(2, 2, 1, 16, 8, torch.float32)
-    out = check_attention(q, keys, values, torch.tensor([0, 3], device=DEVICE))
+    out = check_attention(*attention_case(2, 2, 2, 1, 16, 8, torch.float32), plain_rows([0, 3]))
     assert not out[0].any() and out[1].any()
 
 
 @pytest.mark.parametrize("scale", [1e-4, 100.0])
 def test_large_scores(scale):
     """Guards exp: scores of several hundred, where one key takes all, and scores that are all alike."""
-    check_attention(*attention_case(2, 4, 2, 32, 70, torch.float32, scale), torch.tensor([70, 33], device=DEVICE))
+    check_attention(*attention_case(2, 2, 4, 2, 32, 70, torch.float32, scale), plain_rows([70, 33]))
+    rows = running([33, 20], [61, 60], [[True] * 4, [False, True, True, False]])
+    check_attention(*attention_case(6, 2, 4, 2, 32, 70, torch.float32, scale), rows)
+
+
+def test_many_rows():
+    """Guards offsets and the grid: hundreds of rows, most of which wait."""
+    B = 3000 if CUDA else 300
+    runs = [[b % 7 == 0, b % 35 == 0] for b in range(B)]
+    rows = running([3 + b % 4 for b in range(B)], [7 + b % 11 for b in range(B)], runs, padding=5)
+    check_attention(*attention_case(len(rows.place), B, 1, 1, 16, 18, torch.float32), rows)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA graphs")
+def test_a_graph_holds_a_step():
+    """Guards against a host that waits, and a shape that depends on data: one capture serves other lengths and rows."""
+    shape, n = (8, 3, 14, 2, 64, 600, torch.bfloat16), 4
+    steps = [
+        running([500, 3, 0], [508, 7, 4], [[True] * n, [True, False, False, True], [False] * n], 2),
+        running([200, 30, 70], [600, 34, 110], [[False] * n, [True] * n, [False, True, True, False]], 2),
+    ]
+    q, keys, values = attention_case(*shape)
+    static = on_device(steps[0])
+    decode_attention(q, keys, values, static)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(q, keys, values, static)
+    for step in steps:
+        for held, new in zip(vars(static).values(), vars(step).values(), strict=True):
+            held.copy_(new)
+        graph.replay()
+        torch.testing.assert_close(out, decode_attention(q, keys, values, on_device(step)))
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -157,11 +239,11 @@ def test_noise_at_its_ends():
     assert ((out.cpu().double() - truth).abs() / truth).max() < 5e-6
 
 
-def check_sample(hidden, weight, temperature, seeds, step) -> torch.Tensor:
+def check_sample(hidden, weight, temperature, seeds, steps) -> torch.Tensor:
     """Compare one call to fp64: the very ids, but for ties to within rounding, and their log-probs; return the ids."""
-    ids, logprobs = sample_head(hidden, weight, temperature, seeds, step)
+    ids, logprobs = sample_head(hidden, weight, temperature, seeds, steps)
     z = hidden.double() @ weight.double().T / (temperature or 1.0)
-    keys = z - reference_exponentials(seeds, step, len(weight)).log() if temperature else z
+    keys = z - reference_exponentials(seeds, steps, len(weight)).log() if temperature else z
     tolerance = 1e-5 * float(z.abs().max()) + 1e-5
     assert (keys.gather(1, ids[:, None])[:, 0] >= keys.amax(1) - tolerance).all()
     assert (ids != keys.argmax(1)).sum() <= len(ids) // 50  # ties are rare
@@ -180,6 +262,15 @@ def some_seeds(R: int) -> torch.Tensor:
     return seeds.to(DEVICE)
 
 
+def some_steps(R: int, first: int = 0) -> torch.Tensor:
+    """R steps, of rows that joined at different times."""
+    return first + 3 * torch.arange(R, device=DEVICE) % 41
+
+
+def same_step(R: int, step: int) -> torch.Tensor:
+    return torch.full((R,), step, device=DEVICE)
+
+
 SIZES = (
     [(64, 896, 151_936), (1, 1536, 151_936), (256, 2048, 151_936), (17, 3584, 152_064)]
     if CUDA
@@ -191,9 +282,9 @@ SIZES = (
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.5])
 @pytest.mark.parametrize("R, D, V", SIZES)
 def test_the_predicted_ids_are_drawn(R, D, V, temperature, dtype):
-    """Guards counters, lanes, keys and edges: torch's own Philox foretells every id; log p is exact."""
+    """Guards counters, lanes, keys, edges and each row's step: torch's own Philox foretells all ids; log p is exact."""
     hidden, weight = draw(R, D, dtype=dtype), draw(V, D, dtype=dtype, seed=1, scale=2 / math.sqrt(D))
-    check_sample(hidden, weight, temperature, some_seeds(R), 300)
+    check_sample(hidden, weight, temperature, some_seeds(R), some_steps(R, 300))
 
 
 @pytest.mark.parametrize("R", [1, 3])
@@ -202,7 +293,7 @@ def test_the_whole_vocabulary(R, monkeypatch):
     if INTERPRETED:  # whose cost is by tile
         monkeypatch.setitem(module("sample_head").FP32_TILE, "BLOCK_V", 16384)
     weight = draw(151_936, 4, seed=1, scale=0.1)
-    drawn = [check_sample(draw(R, 4), weight, 1.0, some_seeds(R), step) for step in (0, 2**31 - 1)]
+    drawn = [check_sample(draw(R, 4), weight, 1.0, some_seeds(R), same_step(R, step)) for step in (0, 2**31 - 1)]
     assert not torch.equal(*drawn)
 
 
@@ -210,7 +301,7 @@ def test_the_whole_vocabulary(R, monkeypatch):
 def test_more_blocks_than_a_merge_takes_at_once(temperature, monkeypatch):
     """Guards the merge's loop: the best id in any of its rounds, and a sum over all of them."""
     monkeypatch.setitem(module("sample_head").MERGE, "BLOCK", 2)
-    ids = check_sample(draw(12, 8), draw(700, 8, seed=1, scale=0.3), temperature, some_seeds(12), 2)
+    ids = check_sample(draw(12, 8), draw(700, 8, seed=1, scale=0.3), temperature, some_seeds(12), some_steps(12))
     assert len((ids // 128).unique()) > 3
 
 
@@ -218,7 +309,7 @@ def test_frequencies_match_softmax():
     """Guards the draw end to end: chi-square of many rows of one distribution, each with its seed."""
     R, V = 100_000 if CUDA else 700, 7
     hidden, weight = draw(1, 8).expand(R, -1), draw(V, 8, seed=1, scale=0.4)
-    ids, _ = sample_head(hidden, weight, 1.3, torch.arange(R, device=DEVICE), 1)
+    ids, _ = sample_head(hidden, weight, 1.3, torch.arange(R, device=DEVICE), some_steps(R))
     expected = R * (hidden[0] @ weight.T / 1.3).softmax(-1).double()
     chi_square = ((torch.bincount(ids, minlength=V) - expected) ** 2 / expected).sum()
     assert chi_square < 22.5  # 99.9 % quantile at 6 degrees of freedom
@@ -226,10 +317,10 @@ def test_frequencies_match_softmax():
 
 def test_a_row_does_not_depend_on_its_batch():
     """Guards reproducibility: a row of one seed and step draws the same alone, among others, anywhere in the batch."""
-    hidden, weight, seeds = draw(40, 16), draw(200, 16, seed=1), some_seeds(40)
-    ids, logprobs = sample_head(hidden, weight, 1.0, seeds, 4)
+    hidden, weight, seeds, steps = draw(40, 16), draw(200, 16, seed=1), some_seeds(40), some_steps(40)
+    ids, logprobs = sample_head(hidden, weight, 1.0, seeds, steps)
     order = torch.tensor([39, 0, 17], device=DEVICE)
-    few, few_logprobs = sample_head(hidden[order], weight, 1.0, seeds[order], 4)
+    few, few_logprobs = sample_head(hidden[order], weight, 1.0, seeds[order], steps[order])
     assert torch.equal(few, ids[order])
     torch.testing.assert_close(few_logprobs, logprobs[order], atol=1e-5, rtol=0)
 
@@ -237,10 +328,11 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_seeds_and_steps_are_streams():
     """Guards rows that would share their noise: one distribution, other seeds or other steps, other ids."""
     hidden, weight = draw(1, 4).expand(30, -1), draw(300, 4, seed=1, scale=0.1)
-    by_seed, _ = sample_head(hidden, weight, 1.0, torch.arange(30, device=DEVICE), 0)
-    same, _ = sample_head(hidden, weight, 1.0, torch.full((30,), 5, device=DEVICE), 0)
-    by_step = torch.cat([sample_head(hidden[:1], weight, 1.0, by_seed[:1], step)[0] for step in range(12)])
-    assert len(by_seed.unique()) > 20 and len(same.unique()) == 1 and len(by_step.unique()) > 8
+    seeds, fives, zeros = torch.arange(30, device=DEVICE), same_step(30, 5), same_step(30, 0)
+    by_seed, _ = sample_head(hidden, weight, 1.0, seeds, zeros)
+    same, _ = sample_head(hidden, weight, 1.0, fives, zeros)
+    by_step, _ = sample_head(hidden, weight, 1.0, fives, seeds)
+    assert len(by_seed.unique()) > 20 and len(same.unique()) == 1 and len(by_step.unique()) > 20
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -250,17 +342,17 @@ def test_large_logits(temperature):
     weight[:, 0] = -weight[:, 0].abs() - 3
     hidden[3:] = 0
     hidden[3:, 0] = 2000.0
-    check_sample(hidden, weight, temperature, some_seeds(6), 0)
+    check_sample(hidden, weight, temperature, some_seeds(6), some_steps(6))
 
 
 @pytest.mark.skipif(not CUDA, reason="counts the GPU's memory")
 def test_no_logits_in_memory():
     """Guards the point of it: far less than one (R, V) matrix is allocated."""
     hidden, weight = draw(64, 896, dtype=torch.bfloat16), draw(151_936, 896, dtype=torch.bfloat16)
-    seeds = some_seeds(64)
+    seeds, steps = some_seeds(64), some_steps(64)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    sample_head(hidden, weight, 1.0, seeds, 0)
+    sample_head(hidden, weight, 1.0, seeds, steps)
     assert torch.cuda.max_memory_allocated() - before < 64 * 151_936
 
 
@@ -272,7 +364,8 @@ def test_generate_on_the_kernels():
 
     A plain forward of each row and torch's own Philox foretell all ids.
     """
-    from model import KVCache, Qwen2Config, generate, random_policy
+    from model import Qwen2Config, random_policy
+    from sampler import generate
 
     config = Qwen2Config(53, 64, 64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
     policy = random_policy(config, seed=0).to(DEVICE)
@@ -281,18 +374,17 @@ def test_generate_on_the_kernels():
             if parameter.dim() > 1:
                 parameter.mul_(6)
     prompts, seeds, stops = [[3, 4, 5], [6]], [11, 12, 13, 2**31 - 1], set(range(12))
-    cache = KVCache(config, 2, 16, device=DEVICE)
-    samples = generate(policy, cache, prompts, n=2, max_new_tokens=6, stop_ids=stops, temperature=0.8, seeds=seeds)
-    assert len(set(samples.lengths)) > 1
+    draws = generate(policy, prompts, n=2, max_new_tokens=6, stop_ids=stops, temperature=0.8, seeds=seeds)
+    assert len({len(sampled.token_ids) for sampled in draws}) > 1
     set_backend("torch")
-    for row, (drawn, seed) in enumerate(zip(samples.token_ids, seeds, strict=True)):
-        ids = list(prompts[row // 2])
-        for step, token in enumerate(drawn):
+    for sampled, seed in zip(draws, seeds, strict=True):
+        ids = list(prompts[sampled.key])
+        for step, (token, found) in enumerate(zip(sampled.token_ids, sampled.logprobs, strict=True)):
             with torch.no_grad():
                 last = policy(torch.tensor([ids], device=DEVICE))[:, -1]
                 expected, logprob = reference_sample(
-                    last, policy.head_weight, 0.8, torch.tensor([seed], device=DEVICE), step
+                    last, policy.head_weight, 0.8, torch.tensor([seed], device=DEVICE), same_step(1, step)
                 )
             assert token == expected.item()
-            assert abs(samples.logprobs[row][step] - logprob.item()) < 1e-4
+            assert abs(found - logprob.item()) < 1e-4
             ids.append(token)

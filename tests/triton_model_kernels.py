@@ -8,6 +8,7 @@ import torch
 from kernels.backend import INTERPRETED, set_backend
 from kernels.rmsnorm import reference_rmsnorm, rmsnorm
 from kernels.rope import reference_rope, reference_rope_into_cache, rope, rope_into_cache
+from kernels.rows import Rows
 from kernels.swiglu import reference_swiglu, swiglu
 
 CUDA = torch.cuda.is_available()
@@ -150,34 +151,37 @@ def test_rope_of_strided_tensors_and_gradients():
     )
 
 
+PREFILL = [(0, 0), (0, 1), (0, 2), (2, 5), (2, 6), (3, 8)]  # row and slot: the new tokens of three prompts, packed
+DECODE = [(3, 8), (0, 4), (0, 6), (2, 0)]  # candidates, two of them in one row
+PADDED = [(1, 3), (-1, 3), (0, 9), (0, -1), (-1, 0), (3, 2)]  # four that are stored nowhere: the capacity is 9
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "Hkv", "Dh"), HEADS)
-@pytest.mark.parametrize(
-    ("lengths", "new_lengths", "T"),
-    [([0, 2, 5, 8], [3, 0, 2, 1], 4), ([8, 0, 4, 9], [1, 1, 0, 0], 1)],
-    ids=["prefill", "decode"],
-)
-def test_rope_into_cache(lengths, new_lengths, T, H, Hkv, Dh, dtype):
-    """Guards: padding that overwrites a slot of its own or the next row (the last row is full), and values turned."""
-    B, capacity = len(lengths), 9
-    position_ids = torch.tensor(lengths, device=DEVICE)[:, None] + torch.arange(T, device=DEVICE)
-    cos, sin = tables(position_ids, Dh)
-    q, k, v = (draw(B, T, h, Dh, seed=i, dtype=dtype) for i, h in enumerate((H, Hkv, Hkv)))
+@pytest.mark.parametrize("places", [PREFILL, DECODE, PADDED], ids=["prefill", "decode", "padded"])
+def test_rope_into_cache(places, H, Hkv, Dh, dtype):
+    """Guards: padding that overwrites the last row, a slot past the end (the next head's first), and values turned."""
+    B, capacity = 4, 9
+    rows, slots = torch.tensor(places, device=DEVICE).T  # strided, as a column of a larger table is
+    cos, sin = (table[0] for table in tables(slots[None].abs() + 100, Dh))
+    q, k, v = (draw(len(places), h, Dh, seed=i, dtype=dtype) for i, h in enumerate((H, Hkv, Hkv)))
     before = [draw(B, Hkv, capacity, Dh, seed=3 + i, dtype=dtype) for i in range(2)]
-    arguments = position_ids, torch.tensor(new_lengths, device=DEVICE)
+    stored = (rows >= 0) & (slots >= 0) & (slots < capacity)
 
-    def run(function, dtype):
-        keys, values = (x.to(dtype, copy=True) for x in before)
-        q_out = function(q.to(dtype), k.to(dtype), v.to(dtype), cos, sin, keys, values, *arguments)
-        return q_out, keys, values
+    def run(function, dtype, kept=slice(None)):
+        """Give all turned queries, and the cache after the kept tokens were stored."""
+        caches = [x.to(dtype, copy=True) for x in before]
+        tokens = [x.to(dtype)[kept] for x in (q, k, v)]
+        q_out = function(*tokens, cos[kept], sin[kept], *caches, rows[kept], slots[kept])
+        return q_out, *caches
 
-    ours = run(rope_into_cache, dtype)
-    theirs = run(reference_rope_into_cache, dtype)
-    truths = run(reference_rope_into_cache, torch.float64)
+    def reference(dtype):
+        return reference_rope(q.to(dtype), cos, sin), *run(reference_rope_into_cache, dtype, stored)[1:]
+
+    ours, theirs, truths = run(rope_into_cache, dtype), reference(dtype), reference(torch.float64)
     assert torch.equal(ours[2], theirs[2])  # values are copied, and nothing else is touched
     changed = torch.zeros(B, capacity, dtype=torch.bool, device=DEVICE)
-    for b, (start, count) in enumerate(zip(lengths, new_lengths, strict=True)):
-        changed[b, start : start + count] = True
+    changed[rows[stored], slots[stored]] = True
     untouched = ~changed[:, None, :, None].expand_as(ours[1])
     assert torch.equal(ours[1][untouched], before[0][untouched])
     eps = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
@@ -186,23 +190,17 @@ def test_rope_into_cache(lengths, new_lengths, T, H, Hkv, Dh, dtype):
         assert error <= 2 * honest + eps * truth.abs().max()
 
 
-def test_rope_into_cache_stays_inside_the_row_whatever_it_is_told():
-    """Guards: a slot past the capacity, which would be the first slot of the next head."""
-    f32, Dh = torch.float32, 8
-    position_ids = torch.tensor([[1, 2, 3]], device=DEVICE)  # the capacity is 2
-    q, k = draw(1, 3, 2, Dh, seed=0, dtype=f32), draw(1, 3, 2, Dh, seed=1, dtype=f32)
-    keys, values = torch.zeros(1, 2, 2, Dh, device=DEVICE), torch.zeros(1, 2, 2, Dh, device=DEVICE)
-    rope_into_cache(q, k, k, *tables(position_ids, Dh), keys, values, position_ids, torch.tensor([3], device=DEVICE))
-    assert not keys[:, :, 0].any() and not values[:, :, 0].any()
-    assert torch.equal(values[:, :, 1], k[:, 0])
-
-
-def test_rope_into_cache_refuses_a_strided_cache():
-    """Guards: a contiguous copy that is written in place of the cache."""
-    q, position_ids = torch.zeros(1, 1, 2, 8, device=DEVICE), torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
-    cache = torch.zeros(1, 2, 8, 4, device=DEVICE).transpose(2, 3)
-    with pytest.raises(ValueError, match="contiguous"):
-        rope_into_cache(q, q, q, *tables(position_ids, 8), cache, cache, position_ids, position_ids[0] + 1)
+def test_rope_into_cache_of_parts_of_one_product():
+    """Guards: q, k and v as views of one projection, read as if contiguous."""
+    f32, H, Hkv, Dh = torch.float32, 4, 2, 8
+    q, k, v = draw(3, H + 2 * Hkv, Dh, seed=0, dtype=f32).split((H, Hkv, Hkv), 1)
+    rows, slots = torch.tensor([[1, 0, 1], [2, 4, 3]], device=DEVICE)
+    cos, sin = (table[0] for table in tables(slots[None], Dh))
+    caches = [[torch.zeros(2, Hkv, 5, Dh, device=DEVICE) for _ in range(2)] for _ in range(2)]
+    ours = rope_into_cache(q, k, v, cos, sin, *caches[0], rows, slots)
+    theirs = reference_rope_into_cache(q, k, v, cos, sin, *caches[1], rows, slots)
+    for our, their in zip((ours, *caches[0]), (theirs, *caches[1]), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------- swiglu
@@ -230,10 +228,27 @@ def test_swiglu_of_strided_tensors():
 
 def test_the_model_is_as_exact_on_the_triton_path():
     """Guards the wiring: a delta that is added twice or not at all, and a cache that differs from a forward."""
-    from model import KVCache, Qwen2Config, random_policy
+    from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
 
     policy = random_policy(Qwen2Config(50, 32, 40, 2, 4, 2, initializer_range=0.3), seed=0)
     token_ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    @torch.no_grad()
+    def by_cache(cache: KVCache) -> torch.Tensor:
+        """Give the hidden states of two rows, of three tokens at once and of two one by one."""
+        found = []
+        for first, last in ((0, 3), (3, 4), (4, 5)):
+            rows = torch.arange(2, device=DEVICE).repeat_interleave(last - first)
+            slots = torch.arange(first, last, device=DEVICE).repeat(2)
+            if first:
+                each = torch.arange(2, device=DEVICE)
+                lengths = torch.full((2,), last, device=DEVICE)
+                context = Cached(cache, rows, slots, decoding=Rows(lengths, lengths, each[:, None], each))
+            else:
+                context = Cached(cache, rows, slots, chunks=[Chunk(0, 0, 3, 3), Chunk(1, 3, 6, 3)])
+            hidden = policy(token_ids[:, first:last].reshape(1, -1), slots[None], context)
+            found.append(hidden.view(2, last - first, -1))
+        return torch.cat(found, 1)
 
     def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         """Give hidden states with and without a cache, and the gradients of all parameters."""
@@ -241,9 +256,7 @@ def test_the_model_is_as_exact_on_the_triton_path():
         policy.to(DEVICE, dtype).zero_grad()
         hidden = policy(token_ids)
         hidden.pow(3).sum().backward()
-        cache = KVCache(policy.config, 2, 8, dtype, DEVICE)
-        with torch.no_grad():
-            cached = torch.cat([policy(part, cache=cache) for part in token_ids.split((3, 1, 1), 1)], 1)
+        cached = by_cache(KVCache(policy.config, 2, 8, dtype, DEVICE))
         return [hidden.detach(), cached] + [parameter.grad.clone() for parameter in policy.model.parameters()]
 
     truths = run("torch", torch.float64)
