@@ -97,7 +97,7 @@ class Config:
     rollout_batch_size: int = 256  # dialogues per iteration, over all processes
     decode_batch_size: int = 64  # dialogues that decode at once in one process; the others wait, parked with their KV
     kv_gib: float = 0.0  # GiB for the KV cache of one process; 0: measured at the start of a rollout
-    reply_steps: int = 64  # decode steps from a request to the use of its reply, fixed, so that latency changes nothing
+    reply_steps: int = -1  # decode steps until a reply is used; 0: as it comes; -1: 0 with endpoints, 16 without any
     max_turns: int = 10  # turns per dialogue
     num_candidates: int = 4  # candidates per turn; the best one continues the dialogue
     max_new_tokens: int = 1024  # tokens per sampled turn
@@ -211,7 +211,6 @@ LIMITS = {
             "kl_coef",
             "entropy_coef",
             "kv_gib",
-            "reply_steps",
             "lr",
             "critic_lr",
         ),
@@ -220,6 +219,7 @@ LIMITS = {
     **dict.fromkeys(
         ("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)
     ),
+    "reply_steps": (-1, MANY),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
 }
 
@@ -423,7 +423,8 @@ def rollout(
         while stage.ready or stage.sampler.running or replies.waiting:
             replies.hand_out(idle=not stage.sampler.running and not stage.ready)
             with env.timers("sampling"):
-                stage.start_ready()
+                if replies.clock % JOIN_EVERY == 0 or not stage.sampler.running:
+                    stage.start_ready()
                 ended = stage.sampler.step()
                 replies.clock += 1
             with env.timers("rewards"):
@@ -432,16 +433,21 @@ def rollout(
         env.counts.update(stage.sampler.counts)
 
 
+JOIN_EVERY = 8  # decode steps: a prefill for several dialogues costs little more than for one
+
+
 class Replies:
     """Requests under way, and what is to be done with their replies.
 
     A reply is handed out `reply_steps` decode steps after its request, neither earlier nor later, in the order of the
     requests: so what happens does not depend on how fast replies come, to the last bit. With `reply_steps` 0 it is
-    handed out as soon as it is there: faster where replies are slow and uneven, and equal up to rounding.
+    handed out as soon as it is there: better where replies are slow and uneven, and equal up to rounding.
     """
 
     def __init__(self, config: Config, env: World):
-        self.steps, self.timers = config.reply_steps, env.timers
+        embedded = not (config.simulator_url or config.judge_url)
+        self.steps = config.reply_steps if config.reply_steps >= 0 else 16 * embedded
+        self.timers = env.timers
         self.pool = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="reply")
         self.waiting: deque[tuple[int, Future, Callable]] = deque()  # due at this step; reply; what takes it
         self.clock = 0  # decode steps so far
@@ -1374,12 +1380,15 @@ def progress_line(state: State, m: dict[str, float]) -> str:
     split = " ".join(
         f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "waiting", "rewards", "statistics", "update")
     )
+    reused = m["tokens_kept"] / max(1, m["tokens_kept"] + m["tokens_prefilled"])
+    mfu = f" mfu {m['mfu']:.2f}" if "mfu" in m else ""
     return (
         f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
         f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
         f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
-        f" clip {m.get('clip_frac', 0):.3f} ev {m['explained_variance']:.2f} | {m['seconds']:.1f}s ({split})"
-        f" {m['sampled_tokens_per_second']:.0f} tok/s{lost_note(m)}"
+        f" clip {m.get('clip_frac', 0):.3f} ev {m['explained_variance']:.2f} | {m['seconds']:.1f}s ({split}, replies"
+        f" hidden {m['seconds_hidden']:.1f}) {m['sampled_tokens_per_second']:.0f} tok/s, saved by tree"
+        f" x{m['tree_saving']:.1f}, KV {reused:.0%}{mfu}{lost_note(m)}"
     )
 
 

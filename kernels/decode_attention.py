@@ -36,7 +36,7 @@ TILE = dict(BLOCK=32, num_warps=4, num_stages=4)  # slots a step: at Dh 128 K an
 FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)
 QUERIES, FP32_QUERIES = 64, 16  # most queries a program holds: their sums and scores live in registers
 MERGE = dict(CHUNK=16, num_warps=4)
-PROGRAMS_PER_SM = 4  # that many fit an H100: 54 KiB of shared memory each, at Dh 128
+PROGRAMS_PER_SM = {16: 4, 32: 3, 64: 2}  # of so many queries: at Dh 128 an H100 has memory and registers for no more
 
 
 def reference_decode(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
@@ -150,11 +150,10 @@ def merge_splits_kernel(
     tl.store(out + query * DH + dim, o.to(out.dtype.element_ty), mask=dim < DH)
 
 
-def split_count(programs: int, S: int, block: int, device: torch.device) -> int:
-    """Choose into how many splits S slots are cut, so that so many programs, times the splits, fill the GPU."""
-    cuda = device.type == "cuda"
-    wanted = PROGRAMS_PER_SM * (torch.cuda.get_device_properties(device).multi_processor_count if cuda else 4)
-    return max(1, min(-(-wanted // programs), -(-S // block)))
+def split_count(programs: int, per_sm: int, S: int, block: int, device: torch.device) -> int:
+    """Choose into how many splits S slots are cut: so many programs, times the splits, fill the GPU once."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return max(1, min(per_sm * sms // programs, -(-S // block)))
 
 
 def launch(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
@@ -165,7 +164,7 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
     M = min(most, max(16, 1 << (n * G - 1).bit_length()))
     heads = Hkv * -(-n * G // M)  # times the blocks of queries
     busy = min(B, -(-R // n))  # rows, if all their candidates run
-    splits = split_count(busy * heads, capacity, tile["BLOCK"], q.device)
+    splits = split_count(busy * heads, PROGRAMS_PER_SM[M], capacity, tile["BLOCK"], q.device)
     sums = torch.empty(R, H, splits, Dh, dtype=torch.float32, device=q.device)
     stats = torch.empty(R, H, splits, 2, dtype=torch.float32, device=q.device)
     prompt, lengths, members, place = (x.contiguous() for x in (rows.prompt, rows.lengths, rows.members, rows.place))
