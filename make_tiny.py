@@ -317,7 +317,7 @@ def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Name
         loss = sft_loss(policy, batch, chat.pad)
         policy.zero_grad()
         (loss / world_size()).backward()
-        all_sum_gradients(policy)
+        all_sum_gradients(policy.parameters())
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -54,13 +54,15 @@ def kv_bytes(config: Qwen2Config, rows: int, capacity: int, itemsize: int = 4) -
 def layer_bytes(config: Qwen2Config, itemsize: int = 4, fused: bool = False) -> int:
     """Give the bytes per token that one layer keeps for its backward.
 
-    Torch paths: a norm keeps the stream in fp32, the unit row and its output (the input of the projections); SDPA keeps
-    q, k, v, its output and a log-sum-exp per head; SwiGLU keeps gate, silu(gate), up and its output. `fused`, the
-    Triton kernels: a norm keeps stream and output, SwiGLU recomputes silu.
+    Torch paths: a norm keeps the stream in fp32, the unit row and its output (the input of the projections); the turn
+    of q and of k keeps cos and sin for all channels; SDPA keeps q, k, v, its output and a log-sum-exp per head; SwiGLU
+    keeps gate, silu(gate), up and its output. `fused`, the Triton kernels: a norm keeps stream and output, SwiGLU
+    recomputes silu, and the turn keeps the tables that all layers share.
     """
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741
     norm = 2 * D * itemsize + 4 if fused else 4 * D + 2 * D * itemsize + 4
     attention = (2 * D + 2 * kv_width(config)) * itemsize + 4 * config.num_attention_heads
+    attention += 0 if fused else 2 * 2 * 4 * config.head_dim
     return 2 * norm + attention + (3 if fused else 4) * I * itemsize
 
 
@@ -117,16 +119,19 @@ class Head(NamedTuple):
     kept: int
 
 
-def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4) -> Head:
+def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, fused: bool = False) -> Head:
     """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
 
     Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
-    come on top.
+    come on top; on a CPU (not `fused`) fp32 copies of the operands and, from the second chunk on, of the weight, too.
     """
     V, D = config.vocab_size, config.hidden_size
     kept = (actions * D + V * D) * itemsize
-    workspace = min(workspace, 4 * actions * (-(-V // 128) * 128))
-    half = 0 if itemsize == 4 else 4 * V * D + workspace // 2
+    logits = 4 * actions * (-(-V // 128) * 128)
+    chunks, workspace = logits / workspace, min(workspace, logits)
+    half = 4 * V * D + workspace // 2
+    half += 0 if fused else 4 * V * D * (chunks > 1) + workspace
+    half *= itemsize != 4
     return Head(kept + half + workspace + actions * D * (4 + (0 if itemsize == 4 else itemsize)), kept)
 
 
@@ -141,34 +146,35 @@ class Plan:
     actions: int = 14_000  # sampled ids among them
     blocks: tuple[tuple[int, int | None], ...] = ()  # of a CPU's tree attention, `tree_blocks`; () on CUDA
     several_microbatches: bool = True  # gradients of earlier micro-batches are there already
-    cache_tokens: int = 256 * 4096  # slots of the KV cache: rows x capacity, or the blocks of a paged one
-    cache_copies: float = 0.75  # share of the cache that decoding may hold twice: a half and a quarter, as rows finish
+    cache_tokens: int = 256 * 4096  # slots of the KV cache: rows x capacity
     workspace: int = 1 << 30  # kernels.ppo_head.WORKSPACE
-    weight_bytes: int = 4  # per parameter that is trained: master weights
-    grad_bytes: int = 4  # per parameter
-    moment_bytes: float = 8.0  # of AdamW per parameter: 8 in fp32, 2 in 8 bits, 0 offloaded
-    compute_bytes: int = 4  # of weights and activations in products; 2 (bf16) adds a copy of fp32 master weights
+    compute_bytes: int = 4  # of weights and activations in products; 2 (bf16) adds a copy of the fp32 master weights
     reference: bool = True  # a frozen policy is held (--kl-coef above 0), in compute_bytes
     separate_critic: bool = True  # False: a value head on the policy's trunk
     gradients_in_rollout: bool = True  # False: the trainer frees them before it samples, as train_rlpa.py does
     fused: bool = True  # Triton kernels
     checkpointing: bool = False
-    ranks: int = 1  # above 1, gradients are copied into one flat message
 
     def resident(self, config: Qwen2Config) -> dict[str, float]:
         """Return what is there from the first optimizer step to the last."""
-        copies = self.weight_bytes + (self.compute_bytes if self.compute_bytes != self.weight_bytes else 0)
+        copies = 4 if self.compute_bytes == 4 else 4 + self.compute_bytes
         policy, critic = policy_parameters(config), self.critic_parameters(config)
         return {
             "policy": policy * copies,
             "critic": critic * copies,
             "reference": policy * self.compute_bytes * self.reference,
-            "optimizer": (policy + critic) * self.moment_bytes,
+            "optimizer": (policy + critic) * 8,  # AdamW's two moments in fp32
         }
 
     def critic_parameters(self, config: Qwen2Config) -> int:
         """Count the critic's own parameters."""
         return config.hidden_size + (trunk_parameters(config) if self.separate_critic else 0)
+
+    def value_bytes(self, config: Qwen2Config) -> int:
+        """Count the fp32 copy of hidden states that the value head keeps if they are bf16: of all tokens by a trunk of
+        its own, of action tokens by a shared one."""
+        rows = self.tokens if self.separate_critic else self.actions
+        return 4 * rows * config.hidden_size * (self.compute_bytes != 4)
 
 
 def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
@@ -176,31 +182,38 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
 
     A backward is fullest at its start (all activations, no gradients yet) or in its last layer (all gradients); in
     between the sum moves evenly from one to the other. Or at its very end, when the embedding's gradient comes on top
-    of one that is there already: a tied head's, an earlier micro-batch's.
+    of one that is there already: a tied head's, an earlier micro-batch's. Gradients are summed in fp32.
     """
-    resident, c = plan.resident(config), plan.compute_bytes
-    policy, critic = (n * plan.grad_bytes for n in (policy_parameters(config), plan.critic_parameters(config)))
+    resident, c, earlier = plan.resident(config), plan.compute_bytes, plan.several_microbatches
+    policy, critic = (4 * n for n in (policy_parameters(config), plan.critic_parameters(config)))
     kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks)
-    head = head_bytes(config, plan.actions, plan.workspace, c)
-    embedding = config.vocab_size * config.hidden_size * plan.grad_bytes
+    head, values = head_bytes(config, plan.actions, plan.workspace, c, plan.fused), plan.value_bytes(config)
+    embedding, tied = config.vocab_size * config.hidden_size, config.tie_word_embeddings
     cache = kv_bytes(config, 1, plan.cache_tokens, c)
-    earlier, both, tied = plan.several_microbatches, policy + critic, config.tie_word_embeddings
-    late = embedding * (not earlier)  # a gradient that does not exist before the very end
+    late = 4 * embedding * (not earlier)  # a gradient that does not exist before the very end
+    both = policy + critic
     before, policys = both * earlier, policy + critic * earlier
+    moved = (4 - c) * embedding * (not earlier and not tied)  # an untied head's gradient is summed at once
+    on_trunk = 0 if plan.separate_critic else values
     phase = {
-        "rollout": {"gradients": both * plan.gradients_in_rollout, "KV cache": cache * (1 + plan.cache_copies)},
+        "rollout": {"gradients": both * plan.gradients_in_rollout, "KV cache": cache},
         "policy's head": {"gradients": before, "activations": kept, "head": head.running},
-        "policy's last layer": {"gradients": before, "activations": start, "head": head.kept},
-        "policy's first layer": {"gradients": policys - late, "activations": end, "head": embedding * tied},
-        "policy's gradients": {"gradients": policys, "head": embedding * (tied + earlier)},
+        "policy's last layer": {"gradients": before + moved, "activations": start + on_trunk, "head": head.kept},
+        "policy's first layer": {"gradients": policys - late, "activations": end, "head": c * embedding * tied},
+        "policy's gradients": {"gradients": policys, "head": embedding_sums(embedding, c, earlier, tied)},
     }
     if plan.separate_critic:
-        phase["critic's last layer"] = {"gradients": policys, "activations": start}
+        phase["critic's last layer"] = {"gradients": policys, "activations": start + values}
         phase["critic's first layer"] = {"gradients": both - late, "activations": end}
-        phase["critic's gradients"] = {"gradients": both, "head": embedding * earlier}
-    flat = 2 * max(policy, critic) if plan.ranks > 1 else 0
-    phase["optimizer's step"] = {"gradients": both + flat}
+        phase["critic's gradients"] = {"gradients": both, "head": embedding_sums(embedding, c, earlier, False)}
+    phase["optimizer's step"] = {"gradients": both}
     return {name: resident | parts for name, parts in phase.items()}
+
+
+def embedding_sums(elements: int, itemsize: int, earlier: bool, tied: bool) -> int:
+    """Give the bytes beside all gradients while the embedding's is summed: its lookup's and a tied head's, an earlier
+    micro-batch's. In fp32 the first one becomes the gradient itself; in half precision it is copied to fp32."""
+    return elements * itemsize * (tied + earlier if itemsize == 4 else 1 + (tied and earlier))
 
 
 def peak(config: Qwen2Config, plan: Plan) -> tuple[str, float]:
@@ -296,6 +309,46 @@ def tree_blocks(
     return tuple(blocks)
 
 
+def trunk_flops(config: Qwen2Config, tokens: float, pairs: float) -> float:
+    """Return the FLOP of a trunk's forward: 2 per weight and token, and 4D per layer and pair of its attention."""
+    D, L = config.hidden_size, config.num_hidden_layers
+    return 2 * (trunk_parameters(config) - config.vocab_size * D) * tokens + 4 * L * D * pairs
+
+
+def update_flops(config: Qwen2Config, tokens: float, actions: float, pairs: float, separate_critic: bool) -> float:
+    """Return the model's FLOP of one epoch's update: forward and backward, three times a forward, of all trunks, and
+    the head's on action tokens. What checkpointing computes again does not count.
+
+    >>> update_flops(Qwen2Config(10, 4, 6, 1, 1, 1), 1, 0, 0, False)   # 6 x (200 parameters - the embedding's 40)
+    960
+    >>> update_flops(Qwen2Config(10, 4, 6, 1, 1, 1), 1, 1, 1, True)   # 2 x (960 + 12 x 4) + 6 x 40
+    2256
+    """
+    head = 2 * config.vocab_size * config.hidden_size * actions
+    return 3 * ((1 + separate_critic) * trunk_flops(config, tokens, pairs) + head)
+
+
+PEAK_FLOPS = {  # dense bf16 FLOP/s of makers' data sheets, by part of torch's device name; the first match holds
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(card: str) -> float | None:
+    """Return a card's peak rate in bf16 products; None if it is not in the table.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("NVIDIA H100 PCIe"), peak_flops("")
+    (989000000000000.0, 756000000000000.0, None)
+    """
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+
+
 def calls(personas: int, turns: int, n: int, judge_calls: int = 2, fixed_opener: bool = True) -> tuple[int, int]:
     """Count the replies asked of the simulator and of the judge in one pass over the personas.
 
@@ -311,14 +364,24 @@ def calls(personas: int, turns: int, n: int, judge_calls: int = 2, fixed_opener:
 
 ADVICE = {
     "KV cache": "lower --decode-batch-size (or --max-new-tokens, --max-turns)",
-    "activations": "lower --microbatch-tokens, or switch activation checkpointing on",
-    "head": "lower workspace_bytes of kernels/ppo_head.py",
+    "activations": "lower --microbatch-tokens (one dialogue is never cut: or --max-new-tokens, --max-turns)",
+    "head": "lower --microbatch-tokens",
     "reference": "--kl-coef 0 drops the reference policy",
-    "optimizer": "keep the moments in 8 bits, or share the critic's trunk with the policy",
-    "gradients": "share the critic's trunk with the policy, or keep gradients in bf16",
     "policy": "take a smaller --ckpt",
-    "critic": "share the critic's trunk with the policy",
 }
+
+
+def remedy(part: str, plan: Plan) -> str:
+    """Say which flag makes a part smaller.
+
+    >>> remedy("optimizer", Plan()), remedy("optimizer", Plan(separate_critic=False))
+    ("--critic shared drops the critic's trunk", 'take a smaller --ckpt')
+    """
+    if part == "activations" and not plan.checkpointing:
+        return "give --checkpointing, or lower --microbatch-tokens"
+    if part in ("optimizer", "gradients", "critic") and plan.separate_critic:
+        return "--critic shared drops the critic's trunk"
+    return ADVICE.get(part, ADVICE["policy"])
 
 
 def shown(nbytes: float) -> str:
@@ -344,7 +407,7 @@ def advice(config: Qwen2Config, plan: Plan, memory: float, margin: float = 0.1) 
     helps = [part for part in flexible if need - parts[part] < room]
     part = max(helps or parts.keys() - flexible, key=lambda key: parts[key])
     needs = f"{shown(need)} and {margin:.0%} for the allocator, {shown(parts[part])} of it {part}"
-    return f"does not fit {shown(memory)}: {name} needs {needs}; {ADVICE[part]}"
+    return f"does not fit {shown(memory)}: {name} needs {needs}; {remedy(part, plan)}"
 
 
 def table(rows: dict[str, dict[str, float]], columns: Sequence[str]) -> str:

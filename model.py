@@ -300,19 +300,49 @@ class Critic(nn.Module):
 
     def forward(self, token_ids: Tensor, *args, **kwargs) -> Tensor:
         """Give values (B, T) fp32: the return expected after each token; arguments as `Qwen2Model.forward`."""
-        hidden = self.model(token_ids, *args, **kwargs)  # (B, T, D)
-        return F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
+        return values_of(self.model(token_ids, *args, **kwargs), self.value_head.weight)
 
     @classmethod
     def from_policy(cls, policy: Qwen2ForCausalLM, seed: int = 0) -> Critic:
-        """Copy the policy's trunk; draw the value head from N(0, std 1 / (D + 1)), so that first values are near 0."""
+        """Copy the policy's trunk, and draw a value head."""
         with torch.device("meta"):
             critic = cls(policy.config)
         critic.model.load_state_dict({k: v.detach().clone() for k, v in policy.model.state_dict().items()}, assign=True)
-        D, like = policy.config.hidden_size, policy.head_weight
-        head = torch.randn(1, D, generator=torch.Generator().manual_seed(seed)) / (D + 1)
-        critic.value_head.weight = nn.Parameter(head.to(like.device, like.dtype))
+        critic.value_head.weight = draw_value_head(policy, seed)
         return critic
+
+
+class ValueHead(nn.Module):
+    """The critic without a trunk: it reads values off the policy's hidden states."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Give values (...) fp32 of the policy's hidden states (..., D)."""
+        return values_of(hidden, self.value_head.weight)
+
+    @classmethod
+    def from_policy(cls, policy: Qwen2ForCausalLM, seed: int = 0) -> ValueHead:
+        """Draw a value head for the policy's trunk."""
+        with torch.device("meta"):
+            critic = cls(policy.config)
+        critic.value_head.weight = draw_value_head(policy, seed)
+        return critic
+
+
+def values_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Give the product (...) fp32 of hidden states (..., D) and a value head (1, D), computed in fp32."""
+    return F.linear(hidden.float(), weight.float()).squeeze(-1)
+
+
+def draw_value_head(policy: Qwen2ForCausalLM, seed: int) -> nn.Parameter:
+    """Draw a value head (1, D) from N(0, std 1 / (D + 1)), so that first values are near 0."""
+    D, like = policy.config.hidden_size, policy.head_weight
+    head = torch.randn(1, D, generator=torch.Generator().manual_seed(seed)) / (D + 1)
+    return nn.Parameter(head.to(like.device, like.dtype))
 
 
 def random_policy(config: Qwen2Config, seed: int) -> Qwen2ForCausalLM:
@@ -531,16 +561,28 @@ def load_critic(
     return load_model(Critic, path, dtype, device)
 
 
+def load_value_head(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> ValueHead:
+    """Load a value head that `save_pretrained` wrote; ValueError for the folder of a policy or a whole critic."""
+    return load_model(ValueHead, path, dtype, device)
+
+
 def save_pretrained(
-    model: Qwen2ForCausalLM | Critic, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9
+    model: Qwen2ForCausalLM | Critic | ValueHead,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write config.json and the weights, cast to dtype (None: as they are), in place of the weights the folder had.
 
-    One model.safetensors, or, above max_shard_bytes, numbered shards and model.safetensors.index.json.
+    One model.safetensors, or, above max_shard_bytes, numbered shards and model.safetensors.index.json. `weights` are
+    written in place of the model's own: the fp32 masters of one that computes in bf16.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    weights = {k: v.detach().to("cpu", dtype) for k, v in (weights or model.state_dict()).items()}
     save_torch_state_dict(weights, folder, max_shard_size=int(max_shard_bytes))
     precision = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = {"architectures": [type(model).__name__], "torch_dtype": precision, **model.config.to_dict()}

@@ -30,10 +30,10 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -49,14 +49,17 @@ import rewards
 import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
+from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
 from kernels.tree_attention import Block, Tree, make_tree
 from model import (
     Critic,
     Qwen2Config,
     Qwen2ForCausalLM,
+    ValueHead,
     load_critic,
     load_policy,
+    load_value_head,
     resolve_checkpoint,
     save_pretrained,
 )
@@ -121,6 +124,10 @@ class Config:
     minibatch_size: int = 4  # dialogues per optimizer step, over all processes (x 10 turns x 4 candidates: 160)
     microbatch_tokens: int = 16384  # tree tokens per forward and backward in one process; one dialogue is never cut
     num_epochs: int = 1  # passes over a rollout batch
+    old_logprobs: str = "auto"  # sampler: as noted in sampling; trainer: computed again; auto: sampler in fp32 on a CPU
+    critic: str = "separate"  # separate: a trunk of its own (published); shared: a value head on the policy's trunk
+    value_coef: float = 0.5  # weight of the value loss in the gradient of a shared trunk
+    dtype: str = "auto"  # of products, beside fp32 master weights: float32, bfloat16, or auto: bfloat16 on CUDA alone
     checkpointing: bool = False  # keep only the layers' inputs for the backward: a third more work, far less memory
     lr: float = 5e-7  # policy's peak learning rate
     critic_lr: float = 9e-6  # critic's peak learning rate
@@ -140,6 +147,7 @@ class Config:
     save_every: int = 10  # iterations between checkpoints; 0: only the last
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
     dry_run: bool = False  # print memory per device, tokens and calls of the run, and stop before anything is loaded
+    dry_run_gb: float = 0.0  # --dry-run plans for a CUDA device of so many GB (1e9 bytes); 0: for this machine
     kernels: str = "auto"  # triton, torch, or auto: triton on CUDA, torch on a CPU
     threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
 
@@ -159,6 +167,10 @@ class Config:
                 f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of"
                 f" --minibatch-size {self.minibatch_size}"
             )
+        if self.critic == "shared" and self.critic_ckpt:
+            raise ValueError(f"--critic-ckpt {self.critic_ckpt} needs --critic separate: a shared one has no trunk")
+        if self.critic == "separate" and self.value_coef != Config.value_coef:
+            raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
         if self.profile_judge == "http" and not self.judge_url:
             raise ValueError("--profile-judge http needs --judge-url")
         if self.profile_judge == "http" and self.profile_target != "persona":
@@ -175,6 +187,9 @@ CHOICES = {
     "reward_at": ("turn", "segment"),
     "credit": ("turn", "dialogue"),
     "kl_estimator": ("k1", "k3", "exact"),
+    "old_logprobs": ("auto", "sampler", "trainer"),
+    "critic": ("separate", "shared"),
+    "dtype": ("auto", "float32", "bfloat16"),
     "kernels": BACKENDS,
     "profile_judge": ("rule", "http"),
 }
@@ -210,6 +225,8 @@ LIMITS = {
             "response_weight",
             "kl_coef",
             "entropy_coef",
+            "value_coef",
+            "dry_run_gb",
             "kv_gib",
             "lr",
             "critic_lr",
@@ -348,17 +365,12 @@ def gather(item: object) -> list:
     return items
 
 
-def all_sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over all ranks in one flat message; a rank without tokens adds zeros."""
-    parameters = list(model.parameters())
+def all_sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum the gradients over all ranks, in place: one flat message would copy them all. No gradient counts as 0."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if not dist.is_initialized():
-        return
-    flat = all_sum(torch.cat([parameter.grad.reshape(-1) for parameter in parameters]))
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(grad.view_as(parameter))
+        all_sum(parameter.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,11 +423,13 @@ class Play:
 def rollout(
     policy: Qwen2ForCausalLM, chat: ChatTokenizer, dialogues: list[Dialogue], play: Play, config: Config, env: World
 ) -> None:
-    """Play dialogues to their end; fills in `turns` and `dropped`.
+    """Play dialogues, if any, to their end; fills in `turns` and `dropped`.
 
     Each goes round by itself: user message (HTTP) → prompt prefilled, n candidates decoded → each scored as it ends
     (HTTP) → the best adopted. Whoever waits for a reply is parked with its KV cache, and the others decode meanwhile.
     """
+    if not dialogues:  # more ranks than dialogues
+        return
     with Replies(config, env) as replies:
         stage = Stage(policy, chat, play, config, env, replies, len(dialogues))
         for dialogue in dialogues:
@@ -759,31 +773,52 @@ def microbatches(packed: Sequence[Packed], most_tokens: int) -> list[list[Packed
 
 @dataclass
 class Batch:
-    """A micro-batch on its device: the trees of its dialogues one after another in one row, without padding."""
+    """A micro-batch: the trees of its dialogues one after another in one row, without padding."""
 
     dialogues: list[Packed]
     inputs: tuple[Tensor, Tensor, Tree]  # token_ids (1, T), position_ids (1, T) and who sees whom
     predict: Tensor  # (N,) long into T
     targets: Tensor  # (N,) long
 
+    def to(self, like: Tensor) -> Batch:
+        """Return a copy for a forward: on the device of `like`, with attention masks in its dtype.
+
+        Made anew for each use: a mask is below 1 % of a forward's work, but those of a whole rollout fill a memory.
+        """
+        token_ids, position_ids, tree = self.inputs
+        tree = make_tree(tree.enter.to(like.device), tree.leave.to(like.device), tree.blocks, like.dtype)
+        inputs = (token_ids.to(like.device), position_ids.to(like.device), tree)
+        return replace(self, inputs=inputs, predict=self.predict.to(like.device), targets=self.targets.to(like.device))
+
     def gather(self, name: str) -> Tensor:
         """Return one of the dialogues' fields of statistics, (N,) or (N, D)."""
         return torch.cat([getattr(p, name) for p in self.dialogues]).to(self.targets.device)
 
 
-def collate(dialogues: list[Packed], like: Tensor) -> Batch:
-    """Make a micro-batch, on the device and for the dtype of `like`."""
+def collate(dialogues: list[Packed]) -> Batch:
+    """Make a micro-batch in the CPU's memory, without masks: small integers, kept while statistics and update run."""
     lengths = [len(p.token_ids) for p in dialogues]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
 
     def row(name: str, shifted: bool) -> Tensor:
         parts = [getattr(p, name) + start * shifted for p, start in zip(dialogues, starts, strict=True)]
-        return torch.cat(parts).to(like.device)
+        return torch.cat(parts)
 
     blocks = [block for p in dialogues for block in p.blocks]
-    tree = make_tree(row("enter", True), row("leave", True), blocks, like.dtype)
+    tree = Tree(row("enter", True), row("leave", True), blocks, [], None)
     inputs = (row("token_ids", False)[None], row("position_ids", False)[None], tree)
     return Batch(dialogues, inputs, row("predict", True), row("targets", False))
+
+
+def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
+    """Return the micro-batches of each mini-batch of an epoch; statistics and update go through the same ones."""
+    minibatches = [[p for p in packed if p.minibatch == m] for m in range(minibatches_per_epoch(config))]
+    return [[collate(part) for part in microbatches(m, config.microbatch_tokens)] for m in minibatches]
+
+
+def minibatches_per_epoch(config: Config) -> int:
+    """Return the optimizer steps of one pass over a rollout batch."""
+    return config.rollout_batch_size // config.minibatch_size
 
 
 def policy_hidden(policy: Qwen2ForCausalLM, batch: Batch) -> Tensor:
@@ -791,14 +826,9 @@ def policy_hidden(policy: Qwen2ForCausalLM, batch: Batch) -> Tensor:
     return policy(*batch.inputs)[0, batch.predict]
 
 
-def policy_logprobs(policy: Qwen2ForCausalLM, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log-probs (N,) of a micro-batch's action tokens and entropies (N,) of the distributions they came from."""
-    return linear_logprob(policy_hidden(policy, batch), policy.head_weight, batch.targets, temperature)[:2]
-
-
-def critic_values(critic: Critic, batch: Batch) -> Tensor:
-    """Return the critic's values (N,) of the states in which a micro-batch's action tokens were sampled."""
-    return critic(*batch.inputs)[0, batch.predict]
+def critic_values(critic: Critic | ValueHead, batch: Batch, hidden: Tensor | None) -> Tensor:
+    """Return values (N,) of the states in which action tokens were sampled: by a trunk, or from the policy's hidden."""
+    return critic(hidden) if isinstance(critic, ValueHead) else critic(*batch.inputs)[0, batch.predict]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -807,29 +837,52 @@ def critic_values(critic: Critic, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def add_statistics(
-    packed: list[Packed], policy: nn.Module, ref_policy: nn.Module | None, critic: Critic, config: Config
+    batches: list[list[Batch]],
+    policy: Qwen2ForCausalLM,
+    ref_policy: Qwen2ForCausalLM | None,
+    critic: Critic | ValueHead,
+    config: Config,
 ) -> None:
-    """Compute old log-probs, reference log-probs and values, each once, under the weights that sampled."""
-    for dialogues in by_minibatch(packed, config):
-        batch = collate(dialogues, policy.head_weight)
-        old_logprobs = policy_logprobs(policy, batch, config.temperature)[0]
-        found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "values": critic_values(critic, batch)}
-        if ref_policy:
-            ref_hidden = policy_hidden(ref_policy, batch)
-            head = ref_policy.head_weight
-            found["ref_logprobs"] = linear_logprob(ref_hidden, head, batch.targets, config.temperature)[0]
-            if config.kl_estimator == "exact":  # all that the update needs of the reference's trunk: it runs once
-                found["ref_hidden"] = ref_hidden
-        sizes = [len(p.targets) for p in dialogues]
+    """Fill in old log-probs, reference log-probs and values, each computed once, under the weights that sampled."""
+    for batch in (batch for minibatch in batches for batch in minibatch):
+        found = statistics_of(batch.to(policy.head_weight), policy, ref_policy, critic, config)
+        sizes = [len(p.targets) for p in batch.dialogues]
         for name, values in found.items():
-            for p, part in zip(dialogues, values.cpu().split(sizes), strict=True):
+            for p, part in zip(batch.dialogues, values.cpu().split(sizes), strict=True):
                 setattr(p, name, part)
 
 
-def by_minibatch(packed: list[Packed], config: Config) -> Iterator[list[Packed]]:
-    """Yield the micro-batches that the update will use."""
-    for m in range(config.rollout_batch_size // config.minibatch_size):
-        yield from microbatches([p for p in packed if p.minibatch == m], config.microbatch_tokens)
+def statistics_of(
+    batch: Batch,
+    policy: Qwen2ForCausalLM,
+    ref_policy: Qwen2ForCausalLM | None,
+    critic: Critic | ValueHead,
+    config: Config,
+) -> dict[str, Tensor]:
+    """Return a micro-batch's statistics by their names in `Packed`; no trunk runs whose output nobody reads."""
+    by_sampler = sampler_is_exact(policy, config)
+    hidden = None if by_sampler and isinstance(critic, Critic) else policy_hidden(policy, batch)
+    if by_sampler:
+        old_logprobs = batch.gather("sampler_logprobs")
+    else:
+        old_logprobs = linear_logprob(hidden, policy.head_weight, batch.targets, config.temperature)[0]
+    found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "values": critic_values(critic, batch, hidden)}
+    if ref_policy:
+        ref_hidden, head = policy_hidden(ref_policy, batch), ref_policy.head_weight
+        found["ref_logprobs"] = linear_logprob(ref_hidden, head, batch.targets, config.temperature)[0]
+        if config.kl_estimator == "exact":  # all that the update needs of the reference's trunk: it runs once
+            found["ref_hidden"] = ref_hidden
+    return found
+
+
+def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
+    """Say whether the sampler's log-probs serve as old ones: same weights and temperature, so only kernels may differ.
+
+    In fp32 by torch they agree to 1e-6. In bf16 sampler and trainer round differently, and the ratio would not be 1.
+    """
+    if config.old_logprobs != "auto":
+        return config.old_logprobs == "sampler"
+    return policy.head_weight.dtype == torch.float32 and not use_triton(policy.head_weight)
 
 
 def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
@@ -921,10 +974,11 @@ def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
 
 
 def policy_loss(
-    policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, batch: Batch, config: Config
+    hidden: Tensor, head: Tensor, ref_policy: Qwen2ForCausalLM | None, batch: Batch, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed PPO loss of a micro-batch's action tokens and its statistics (`kernels/ppo_head.py`).
 
+    hidden: (N, D), by `policy_hidden`; head: the policy's head weight (V, D).
     The sum, not the mean: the caller divides by the global count of action tokens in the mini-batch, so that neither
     micro-batch size nor the number of ranks changes the gradient.
     """
@@ -934,8 +988,8 @@ def policy_loss(
     if config.kl_estimator == "exact" and config.kl_coef:
         kl = {"reference": (batch.gather("ref_hidden"), ref_policy.head_weight)}
     return ppo_head(
-        policy_hidden(policy, batch),
-        policy.head_weight,
+        hidden,
+        head,
         batch.targets,
         batch.gather("old_logprobs"),
         batch.gather("advantages"),
@@ -956,19 +1010,42 @@ def value_loss(new_values: Tensor, batch: Batch, config: Config) -> Tensor:
 
 @dataclass
 class Learner:
-    """A model with its optimizer and the number of optimizer steps it has been through (skipped ones count too)."""
+    """A model and the optimizer of its fp32 master weights, from which the model's own are rounded after each step.
+
+    A step of 1e-6 is lost in a bf16 weight of 0.05, whose neighbours are 2e-4 away; in its master it adds up.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     peak_lr: float
+    masters: dict[str, Tensor]  # by name; in fp32 the model's parameters themselves
 
 
-def make_learner(model: nn.Module, lr: float, config: Config) -> Learner:
-    """Wrap a model with AdamW (fp32, no weight decay)."""
+def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:
+    """Wrap an fp32 model with AdamW (fp32, no weight decay); it computes in `dtype` from here on."""
+    masters = dict(model.named_parameters())
+    if dtype != torch.float32:
+        masters = {name: nn.Parameter(parameter.detach()) for name, parameter in masters.items()}
+        model.to(dtype)
+        for parameter, master in zip(model.parameters(), masters.values(), strict=True):
+            hand_gradients_to(master, parameter)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True
+        masters.values(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True
     )
-    return Learner(model, optimizer, lr)
+    return Learner(model, optimizer, lr, masters)
+
+
+def hand_gradients_to(master: Tensor, parameter: nn.Parameter) -> None:
+    """Add each gradient of a bf16 parameter to its master's, in fp32 and while the backward runs, and free it."""
+
+    def add(parameter: Tensor) -> None:
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add)
 
 
 def lr_share(update: int, num_updates: int, config: Config) -> float:
@@ -989,38 +1066,41 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
 
     Returns the gradient norm before clipping and whether the step was taken.
     """
-    all_sum_gradients(learner.model)
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_grad_norm).item()
+    masters = learner.masters.values()
+    all_sum_gradients(masters)
+    norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm).item()
     if not math.isfinite(norm):  # the summed gradient is the same everywhere, and so is this decision
         return norm, False
     for group in learner.optimizer.param_groups:
         group["lr"] = learner.peak_lr * share
     learner.optimizer.step()
+    with torch.no_grad():
+        for parameter, master in zip(learner.model.parameters(), masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
     return norm, True
 
 
 def update(
     policy: Learner,
     critic: Learner,
-    packed: list[Packed],
+    batches: list[list[Batch]],
     config: Config,
     progress: tuple[int, int],
     train_policy: bool,
     ref_policy: Qwen2ForCausalLM | None = None,
 ) -> dict:
     """Run PPO over one rollout batch; `progress` is (updates done so far, updates of the whole run). Gives metrics."""
-    num_minibatches = config.rollout_batch_size // config.minibatch_size
     totals: Counter = Counter()
     first: dict[str, float] = {}
     ratios: list[float] = []
     done, num_updates = progress
     for epoch in range(config.num_epochs):
-        for m in range(num_minibatches):
-            minibatch = [p for p in packed if p.minibatch == m]
-            count = all_sum(torch.tensor(float(sum(len(p.targets) for p in minibatch)))).item()
+        for m, minibatch in enumerate(batches):
+            count = all_sum(torch.tensor(float(sum(len(batch.targets) for batch in minibatch)))).item()
             if not count:  # the last, partial batch, or everything dropped
                 continue
-            share = lr_share(done + epoch * num_minibatches + m, num_updates, config)
+            share = lr_share(done + epoch * len(batches) + m, num_updates, config)
             sums = minibatch_update(policy, critic, minibatch, count, share, config, train_policy, ref_policy)
             ratios += [sums.pop("ratio_min"), sums.pop("ratio_max")]
             totals.update(sums)
@@ -1036,10 +1116,35 @@ def update(
     return first | {k: v / steps if k in per_step else v if k in counted else v / tokens for k, v in totals.items()}
 
 
+def add_gradients(
+    policy: Qwen2ForCausalLM,
+    critic: Critic | ValueHead,
+    batch: Batch,
+    count: float,
+    config: Config,
+    train_policy: bool,
+    ref_policy: Qwen2ForCausalLM | None,
+) -> dict[str, Tensor]:
+    """Add a micro-batch's gradients of (policy loss, value loss) ÷ count; returns its sums and extreme ratios.
+
+    A trunk that is shared has one backward, of policy loss + value_coef · value loss. Two trunks have one each, so that
+    only one's activations exist at a time.
+    """
+    with torch.set_grad_enabled(train_policy):  # else the critic learns alone, and a shared trunk stands still
+        hidden = policy_hidden(policy, batch)
+        loss, statistics = policy_loss(hidden, policy.head_weight, ref_policy, batch, config)
+    if isinstance(critic, Critic) and train_policy:
+        (loss / count).backward()
+    vf_loss = value_loss(critic_values(critic, batch, hidden), batch, config)
+    total = vf_loss if isinstance(critic, Critic) else loss + config.value_coef * vf_loss
+    (total / count).backward()
+    return statistics | {"policy_loss": loss.detach(), "value_loss": vf_loss.detach()}
+
+
 def minibatch_update(
     policy: Learner,
     critic: Learner,
-    minibatch: list[Packed],
+    minibatch: list[Batch],
     count: float,
     share: float,
     config: Config,
@@ -1052,13 +1157,9 @@ def minibatch_update(
     names = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "entropy", "ratio_dev")
     sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
     low, high = math.inf, -math.inf
-    for dialogues in microbatches(minibatch, config.microbatch_tokens):
-        batch = collate(dialogues, policy.model.head_weight)
-        loss, statistics = policy_loss(policy.model, ref_policy, batch, config)
-        (loss / count).backward()
-        vf_loss = value_loss(critic_values(critic.model, batch), batch, config)
-        (vf_loss / count).backward()
-        statistics |= {"policy_loss": loss, "value_loss": vf_loss}
+    for batch in minibatch:
+        batch = batch.to(policy.model.head_weight)
+        statistics = add_gradients(policy.model, critic.model, batch, count, config, train_policy, ref_policy)
         for name in sums:
             sums[name] += statistics[name].item()
         low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
@@ -1139,7 +1240,7 @@ def save_checkpoint(state: State) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, learner in (("policy", state.policy), ("critic", state.critic)):
-        save_pretrained(learner.model, temporary / name)
+        save_pretrained(learner.model, temporary / name, weights=learner.masters)
         save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
     state.chat.tokenizer.save(str(temporary / "policy" / "tokenizer.json"))
     if (Path(state.config.ckpt) / "rlpa.json").is_file():  # settings that suit this model go with it
@@ -1152,7 +1253,7 @@ def save_checkpoint(state: State) -> Path:
 
 def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
     """Return AdamW's moments and step counts by parameter name: tensors only, so that they fit safetensors."""
-    names = {parameter: name for name, parameter in learner.model.named_parameters()}
+    names = {master: name for name, master in learner.masters.items()}
     return {
         f"{names[p]}|{key}": value.contiguous()
         for p, moments in learner.optimizer.state.items()
@@ -1162,10 +1263,10 @@ def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
 
 def load_optimizer(learner: Learner, path: Path) -> None:
     """Restore what `optimizer_tensors` returned."""
-    parameters = dict(learner.model.named_parameters())
     for key, value in load_file(path).items():
         name, _, moment = key.rpartition("|")
-        learner.optimizer.state[parameters[name]][moment] = value.to(parameters[name].device, copy=True)
+        master = learner.masters[name]
+        learner.optimizer.state[master][moment] = value.to(master.device, copy=True)
 
 
 def newest_checkpoint(run_dir: str) -> Path:
@@ -1211,36 +1312,64 @@ def setup(config: Config, env: World) -> State:
     """Load personas, tokenizer and models, fresh or from the newest checkpoint of the run to resume."""
     personas, eval_sets = load_all_personas(config)
     folder = newest_checkpoint(config.run_dir) if config.resume else None
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
-    set_threads(policy, config)
+    policy, critic, ref_policy = load_models(config, folder)
+    set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)
-    policy.model.checkpointing = config.checkpointing
     chat = ChatTokenizer.from_folder(config.ckpt)
-    if chat.vocab_size > policy.config.vocab_size:
+    if chat.vocab_size > policy.model.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only"
-            f" {policy.config.vocab_size}"
+            f" {policy.model.config.vocab_size}"
         )
-    if folder or config.critic_ckpt:
-        critic = load_critic(folder / "critic" if folder else config.critic_ckpt, device=device)
-    else:
-        critic = Critic.from_policy(policy, config.seed)
-    critic.model.checkpointing = config.checkpointing
-    ref_policy = load_policy(config.ckpt, device=device).requires_grad_(False) if config.kl_coef else None
-    learners = make_learner(policy, config.lr, config), make_learner(critic, config.critic_lr, config)
-    state = State(config, chat, *learners, ref_policy, personas, eval_sets, env)
+    state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
     if folder:
         saved = json.loads((folder / "trainer.json").read_text())
         state.iteration, state.updates = saved["iteration"], saved["updates"]
-        for name, learner in zip(("policy", "critic"), learners, strict=True):
-            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
         if state.iteration >= state.num_iterations:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
     return state
+
+
+def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner, Qwen2ForCausalLM | None]:
+    """Load policy, critic and the frozen reference, if any; the first two from a checkpoint's folder, if one is given.
+
+    What is trained is loaded in fp32, for the masters.
+    """
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(config, device.type)
+    policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
+    critic = load_or_make_critic(config, policy, folder)
+    for model in (policy, critic):
+        if not isinstance(model, ValueHead):
+            model.model.checkpointing = config.checkpointing
+    learners = make_learner(policy, config.lr, config, dtype), make_learner(critic, config.critic_lr, config, dtype)
+    if folder:
+        for name, learner in zip(("policy", "critic"), learners, strict=True):
+            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+    ref_policy = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False) if config.kl_coef else None
+    return *learners, ref_policy
+
+
+def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path | None) -> Critic | ValueHead:
+    """Load the critic of a checkpoint's folder or of --critic-ckpt; without either, make one from the policy."""
+    path = folder / "critic" if folder else config.critic_ckpt
+    device = policy.head_weight.device
+    if config.critic == "shared":
+        return load_value_head(path, device=device) if path else ValueHead.from_policy(policy, config.seed)
+    return load_critic(path, device=device) if path else Critic.from_policy(policy, config.seed)
+
+
+def compute_dtype(config: Config, device: str) -> torch.dtype:
+    """Return the dtype of weights and products on a type of device.
+
+    >>> compute_dtype(Config(), "cpu"), compute_dtype(Config(), "cuda")
+    (torch.float32, torch.bfloat16)
+    """
+    name = config.dtype if config.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
+    return getattr(torch, name)
 
 
 def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
@@ -1315,22 +1444,26 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     rollout(state.policy.model, state.chat, dialogues, play, config, env)
     with env.timers("statistics"):
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
-        add_statistics(packed, state.policy.model, state.ref_policy, state.critic.model, config)
+        batches = make_batches(packed, config)
+        add_statistics(batches, state.policy.model, state.ref_policy, state.critic.model, config)
         for p in packed:
             add_advantages(p, config)
         advantage_mean, advantage_std = whiten_advantages(packed)
     with env.timers("update"):
-        per_iteration = config.num_epochs * (config.rollout_batch_size // config.minibatch_size)
+        per_iteration = config.num_epochs * minibatches_per_epoch(config)
         progress = (state.updates, state.num_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup
-        metrics = update(state.policy, state.critic, packed, config, progress, train_policy, state.ref_policy)
+        metrics = update(state.policy, state.critic, batches, config, progress, train_policy, state.ref_policy)
     state.iteration += 1
     state.updates += per_iteration
     metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
+    if sampler_is_exact(state.policy.model, config):  # the first mini-batch met the weights that sampled
+        metrics["sampler_trainer_logprob_gap"] = metrics.get("ratio_dev_first", math.nan)
     metrics |= sum_counters(gather(env.counts)) | sum_counters(gather(endpoint_counts(env) - calls_before))
-    sizes = [sum(len(p.token_ids) for p in packed), sum(p.row_tokens for p in packed)]
-    tree_tokens, row_tokens = all_sum(torch.tensor(sizes, dtype=torch.double)).tolist()
+    pairs = sum(int((p.position_ids + 1).sum()) for p in packed)  # a token attends to its ancestors and itself
+    sizes = [sum(len(p.token_ids) for p in packed), sum(p.row_tokens for p in packed), pairs]
+    tree_tokens, row_tokens, pairs = all_sum(torch.tensor(sizes, dtype=torch.double)).tolist()
     seconds = time.perf_counter() - start
     metrics |= {
         "tree_tokens": tree_tokens,
@@ -1338,6 +1471,11 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         "seconds": seconds,
         "sampled_tokens_per_second": metrics["action_tokens"] / seconds,
     }
+    if train_policy and (peak := memory.peak_flops(card_name())):
+        flops = config.num_epochs * memory.update_flops(
+            state.policy.model.config, tree_tokens, metrics["action_tokens"], pairs, config.critic == "separate"
+        )
+        metrics["mfu"] = flops / (env.timers.seconds["update"] * peak * world_size())
     metrics |= {f"seconds_{k}": v for k, v in env.timers.seconds.items()}
     return metrics | {"seconds_hidden": hidden_seconds(env.timers.intervals)}, dialogues
 
@@ -1353,6 +1491,11 @@ def hidden_seconds(intervals: list[tuple[str, float, float]]) -> float:
         union += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return max(0.0, union - sum(stop - start for name, start, stop in intervals if name == "waiting"))
+
+
+def card_name() -> str:
+    """Return the CUDA device's name; "" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def endpoint_counts(env: World) -> Counter:
@@ -1459,10 +1602,11 @@ def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dia
 def announce(state: State) -> None:
     """Say what is about to run."""
     config, millions = state.config, sum(p.numel() for p in state.policy.model.parameters()) / 1e6
+    critic = "and a critic of that size" if config.critic == "separate" else "the critic is a head on them"
     sets = ", ".join(f"{len(personas)} {name}" for name, personas in state.eval_sets.items())
     batch = f"{config.rollout_batch_size} dialogues x {config.max_turns} turns x {config.num_candidates} candidates"
     lines = (
-        f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, and a critic of that size)",
+        f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, {critic})",
         f"{world_size()} process(es), {torch.get_num_threads()} thread(s) each",
         f"{len(state.personas)} training personas, {sets}",
         f"user {config.simulator_url or 'embedded'}, judge {config.judge_url or 'by rule'}",
@@ -1477,26 +1621,33 @@ def dry_run(config: Config) -> str:
     Lengths are the longest that the flags allow: every user message and every sampled turn at its limit.
     """
     model = Qwen2Config.from_file(config.ckpt)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() or config.dry_run_gb else "cpu"
     turns, n = config.max_turns, config.num_candidates
     work = memory.tree_work(50, [config.max_user_tokens + 9] * turns, [config.max_new_tokens] * turns, n)
     per_rank = max(1, config.minibatch_size // world_size())
     tokens, actions, several = memory.microbatch(work, config.microbatch_tokens, per_rank)
-    rows = min(config.decode_batch_size, -(-config.rollout_batch_size // world_size()))
+    rows = min(config.decode_batch_size, -(-config.rollout_batch_size // world_size()))  # parked ones take what is left
     longest = 50 + turns * (config.max_user_tokens + 9 + config.max_new_tokens)
+    slots = rows * (longest + n * config.max_new_tokens)
+    if config.kv_gib:
+        per_slot = memory.kv_bytes(model, 1, 1, compute_dtype(config, device).itemsize)
+        slots = min(slots, int(config.kv_gib * 2**30) // per_slot)
     plan = memory.Plan(
         tokens,
         actions,
         several_microbatches=several,
-        cache_tokens=rows * (longest + n * config.max_new_tokens),
+        cache_tokens=slots,
         workspace=WORKSPACE[device],
         reference=bool(config.kl_coef),
+        compute_bytes=compute_dtype(config, device).itemsize,
+        separate_critic=config.critic == "separate",
         gradients_in_rollout=False,
         fused=device == "cuda",
         checkpointing=config.checkpointing,
-        ranks=world_size(),
     )
-    if device == "cuda":
+    if config.dry_run_gb:
+        room = config.dry_run_gb * 1e9
+    elif device == "cuda":
         room = torch.cuda.get_device_properties(0).total_memory
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size()

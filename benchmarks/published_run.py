@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from memory import Work, calls, policy_parameters, row_work, tree_work, trunk_parameters
+from memory import Work, calls, policy_parameters, row_work, tree_work, trunk_flops, trunk_parameters
 from model import Qwen2Config
 
 QWEN_3B = Qwen2Config(151_936, 2048, 11_008, 36, 16, 2, tie_word_embeddings=True)
@@ -144,12 +144,6 @@ def work_of(a: Assumptions, published: bool) -> Work:
     if published:
         return row_work(*dialogue(a), kept=[a.response_tokens] * a.turns)
     return tree_work(*dialogue(a))
-
-
-def trunk_flops(config: Qwen2Config, tokens: float, pairs: float) -> float:
-    """Return the FLOP of a trunk's forward: 2 per weight and token, and 4D per layer and pair of its attention."""
-    D, L = config.hidden_size, config.num_hidden_layers
-    return 2 * (trunk_parameters(config) - config.vocab_size * D) * tokens + 4 * L * D * pairs
 
 
 def training_flops(a: Assumptions, config: Qwen2Config, work: Work, published: bool) -> tuple[float, float]:

@@ -330,7 +330,8 @@ def update(dialogues: int = 4, turns: int = 10, n: int = 4, repeats: int = 3,
         played = [d for d in play(state) if d.dropped is None]
         config = state.config
         packed = [train_rlpa.pack(d, config) for d in played]
-        train_rlpa.add_statistics(packed, state.policy.model, state.ref_policy, state.critic.model, config)
+        batches = train_rlpa.make_batches(packed, config)  # one mini-batch
+        train_rlpa.add_statistics(batches, state.policy.model, state.ref_policy, state.critic.model, config)
         for p in packed:
             train_rlpa.add_advantages(p, config)
         train_rlpa.whiten_advantages(packed)
@@ -338,7 +339,7 @@ def update(dialogues: int = 4, turns: int = 10, n: int = 4, repeats: int = 3,
         count = float(sum(s.sampled for s in samples))
 
         def by_trees() -> None:
-            arguments = state.policy, state.critic, packed, count, 0.0, config, True, state.ref_policy
+            arguments = state.policy, state.critic, batches[0], count, 0.0, config, True, state.ref_policy
             train_rlpa.minibatch_update(*arguments)
 
         works = {"trees": by_trees} | {size: lambda size=size: per_turn_update(state, samples, count, size)

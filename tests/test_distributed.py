@@ -122,6 +122,15 @@ def test_two_processes_equal_one(arguments, one_process, tmp_path):
     assert_same_run(tmp_path / "two", one_process)
 
 
+def test_two_processes_share_a_trunk(arguments, tmp_path):
+    """Guards the joint backward of a shared trunk where a rank has no tokens, and sums that are taken per rank."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(one)]) == 0
+    done = torchrun(*arguments, "--critic", "shared", "--run-dir", str(two))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(two, one)
+
+
 @pytest.mark.parametrize("sizes", [(1, 6), (100_000, 1)])
 def test_microbatches_do_not_matter(arguments, one_process, tmp_path, sizes):
     """Guards losses that are means of means: other sizes of update and decode batches give the same run."""

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import memory
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn
-from kernels.linear_logprob import reference_logprob
+from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo
 from make_tiny import render_turn, scripted_dialogue, train_tokenizer
-from model import Critic, Qwen2Config, Qwen2ForCausalLM, load_policy, random_policy
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy
 from simulator import Persona
 from train_rlpa import (
     Config,
@@ -34,11 +35,11 @@ from train_rlpa import (
     critic_values,
     gae,
     lr_share,
+    make_batches,
     make_learner,
     minibatch_update,
     pack,
     policy_hidden,
-    policy_logprobs,
     policy_loss,
     read_candidate,
     rollout,
@@ -53,14 +54,24 @@ FACTS = ("Age: 34", "Occupation: baker", "Location: Oslo")
 
 
 def together(packed: list[Packed]) -> train_rlpa.Batch:
-    """One micro-batch of these dialogues."""
-    return train_rlpa.collate(packed, torch.zeros(0))
+    """One micro-batch of these dialogues, as a forward takes it."""
+    return train_rlpa.collate(packed).to(torch.zeros(0))
 
 
 def settings(**changes) -> Config:
-    """The published defaults at a size for tests; one dialogue per mini-batch."""
+    """The published defaults at a size for tests; one dialogue per mini-batch, and no sampler's log-probs to trust."""
     small = {"ckpt": "x", "rollout_batch_size": 2, "minibatch_size": 1, "max_turns": 2, "num_candidates": 2}
-    return Config(**{**small, **changes})
+    return Config(**{**small, "old_logprobs": "trainer", **changes})
+
+
+def policy_logprobs(policy: Qwen2ForCausalLM, batch: train_rlpa.Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of a micro-batch's action tokens."""
+    return linear_logprob(policy_hidden(policy, batch), policy.head_weight, batch.targets, temperature)[:2]
+
+
+def loss_of(policy: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None, batch: train_rlpa.Batch, config: Config):
+    """The policy's loss and its statistics from a fresh forward."""
+    return policy_loss(train_rlpa.policy_hidden(policy, batch), policy.head_weight, reference, batch, config)
 
 
 @pytest.fixture(scope="module")
@@ -323,9 +334,9 @@ def test_kl_is_in_the_reward_or_in_the_loss(policy, critic):
     for estimator, coef in (("k1", 0.1), ("k3", 0.1), ("exact", 0.1), ("k3", 0.0)):
         config = settings(kl_estimator=estimator, kl_coef=coef, num_candidates=1)
         p = pack(random_dialogue(0, [[8]]), config)
-        add_statistics([p], policy, reference, critic, config)
+        add_statistics([[train_rlpa.collate([p])]], policy, reference, critic, config)
         p.advantages, candidate = torch.zeros(8), p.spans[0].candidate
-        losses[estimator, coef] = policy_loss(policy, reference, together([p]), config)[0].item()
+        losses[estimator, coef] = loss_of(policy, reference, together([p]), config)[0].item()
         placed[estimator, coef] = torch.tensor(token_rewards(p.spans[0], p, config))
     end = torch.zeros(8)
     end[-1] = candidate.profile_reward + candidate.response_reward
@@ -419,7 +430,7 @@ def test_the_tree_gives_the_values_of_plain_rows(chat, critic, case):
     """Guards the critic's half of the same: the value before each action token, and its gradient."""
     dialogues = TREES[case](chat)
     other = copy.deepcopy(critic)
-    values = critic_values(critic, together([pack(d, settings()) for d in dialogues]))
+    values = critic_values(critic, together([pack(d, settings()) for d in dialogues]), None)
     expected = torch.cat([
         other(torch.tensor([prompt + sampled]))[0, len(prompt) - 1 : -1]
         for d in dialogues for prompt, sampled in rows(d)
@@ -447,8 +458,8 @@ class Talker:
 
     counts = {"requests": 0, "retries": 0, "errors": {}}
 
-    def chat_many(self, batch, seeds):
-        return [f"I am {seed % 90} years old. <|im_end|>" for seed in seeds]
+    def ask(self, messages, seed):
+        return f"I am {seed % 90} years old. <|im_end|>"
 
 
 def play(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> list[Dialogue]:
@@ -487,7 +498,7 @@ def test_action_tokens_are_the_sampled_ids(chat, shape, history_profile):
 def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic, config: Config) -> list[Packed]:
     """Pack dialogues and fill in statistics and whitened advantages, as an iteration does."""
     packed = [pack(d, config) for d in dialogues]
-    add_statistics(packed, policy, lively(policy.config, 5), critic, config)
+    add_statistics(make_batches(packed, config), policy, lively(policy.config, 5), critic, config)
     for p in packed:
         add_advantages(p, config)
     whiten_advantages(packed)
@@ -504,7 +515,7 @@ def test_the_first_ratio_is_one(chat, policy, critic, microbatch_tokens):
         ratio = (policy_logprobs(policy, batch, 0.8)[0] - batch.gather("old_logprobs")).exp()
         assert (ratio - 1).abs().max().item() < 1e-5
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
-    metrics = update(*learners, packed, config, (0, 10), True)
+    metrics = update(*learners, make_batches(packed, config), config, (0, 10), True)
     assert metrics["ratio_dev_first"] < 1e-5 and metrics["updates_skipped"] == 0
 
 
@@ -521,9 +532,9 @@ def test_clipped_loss_against_a_loop(policy, monkeypatch):
     generator = torch.Generator().manual_seed(4)
     p.advantages = torch.randn(120, generator=generator)
     p.old_logprobs = new + 0.6 * torch.randn(120, generator=generator)
-    loss, statistics = policy_loss(policy, None, together([p]), config)
+    loss, statistics = loss_of(policy, None, together([p]), config)
     loss.backward()
-    plain, _ = policy_loss(policy, None, together([p]), replace(config, entropy_coef=0.0))
+    plain, _ = loss_of(policy, None, together([p]), replace(config, entropy_coef=0.0))
     no_entropy = torch.autograd.grad(plain, hidden)[0]
     expected, held, ratios = 0.0, [], []
     for n, o, a, h in zip(new.tolist(), p.old_logprobs.tolist(), p.advantages.tolist(), entropy.tolist(), strict=True):
@@ -565,7 +576,8 @@ def test_the_gradient_does_not_depend_on_the_microbatches(chat, policy, critic):
         packed = prepared(dialogues, *models, settings(rollout_batch_size=4, minibatch_size=4))
         learners = [make_learner(model, 1e-3, config) for model in models]
         parts.append(len(train_rlpa.microbatches(packed, tokens)))
-        sums = minibatch_update(*learners, packed, sum(len(p.targets) for p in packed), 1.0, config, True)
+        (minibatch,) = make_batches(packed, config)
+        sums = minibatch_update(*learners, minibatch, sum(len(p.targets) for p in packed), 1.0, config, True)
         results.append((sums, [torch.cat([q.grad.flatten() for q in model.parameters()]) for model in models]))
     for sums, gradients in results[1:]:
         for ours, reference in zip(gradients, results[0][1], strict=True):
@@ -588,7 +600,7 @@ def test_checkpointing_changes_memory_only(chat, policy, critic):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss, _ = policy_loss(model, None, together(packed), settings(kl_coef=0.0))
+            loss, _ = loss_of(model, None, together(packed), settings(kl_coef=0.0))
         loss.backward()
         kept.append(sum(sizes.values()))
         gradients.append([q.grad for q in model.parameters()])
@@ -626,9 +638,9 @@ def test_a_loss_that_is_not_finite_skips_the_update(policy, critic, name):
     getattr(packed[0], name)[1] = math.nan
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
     before = weights_of(policy, critic)
-    sums = minibatch_update(*learners, packed[:1], 11, 1.0, config, True)
+    sums = minibatch_update(*learners, make_batches(packed, config)[0], 11, 1.0, config, True)
     assert sums["updates_skipped"] == 2 and same(before, weights_of(policy, critic))
-    metrics = update(*learners, packed, config, (0, 2), True)
+    metrics = update(*learners, make_batches(packed, config), config, (0, 2), True)
     assert metrics["updates_skipped"] == 2 and not same(before, weights_of(policy, critic))
     assert all(q.isfinite().all() for q in weights_of(policy, critic))
 
@@ -639,12 +651,12 @@ def test_a_gradient_that_is_not_finite_skips_that_model(policy, critic):
     packed = prepared([random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)], policy, critic, config)
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
     handle = policy.model.norm.weight.register_hook(lambda grad: grad * math.inf)
-    before = weights_of(policy), weights_of(critic)
-    sums = minibatch_update(*learners, packed, 22, 1.0, config, True)
+    before, both = (weights_of(policy), weights_of(critic)), [train_rlpa.collate(packed)]
+    sums = minibatch_update(*learners, both, 22, 1.0, config, True)
     assert sums["updates_skipped"] == 1 and not math.isfinite(sums["policy_grad_norm"])
     assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
     handle.remove()
-    assert minibatch_update(*learners, packed, 22, 1.0, config, True)["updates_skipped"] == 0
+    assert minibatch_update(*learners, both, 22, 1.0, config, True)["updates_skipped"] == 0
     assert not same(before[0], weights_of(policy)) and all(q.isfinite().all() for q in weights_of(policy))
 
 
@@ -654,7 +666,7 @@ def test_critic_warm_up_leaves_the_policy_alone(policy, critic):
     packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
     before = weights_of(policy), weights_of(critic)
-    metrics = update(*learners, packed, config, (0, 2), False)
+    metrics = update(*learners, make_batches(packed, config), config, (0, 2), False)
     assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
     assert metrics["updates_skipped"] == 0
 
@@ -675,7 +687,7 @@ def test_the_schedule_reaches_the_optimizers(policy, critic):
     config = settings(num_epochs=2, warmup_share=0.0, min_lr_share=0.0)
     packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-2, config)
-    update(*learners, packed, config, (4, 20), True)
+    update(*learners, make_batches(packed, config), config, (4, 20), True)
     share = 0.5 * (1 + math.cos(math.pi * 7 / 19))  # updates 4, 5, 6 and 7 were taken
     assert [learner.optimizer.param_groups[0]["lr"] for learner in learners] == pytest.approx(
         [1e-3 * share, 1e-2 * share]
@@ -772,7 +784,7 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
     metrics = update(
         make_learner(policy, config.lr, config),
         make_learner(critic, config.critic_lr, config),
-        packed,
+        make_batches(packed, config),
         config,
         (0, 4),
         True,
@@ -850,15 +862,16 @@ def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
             monkeypatch.setattr(train_rlpa, "linear_logprob", reference_logprob)
             monkeypatch.setattr(train_rlpa, "ppo_head", eager_ppo)
         packed = [pack(d, config) for d in dialogues]
-        add_statistics(packed, policy, ref_policy, critic, config)
+        batches = make_batches(packed, config)
+        add_statistics(batches, policy, ref_policy, critic, config)
         for p in packed:
             add_advantages(p, config)
         whiten_advantages(packed)
         learners = make_learner(policy, config.lr, config), make_learner(critic, config.critic_lr, config)
         run = []
         for step in range(20):
-            minibatch = [p for p in packed if p.minibatch == step % 2]
-            count = sum(len(p.targets) for p in minibatch)
+            minibatch = batches[step % 2]
+            count = sum(len(batch.targets) for batch in minibatch)
             run.append(minibatch_update(*learners, minibatch, count, 1.0, config, True, ref_policy))
         losses.append(run)
     for ours, theirs in zip(*losses, strict=True):
@@ -889,6 +902,212 @@ def eager_ppo(hidden, weight, targets, old_logprobs, advantages, *, ref_logprobs
     ), statistics  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------- old log-probs from the sampler
+
+
+def test_the_samplers_logprobs_save_a_forward(chat, policy, critic, monkeypatch):
+    """Guards the saving and what it rests on: no forward of the policy in fp32, and the log-probs are the trainer's."""
+    config = settings(max_new_tokens=12, temperature=0.8)
+    packed = [pack(d, config) for d in play(policy, chat, config)]
+    found, forwards = [], []
+    monkeypatch.setattr(train_rlpa, "policy_hidden", lambda *args: forwards.append(args[0]) or policy_hidden(*args))
+    for source in ("trainer", "auto"):
+        again = replace(config, old_logprobs=source)
+        add_statistics(make_batches(packed, again), policy, None, critic, again)
+        found.append(torch.cat([p.old_logprobs for p in packed]))
+    assert len(forwards) == 2  # the trainer's, one per micro-batch
+    torch.testing.assert_close(*found, atol=2e-5, rtol=0)
+    assert train_rlpa.sampler_is_exact(policy, replace(config, old_logprobs="auto"))
+    assert not train_rlpa.sampler_is_exact(copy.deepcopy(policy).bfloat16(), replace(config, old_logprobs="auto"))
+
+
+def one_iteration(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> dict[str, float]:
+    """Metrics of one iteration with random rewards."""
+    learners = make_learner(policy, config.lr, config), make_learner(Critic.from_policy(policy), 1e-4, config)
+    personas = [Persona(str(i), FACTS) for i in range(8)]
+    return run_iteration(State(config, chat, *learners, None, personas, {}, World(Talker(), None)))[0]
+
+
+@pytest.mark.parametrize("source", ["sampler", "trainer"])
+def test_the_gap_between_sampler_and_trainer_is_seen(chat, shape, monkeypatch, source):
+    """Guards a gap that is 0 by construction: log-probs that the sampler notes wrongly by 0.01 show as 0.01."""
+    config = settings(max_new_tokens=6, kl_coef=0.0, old_logprobs=source)
+    assert one_iteration(lively(shape, 0), chat, config)["sampler_trainer_logprob_gap"] < 1e-5
+
+    def wrong(dialogue, config):
+        p = pack(dialogue, config)
+        return replace(p, sampler_logprobs=p.sampler_logprobs + 0.01)
+
+    monkeypatch.setattr(train_rlpa, "pack", wrong)
+    gap = one_iteration(lively(shape, 0), chat, config)["sampler_trainer_logprob_gap"]
+    assert gap == pytest.approx(0.01, rel=0.01)
+
+
+def test_mfu_is_the_model_flops_over_the_cards(chat, shape, monkeypatch):
+    """Guards the metric: absent where the card's peak is unknown, and else the counted FLOP over time and peak."""
+    config, seen = settings(max_new_tokens=6, kl_coef=0.0, num_epochs=2), []
+    assert "mfu" not in one_iteration(lively(shape, 0), chat, config)
+    monkeypatch.setattr(train_rlpa, "card_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(train_rlpa, "make_batches", lambda packed, c: seen.extend(packed) or make_batches(packed, c))
+    m = one_iteration(lively(shape, 0), chat, config)
+    masks = [(p.enter <= p.enter[:, None]) & (p.enter[:, None] < p.leave) for p in seen]  # who sees whom, densely
+    pairs = sum(int(mask.sum()) for mask in masks)
+    flops = 2 * memory.update_flops(shape, m["tree_tokens"], m["action_tokens"], pairs, True)
+    assert m["mfu"] * 989e12 * m["seconds_update"] == pytest.approx(flops)
+
+
+# -------------------------------------------------------------------------------------------- bf16 with fp32 masters
+
+
+def bf16_learners(*models: torch.nn.Module, lr: float = 1e-3) -> list[train_rlpa.Learner]:
+    return [make_learner(copy.deepcopy(model), lr, settings(), torch.bfloat16) for model in models]
+
+
+def test_bf16_gradients_are_summed_in_fp32(policy, critic):
+    """Guards sums in bf16, which drop what is 256 times smaller: each micro-batch is added to the masters exactly.
+
+    And the sum is the fp32 gradient of the same weights, to the rounding of bf16.
+    """
+    config = settings(rollout_batch_size=8, minibatch_size=8, microbatch_tokens=1, kl_coef=0.0)
+    packed = prepared([random_dialogue(i, [[3 + i, 5], [4, 2]]) for i in range(8)], policy, critic, config)
+    (minibatch,) = make_batches(packed, config)
+    learners, whole = bf16_learners(policy, critic), [make_learner(m, 1e-3, config) for m in (policy, critic)]
+    with torch.no_grad():  # the same weights in both
+        for rounded, learner in zip(learners, whole, strict=True):
+            for q, master in zip(rounded.model.parameters(), learner.masters.values(), strict=True):
+                master.copy_(q)
+
+    def gradients(one: train_rlpa.Learner, other: train_rlpa.Learner, batches: list) -> list[Tensor]:
+        for learner in (one, other):
+            learner.optimizer.zero_grad()
+        for batch in batches:
+            batch = batch.to(one.model.head_weight)
+            train_rlpa.add_gradients(one.model, other.model, batch, 8.0, config, True, None)
+        return [q.grad for learner in (one, other) for q in learner.masters.values()]
+
+    alone = [gradients(*learners, [batch]) for batch in minibatch]
+    assert all(torch.equal(g, g.bfloat16().float()) for g in alone[0])
+    sums = [sum(parts[1:], parts[0].clone()) for parts in zip(*alone, strict=True)]
+    ours = gradients(*learners, minibatch)
+    assert same(ours, sums) and len(minibatch) == 8
+    assert all(q.grad is None and q.dtype == torch.bfloat16 for x in learners for q in x.model.parameters())
+    for g, expected in zip(ours, gradients(*whole, minibatch), strict=True):
+        assert ((g - expected).norm() / expected.norm()).item() < 2**-5
+
+
+def test_small_steps_reach_bf16_weights():
+    """Guards updates lost to rounding: 1e-6 a step on 0.05, of which bf16 has no neighbour nearer than 2.4e-4."""
+    model = torch.nn.Linear(4, 4, bias=False)
+    torch.nn.init.constant_(model.weight, 0.05)
+    learner = make_learner(model, 1e-6, settings(), torch.bfloat16)
+    start, moved = model.weight.detach().clone(), []
+    for _ in range(300):
+        learner.optimizer.zero_grad()
+        (-model(torch.ones(4, dtype=torch.bfloat16)).sum()).backward()
+        assert train_rlpa.optimizer_step(learner, 1.0, 1e9)[1]
+        moved.append(bool((model.weight != start).all()))
+    assert learner.masters["weight"].mean().item() == pytest.approx(0.05 + 300e-6, rel=1e-3)
+    assert not any(moved[:50]) and moved[-1]
+    assert torch.equal(model.weight, learner.masters["weight"].bfloat16())
+
+
+def test_fp32_has_no_second_copy(policy):
+    """Guards the float32 mode: the masters are the parameters themselves, and no hook touches their gradients."""
+    learner = make_learner(policy, 1e-3, settings())
+    assert all(q is learner.masters[name] for name, q in policy.named_parameters())
+    assert not any(q._post_accumulate_grad_hooks for q in policy.parameters())
+
+
+def test_an_update_in_bf16_follows_fp32(policy, critic):
+    """Guards the whole chain in bf16: statistics and update agree (the first ratio is 1), and weights go the same way.
+
+    Adam's step has the size of the rate whatever the gradient's, so directions are compared, over all weights.
+    """
+    config = settings(rollout_batch_size=4, minibatch_size=4, kl_coef=0.0)
+    dialogues = [random_dialogue(i, [[9, 5], [4, 7]]) for i in range(4)]
+    start, moves = torch.cat([q.flatten() for q in weights_of(policy)]), []
+    for learners in (bf16_learners(policy, critic), [make_learner(m, 1e-3, config) for m in (policy, critic)]):
+        models = [learner.model for learner in learners]
+        packed = [pack(d, config) for d in dialogues]
+        batches = make_batches(packed, config)
+        add_statistics(batches, models[0], None, models[1], config)
+        for p in packed:
+            add_advantages(p, config)
+        whiten_advantages(packed)
+        metrics = update(*learners, batches, config, (0, 10), True)
+        assert metrics["ratio_dev_first"] < 1e-4 and metrics["updates_skipped"] == 0
+        moves.append(torch.cat([q.detach().flatten() for q in learners[0].masters.values()]) - start)
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9
+
+
+# --------------------------------------------------------------------------------------------------- a shared trunk
+
+
+def test_a_shared_trunk_gets_the_sum_of_both_gradients(policy, critic):
+    """Guards the joint backward: policy's gradient plus value_coef times the value's, and the head's of its own."""
+    config = settings(critic="shared", value_coef=0.3, kl_coef=0.0, entropy_coef=0.01)
+    packed = prepared([random_dialogue(i, [[9, 5], [4, 7]]) for i in range(2)], policy, critic, config)
+    batch, head = together(packed), ValueHead.from_policy(policy, seed=1)
+    alone, other_head = copy.deepcopy(policy), copy.deepcopy(head)
+    statistics = train_rlpa.add_gradients(policy, head, batch, 7.0, config, True, None)
+    hidden = policy_hidden(alone, batch)
+    loss, _ = policy_loss(hidden, alone.head_weight, None, batch, config)
+    vf_loss = value_loss(other_head(hidden), batch, config)
+    assert (statistics["policy_loss"].item(), statistics["value_loss"].item()) == (loss.item(), vf_loss.item())
+    (loss / 7).backward(retain_graph=True)
+    (0.3 * vf_loss / 7).backward()
+    assert_close_gradients(policy, alone, 1e-5)
+    assert_close_gradients(head, other_head, 1e-5)
+
+
+def test_one_forward_serves_policy_and_values(policy, critic, monkeypatch):
+    """Guards the saving of a shared trunk: one forward a micro-batch in the statistics, and one in the update."""
+    config = settings(critic="shared", kl_coef=0.0)
+    packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
+    batches, head, forwards = make_batches(packed, config), ValueHead.from_policy(policy), []
+    policy.register_forward_hook(lambda *_: forwards.append(1))
+    add_statistics(batches, policy, None, head, config)
+    assert len(forwards) == 2
+    learners = make_learner(policy, 1e-3, config), make_learner(head, 1e-3, config)
+    update(*learners, batches, config, (0, 2), True)
+    assert len(forwards) == 4
+
+
+def test_warm_up_of_a_shared_trunk_trains_the_head_alone(policy, critic):
+    """Guards the value loss against the trunk that samples: in the warm-up it stands still, bit for bit."""
+    config = settings(critic="shared")
+    packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
+    head = ValueHead.from_policy(policy)
+    learners, before = [make_learner(m, 1e-3, config) for m in (policy, head)], (weights_of(policy), weights_of(head))
+    metrics = update(*learners, make_batches(packed, config), config, (0, 2), False)
+    assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(head))
+    assert metrics["updates_skipped"] == 0 and all(q.grad is None for q in policy.parameters())
+
+
+def test_a_shared_trunk_learns_values_and_policy():
+    """Guards signs and learning rates of the joint step: on the shipped checkpoint both losses fall."""
+    config = settings(
+        ckpt=str(train_rlpa.TINY_CHECKPOINT), critic="shared", rollout_batch_size=4, minibatch_size=4, num_epochs=12,
+        max_new_tokens=24, lr=1e-3, critic_lr=1e-2, kl_coef=0.0, value_clip=10.0, old_logprobs="sampler",
+    )  # fmt: skip
+    policy, chat = load_policy(config.ckpt), ChatTokenizer.from_folder(config.ckpt)
+    head = ValueHead.from_policy(policy)
+    dialogues = play(policy, chat, config)
+    for number, candidate in enumerate(c for d in dialogues for turn in d.turns for c in turn.candidates):
+        candidate.profile_reward, candidate.response_reward = (number % 5) / 4, float(number % 3 == 0)
+    packed = [pack(d, config) for d in dialogues]
+    batches = make_batches(packed, config)
+    add_statistics(batches, policy, None, head, config)
+    for p in packed:
+        add_advantages(p, config)
+    whiten_advantages(packed)
+    learners = make_learner(policy, config.lr, config), make_learner(head, config.critic_lr, config)
+    count = sum(len(p.targets) for p in packed)
+    run = [minibatch_update(*learners, batches[0], count, 1.0, config, True) for _ in range(12)]
+    for name in ("policy_loss", "value_loss"):
+        assert run[-1][name] / count < run[0][name] / count - 0.02, name
+
+
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
@@ -897,14 +1116,13 @@ def test_ppo_learns_a_bandit(chat, shape, monkeypatch):
     config = settings(rollout_batch_size=8, minibatch_size=4, max_turns=1, num_candidates=8,
                       max_new_tokens=1, num_iterations=16, lr=1.5e-2, critic_lr=1.5e-2, kl_coef=0.0)  # fmt: skip
 
-    def score_turns(dialogues, *args):
-        for candidate in (c for d in dialogues for c in d.turns[-1].candidates):
-            candidate.response_reward = float(candidate.token_ids[0] % 2 == 0)
-            candidate.ledger = dict.fromkeys(
-                ("f1", "n_lines", "n_unsupported", "n_disclosed", "n_recalled", "evidence_f1", "max_f1"), 0
-            )
+    def judge(candidate, *args):
+        candidate.response_reward = float(candidate.token_ids[0] % 2 == 0)
+        candidate.ledger = dict.fromkeys(
+            ("f1", "n_lines", "n_unsupported", "n_disclosed", "n_recalled", "evidence_f1", "max_f1"), 0
+        )
 
-    monkeypatch.setattr(train_rlpa, "score_turns", score_turns)
+    monkeypatch.setattr(train_rlpa, "judge", judge)
     policy = random_policy(shape, 0)
     learners = (
         make_learner(policy, config.lr, config),

@@ -150,7 +150,8 @@ def refused(capsys, monkeypatch) -> Callable[..., str]:
         ("--minibatch-size", "3"), ("--num-iterations", "-2"), ("--personas", "absent.jsonl"),
         ("--eval-personas", "absent.jsonl"),
         ("--simulator-url", "ftp://x"), ("--judge-url", "not a url"), ("--api-key-env", "NO_SUCH_KEY_IS_SET"),
-        ("--critic-ckpt", "no-such-critic"), ("--run-dir", "/dev/null/run"),
+        ("--critic-ckpt", "no-such-critic"), ("--run-dir", "/dev/null/run"), ("--old-logprobs", "none"),
+        ("--critic", "both"), ("--dtype", "float16"), ("--value-coef", "-1"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line(ckpt, user_url, tmp_path, refused, bad):
@@ -174,6 +175,9 @@ def test_bad_combinations_are_one_line(ckpt, refused, tmp_path):
     assert "--judge-url" in refused("--ckpt", ckpt, "--profile-judge", "http")
     both = ("--profile-judge", "http", "--judge-url", "http://127.0.0.1:9", "--profile-target", "evidence")
     assert "--profile-target" in refused("--ckpt", ckpt, *both)
+    shared = refused("--ckpt", ckpt, "--critic", "shared", "--critic-ckpt", tmp_path)
+    assert "--critic-ckpt" in shared and "--critic separate" in shared
+    assert "--critic shared" in refused("--ckpt", ckpt, "--value-coef", "0.1")
 
 
 def damaged(ckpt: Path, folder: Path, name: str, text: str | None) -> Path:
@@ -303,6 +307,20 @@ def test_checkpoints_are_in_hugging_face_layout(ckpt, user_url, tmp_path):
        "--simulator-url", user_url, "--num-iterations", 1)  # fmt: skip
 
 
+def test_a_run_in_bf16_saves_its_masters_and_a_shared_critic_its_head(ckpt, user_url, tmp_path):
+    """Guards checkpoints that round the masters or hold the trunk twice: fp32 that bf16 cannot hold, and (1, D)."""
+    run = tmp_path / "run"
+    go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--num-iterations", 1, "--dtype", "bfloat16",
+       "--critic", "shared")  # fmt: skip
+    (train,) = records(run, "train")
+    assert train["updates_skipped"] == 0 and train["ratio_dev_first"] < 1e-4
+    folder = train_rlpa.newest_checkpoint(str(run))
+    policy, critic = (load_file(folder / name / "model.safetensors") for name in ("policy", "critic"))
+    assert {name: tuple(x.shape) for name, x in critic.items()} == {"value_head.weight": (1, 32)}
+    for weights in (policy, critic):
+        assert all(x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float()) for x in weights.values())
+
+
 @pytest.mark.parametrize("n", [10, 1])
 def test_any_number_of_personas(ckpt, user_url, tmp_path, n):
     """Guards the partial last batch that the published code crashes on: 10 personas make batches of 4, 4 and 2."""
@@ -335,7 +353,12 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--credit", "dialogue", "--reward-at", "segment", "--history-profile", "latest")]
+    "more",
+    [
+        (),
+        ("--credit", "dialogue", "--reward-at", "segment", "--history-profile", "latest"),
+        ("--critic", "shared", "--dtype", "bfloat16"),
+    ],
 )
 def test_resume_equals_the_uninterrupted_run(ckpt, user_url, tmp_path, monkeypatch, refused, more):
     """Guards every hidden state: killed while iteration 4 runs and resumed from 2, a run ends bit for bit the same.
@@ -404,9 +427,9 @@ def polite(text: str) -> tuple[int, str]:
 
 def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
     """Guards the loss and the metrics against dialogues without an end: masked, counted, and never a reward of 0."""
-    packed = []
+    batches = []
     update = train_rlpa.update
-    monkeypatch.setattr(train_rlpa, "update", lambda *args: packed.append(args[2]) or update(*args))
+    monkeypatch.setattr(train_rlpa, "update", lambda *args: batches.append(args[2]) or update(*args))
 
     def half_broken(text: str) -> tuple[int, str]:
         return (500, "out of memory") if "pilot" in text else polite(text)
@@ -424,7 +447,8 @@ def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
     }  # fmt: skip
     tokens = [sum(c["tokens"] for turn in e["turns"] for c in turn["candidates"]) for e in episodes]
     kept = sum(n for n, e in zip(tokens, episodes, strict=True) if e["dropped"] is None)
-    assert train["action_tokens"] == kept == sum(len(p.targets) for p in packed[0]) < sum(tokens)
+    trained = sum(len(batch.targets) for minibatch in batches[0] for batch in minibatch)
+    assert train["action_tokens"] == kept == trained < sum(tokens)
     assert all(r["dialogues_dropped"] == 1 for r in records(run, "heldout/sampled"))
 
 
