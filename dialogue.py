@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-BRANCH_BLOCK = 256  # tokens of branches whose attention is computed together
+BRANCH_BLOCK = 128  # tokens of branches whose attention is computed together
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
 then reply:
 <profile>

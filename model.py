@@ -406,7 +406,7 @@ class KVCache:
                 torch.index_select(old[:, :, :shared], 0, index, out=tensors[layer_idx][: len(kept), :, :shared])
 
     def adopt(self, row: int, prompt: int, tokens: int, candidate: int, n: int) -> None:
-        """Move the candidate's tokens, every nth slot behind the prompt, together: the row is a plain sequence again."""
+        """Move the candidate's tokens, every nth slot behind the prompt, together: a plain sequence again."""
         for stored in self.keys + self.values:
             own = stored[row, :, prompt + candidate : prompt + n * tokens : n]
             stored[row, :, prompt : prompt + tokens] = own.clone()  # the two overlap

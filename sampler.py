@@ -194,8 +194,8 @@ class Sampler:
             if running:
                 return False
             raise ValueError(
-                f"one dialogue needs {slots:,} slots of the KV cache, {slots * self.bytes_per_slot / 2**30:.3g} GiB; the"
-                f" budget is {self.kv_bytes / 2**30:.3g} GiB: raise --kv-gib, or lower --max-new-tokens,"
+                f"one dialogue needs {slots:,} slots of the KV cache, {slots * self.bytes_per_slot / 2**30:.3g} GiB;"
+                f" the budget is {self.kv_bytes / 2**30:.3g} GiB: raise --kv-gib, or lower --max-new-tokens,"
                 f" --num-candidates, --max-turns or --max-user-tokens"
             )
         parked = [i for i, row in enumerate(self.rows) if row is not None and not row.running]

@@ -134,6 +134,7 @@ QUESTION_PATTERNS: dict[str, re.Pattern[str]] = {
 }
 
 
+@lru_cache(maxsize=1 << 14)  # each candidate of each turn is held against the same facts
 def split_fact(fact: str) -> tuple[str | None, str]:
     """Split a fact into its slot (None for prose) and its value.
 
@@ -192,6 +193,7 @@ def contains_phrase(text: str, phrase: str) -> bool:
     return bool(needle) and f" {' '.join(needle)} " in f" {' '.join(words(text))} "
 
 
+@lru_cache(maxsize=1 << 16)
 def mentions(fact: str, text: str) -> bool:
     """Tell whether a text gives a fact away: a slot's value literally, prose by half of its content words.
 

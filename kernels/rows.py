@@ -48,16 +48,17 @@ class Rows:
         """Give what the torch path reads row by row, worked out once for all layers."""
         n, found, first = self.members.shape[1], [], 0
         prompt, lengths, place = self.prompt.tolist(), self.lengths.tolist(), self.place.tolist()
-        for last in range(1, len(place) + 1):
-            row = place[first] // n
-            if last == len(place) or place[last] // n != row:
-                mask = None
-                if n > 1 and row >= 0:
-                    mask = visible(n, prompt[row], lengths[row], self.place.device)
-                    mask = mask if last - first == n else mask[self.place[first:last] - row * n]
-                    mask = mask[None, None]
-                found.append(Read(first, last, row, lengths[row], mask))
-                first = last
+        while first < len(place):
+            row, last = place[first] // n, first + 1
+            while last < len(place) and place[last] // n == row:
+                last += 1
+            mask = None
+            if n > 1 and row >= 0:
+                mask = visible(n, prompt[row], lengths[row], self.place.device)
+                if last - first < n:
+                    mask = mask[:, :, [at % n for at in place[first:last]]]
+            found.append(Read(first, last, row, lengths[row], mask))
+            first = last
         return found
 
     @cached_property
@@ -80,18 +81,18 @@ class Rows:
 
 
 def visible(n: int, prompt: int, used: int, device: torch.device) -> Tensor:
-    """Return (n, used) fp32: 0 where candidate c sees a slot, else −∞. A view: many rows share one table.
+    """Return (1, 1, n, used) fp32: 0 where candidate c sees a slot, else −∞. A view: many rows share one table.
 
-    >>> visible(2, 1, 5, torch.device("cpu")).isfinite().long().tolist()
+    >>> visible(2, 1, 5, torch.device("cpu"))[0, 0].isfinite().long().tolist()
     [[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
     """
     prompts, own = (1 << (max(1, size) - 1).bit_length() for size in (prompt, used - prompt))
-    return visibility_table(n, prompts, own, device)[:, prompts - prompt :][:, :used]
+    return visibility_table(n, prompts, own, device).narrow(3, prompts - prompt, used)
 
 
 @lru_cache(maxsize=64)
 def visibility_table(n: int, prompt: int, own: int, device: torch.device) -> Tensor:
-    """Return (n, prompt + own) fp32: 0 on the prompt and on a candidate's own slots, else −∞."""
+    """Return (1, 1, n, prompt + own) fp32: 0 on the prompt and on a candidate's own slots, else −∞."""
     slot, candidate = torch.arange(prompt + own, device=device), torch.arange(n, device=device)[:, None]
     seen = (slot < prompt) | ((slot - prompt) % n == candidate)
-    return torch.zeros(n, prompt + own, device=device).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(1, 1, n, prompt + own, device=device).masked_fill_(~seen, -torch.inf)
