@@ -142,6 +142,8 @@ class Sampler:
     def adopt(self, key: int, candidate: int) -> None:
         """Keep what the row holds of this candidate behind its prompt; the next prompt may go on from there."""
         index = self.index_of(key)
+        if index is None:  # the row was lost while its candidates were judged: the next prompt is computed whole
+            return
         row = self.rows[index]
         stored = row.draws[candidate].token_ids[:-1]  # the last sampled id was never fed
         if self.n > 1 and stored:

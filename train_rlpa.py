@@ -1523,7 +1523,8 @@ def progress_line(state: State, m: dict[str, float]) -> str:
     split = " ".join(
         f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "waiting", "rewards", "statistics", "update")
     )
-    reused = m["tokens_kept"] / max(1, m["tokens_kept"] + m["tokens_prefilled"])
+    kept, prefilled = m.get("tokens_kept", 0), m.get("tokens_prefilled", 0)  # absent: none
+    reused = kept / max(1, kept + prefilled)
     mfu = f" mfu {m['mfu']:.2f}" if "mfu" in m else ""
     return (
         f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"

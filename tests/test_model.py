@@ -13,17 +13,19 @@ from kernels.tree_attention import Block, make_tree
 from model import (
     INDEX,
     SINGLE,
+    Cached,
+    Chunk,
     Critic,
     KVCache,
     Qwen2Config,
     Qwen2ForCausalLM,
-    generate,
     load_critic,
     load_policy,
     random_policy,
     resolve_checkpoint,
     save_pretrained,
 )
+from sampler import generate
 
 transformers = pytest.importorskip("transformers", reason="the parity tests compare with transformers' Qwen2")
 CONFIG_05B = Path(__file__).parents[1].parent / "shared" / "qwen2.5" / "config-0.5B-Instruct.json"
@@ -109,13 +111,13 @@ def test_greedy_generation_matches_transformers(tied):
     policy = randomised(tiny_config(tie_word_embeddings=tied, eos_token_id=None))
     hf = peer(policy)
     prompts = [some_ids(policy.config, length, seed=length).tolist() for length in (1, 5, 12, 30)]
-    ours = generate(policy, KVCache(policy.config, 4, 64), prompts, max_new_tokens=24, stop_ids=[], temperature=0)
-    for prompt, sampled in zip(prompts, ours.token_ids, strict=True):
+    draws = generate(policy, prompts, max_new_tokens=24, stop_ids=[], temperature=0)
+    for prompt, sampled in zip(prompts, [draw.token_ids for draw in draws], strict=True):
         row = torch.tensor([prompt])
         # With no mask given, generate() would take ids equal to pad_token_id for padding.
         theirs = hf.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=24)
         assert theirs[0, len(prompt) :].tolist() == sampled
-    assert len({token for sampled in ours.token_ids for token in sampled}) > 10  # not just one token repeated
+    assert len({token for draw in draws for token in draw.token_ids}) > 10  # not just one token repeated
 
 
 def test_half_a_billion_widths_match_transformers():
@@ -166,15 +168,76 @@ def test_token_tree_equals_separate_rows():
     assert (unmasked[11:] - hidden[11:]).abs().max() > 1e-3  # the mask is not ignored
 
 
+def cached_forward(policy: Qwen2ForCausalLM, cache: KVCache, parts: list[tuple[int, torch.Tensor, int]]):
+    """One forward over new tokens of some rows, (row, ids, slots in use before), packed in this order."""
+    chunks, slots, first = [], [], 0
+    for row, ids, before in parts:
+        chunks.append(Chunk(row, first, first + len(ids), before + len(ids)))
+        slots += range(before, before + len(ids))
+        first += len(ids)
+    rows = torch.tensor([chunk.row for chunk in chunks for _ in range(chunk.first, chunk.last)])
+    context = Cached(cache, rows, torch.tensor(slots), chunks=chunks)
+    return policy(torch.cat([ids for _, ids, _ in parts])[None], torch.tensor([slots]), context)[0]
+
+
+@torch.no_grad()
 def test_cached_chunks_equal_one_forward():
-    """Guards the cache at model level: chunks of 9, 1 and 5 tokens see what one forward over 15 sees."""
+    """Guards the cache at model level: ragged chunks, packed with those of other rows, see what one forward sees.
+
+    What stands in the cache from before, or behind the slots in use, is not seen.
+    """
     policy = randomised(tiny_config())
-    token_ids = some_ids(policy.config, 3, 15)
-    cache = KVCache(policy.config, 3, 15)
-    with torch.no_grad():
-        parts = [policy(chunk, cache=cache) for chunk in token_ids.split([9, 1, 5], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), policy(token_ids), atol=1e-5, rtol=0)
-    assert cache.lengths.tolist() == [15, 15, 15]
+    token_ids, cache = some_ids(policy.config, 3, 15), KVCache(policy.config, 4, 16)
+    for stored in cache.keys + cache.values:
+        stored.fill_(100.0)
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+    for spans in ([(2, 0, 9), (0, 0, 1), (1, 0, 4)], [(0, 1, 2), (2, 9, 14)], [(1, 4, 15), (0, 2, 15), (2, 14, 15)]):
+        hidden = cached_forward(policy, cache, [(row + 1, token_ids[row, a:b], a) for row, a, b in spans])
+        for (row, _, _), part in zip(spans, hidden.split([b - a for _, a, b in spans]), strict=True):
+            found[row].append(part)
+    expected = policy(token_ids)
+    for row, parts in found.items():
+        torch.testing.assert_close(torch.cat(parts), expected[row], atol=1e-5, rtol=0)
+    for stored in cache.keys + cache.values:
+        assert (stored[0] == 100.0).all() and (stored[:, :, 15] == 100.0).all()
+
+
+def test_cache_size():
+    """Guards the memory table: 2 * L * B * Hkv * capacity * Dh numbers."""
+    cache = KVCache(tiny_config(), 5, 32)
+    assert cache.shape == (5, 32) and cache.nbytes == 2 * 2 * 5 * 2 * 32 * 12 * 4
+    assert KVCache(tiny_config(), 5, 32, torch.bfloat16, "meta").nbytes == cache.nbytes // 2
+
+
+@pytest.mark.parametrize("capacity", [3, 5, 9])
+def test_cache_moves(capacity):
+    """Guards rows that change places when the cache is resized: each is itself up to the capacity, the rest is 0."""
+    cache = KVCache(tiny_config(), 4, 5)
+    for number, stored in enumerate(cache.keys + cache.values):
+        stored.copy_(torch.randn(stored.shape, generator=torch.Generator().manual_seed(number)))
+    before = cache.keys + cache.values
+    cache.move([3, 1], 3, capacity)
+    shared = min(5, capacity)
+    assert cache.shape == (3, capacity)
+    for old, new in zip(before, cache.keys + cache.values, strict=True):
+        assert torch.equal(new[:2, :, :shared], old[[3, 1], :, :shared])
+        assert not new[2].any() and not new[:, :, shared:].any()
+    cache.move([], 1, 2)
+    assert cache.shape == (1, 2) and not any(stored.any() for stored in cache.keys + cache.values)
+
+
+@pytest.mark.parametrize("candidate", [0, 2])
+def test_cache_adopts(candidate):
+    """Guards the move of interleaved slots onto one another: every third one, in order, and no other row is touched."""
+    cache, shape = KVCache(tiny_config(), 2, 14), (2, 2, 14, 12)
+    slots = torch.arange(14.0).view(1, 1, 14, 1).expand(shape)
+    for stored in cache.keys + cache.values:
+        stored.copy_(slots)
+    cache.adopt(1, 4, 3, candidate, 3)  # a prompt of 4 slots, 3 tokens of each of 3 candidates
+    own = [4 + candidate, 7 + candidate, 10 + candidate]
+    for stored in cache.keys + cache.values:
+        assert stored[1, 0, :7, 0].tolist() == [0, 1, 2, 3, *own]
+        assert torch.equal(stored[0], slots[0]) and (stored[1] == stored[1, :1, :, :1]).all()
 
 
 PLAIN = make_tree(torch.arange(4), torch.full((4,), 4), [Block(4, None)], torch.float32)
@@ -185,10 +248,8 @@ PLAIN = make_tree(torch.arange(4), torch.full((4,), 4), [Block(4, None)], torch.
     [
         (dict(token_ids=torch.zeros(4, dtype=torch.long)), "token_ids must be"),
         (dict(position_ids=torch.zeros(1, 4, dtype=torch.long)), "position_ids must be"),
-        (dict(tree=PLAIN), "a tree needs position_ids"),
-        (dict(tree=PLAIN, position_ids=torch.zeros(2, 4, dtype=torch.long)), "must be one row of the tree's 4 tokens"),
-        (dict(tree=PLAIN, cache=KVCache(tiny_config(), 2, 8)), "excludes a cache"),
-        (dict(cache=KVCache(tiny_config(), 3, 8)), "3 rows, the batch 2"),
+        (dict(token_ids=torch.zeros(1, 4, dtype=torch.long), context=PLAIN), "one row of tokens, got 1, and position"),
+        (dict(position_ids=torch.zeros(2, 4, dtype=torch.long), context=PLAIN), "one row of tokens, got 2"),
     ],
 )
 def test_forward_checks_its_shapes(arguments, words):

@@ -334,29 +334,31 @@ def test_only_a_count_is_a_count(text):
 
 
 class ScriptedJudge:
-    """Answer each request by its own script, one entry per time it is asked."""
+    """Give these answers, one each time it is asked, and note the seeds."""
 
-    def __init__(self, *scripts: list[str | Exception]):
-        self.scripts, self.calls = [list(script) for script in scripts], []
+    def __init__(self, *answers: str | Exception):
+        self.answers, self.seeds = list(answers), []
 
-    def chat_many(self, requests, seeds):
-        self.calls.append([(request[0]["content"], seed) for request, seed in zip(requests, seeds, strict=True)])
-        return [self.scripts[int(request[0]["content"])].pop(0) for request in requests]
-
-
-def test_unparsable_answers_are_asked_again_and_failures_are_not():
-    """Guards: a lost verdict scored 0, an endless retry, a retry with the same seed, answers that change places."""
-    judge = ScriptedJudge(["?", '{"covered": 1}'], [TimeoutError("late")], ['{"covered": 2}'], ["?"] * 3,
-                          ["?", ConnectionError("gone")])
-    requests = [[{"role": "user", "content": str(i)}] for i in range(5)]
-    verdicts = rewards.ask_judge(judge.chat_many, requests, rewards.parse_covered, seeds=[10, 20, 30, 40, 50])
-    assert verdicts == [1, None, 2, None, None]
-    assert judge.calls == [[(str(i), 10 * (i + 1)) for i in range(5)], [("0", 11), ("3", 41), ("4", 51)], [("3", 42)]]
+    def ask(self, messages, seed):
+        assert messages == [{"role": "user", "content": "judge this"}]
+        self.seeds.append(seed)
+        return self.answers.pop(0)
 
 
-def test_a_judge_is_not_called_for_nothing():
-    """Guards: an empty second request when all is parsed, and a call without any request."""
-    judge = ScriptedJudge(['{"covered": 0}'])
-    assert rewards.ask_judge(judge.chat_many, [[{"role": "user", "content": "0"}]], rewards.parse_covered, [1]) == [0]
-    assert len(judge.calls) == 1
-    assert rewards.ask_judge(lambda requests, seeds: [], [], rewards.parse_covered, []) == []
+@pytest.mark.parametrize(("answers", "verdict"), [
+    (['{"covered": 2}'], 2), (['{"covered": 0}'], 0), (["?", '{"covered": 1}'], 1), (["?", "!", '{"covered": 1}'], 1),
+    (["?"] * 3, None), ([TimeoutError("late")], None), (["?", ConnectionError("gone")], None)])
+def test_unparsable_answers_are_asked_again_and_failures_are_not(answers, verdict):
+    """Guards: a lost verdict scored 0, an endless retry, a retry with the same seed, a 0 that passes for no verdict."""
+    judge = ScriptedJudge(*answers)
+    request = [{"role": "user", "content": "judge this"}]
+    assert rewards.ask_judge(judge.ask, request, rewards.parse_covered, seed=40) == verdict
+    assert judge.seeds == [40, 41, 42][: len(answers)] and judge.answers == []
+
+
+def test_the_number_of_tries_is_a_limit():
+    """Guards: n_tries that is ignored, or counts only the tries after the first."""
+    judge = ScriptedJudge("?", "?", '{"covered": 1}')
+    request = [{"role": "user", "content": "judge this"}]
+    assert rewards.ask_judge(judge.ask, request, rewards.parse_covered, 7, n_tries=2) is None
+    assert judge.seeds == [7, 8]

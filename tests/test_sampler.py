@@ -13,7 +13,7 @@ import torch
 import sampler as sampler_module
 from kernels.sample_head import sample
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from sampler import Draw, Sampler, generate
+from sampler import STEP, Draw, Sampler, generate
 
 CONFIG = Qwen2Config(vocab_size=53, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -311,8 +311,8 @@ def test_the_row_holds_what_it_says(policy, n):
         for key, prompt in enumerate(prompts):
             winner = draws[key * n + (key + turn) % n]
             sampler.adopt(key, winner.candidate)
-            assert sampler.rows[key].token_ids == prompt + winner.token_ids[:-1]
-            expected = computed(policy, sampler.rows[key].token_ids)
+            assert sampler.rows[sampler.index_of(key)].token_ids == prompt + winner.token_ids[:-1]
+            expected = computed(policy, prompt + winner.token_ids[:-1])
             torch.testing.assert_close(stored(sampler, key), expected, atol=1e-5, rtol=0)
             prompts[key] = next_prompt(prompt, winner.token_ids, key, turn)
 
@@ -357,11 +357,10 @@ def test_dialogues_join_and_leave_in_mid_flight(policy, assert_exact, n, batch_s
 
     `play` asserts at each step that there is one lane for each running candidate, and none else.
     """
-    sampler, mixed = new_sampler(policy, n=n, batch_size=batch_size), []
-    steps = []  # of the lanes: different ones decode together
-    assert_exact(sampler, play(sampler, PROMPTS, watch=lambda s: steps.append(set(s.lanes[3].tolist()))))
-    mixed = [len(lanes) for lanes in steps]
-    assert batch_size == 1 or max(mixed) > 1
+    sampler = new_sampler(policy, n=n, batch_size=batch_size)
+    ages: list[set[int]] = []  # of those that decode together
+    assert_exact(sampler, play(sampler, PROMPTS, watch=lambda sampler: ages.append(set(sampler.lanes[STEP].tolist()))))
+    assert batch_size == 1 or max(map(len, ages)) > 1
     assert sampler.counts["kv_evictions"] == 0  # parked dialogues keep their rows: a turn's old ids are never computed
     assert sampler.counts["tokens_prefilled"] < sampler.counts["tokens_kept"] + sum(map(len, PROMPTS))
 
@@ -422,7 +421,7 @@ def test_a_small_budget_gives_the_same_samples(policy, assert_exact, n, rows, la
 @pytest.mark.parametrize("lag", [0, 1])
 def test_growth_in_mid_run_is_exact(policy, n, lag):
     """Guards the move to a larger cache while others decode, wait parked, and are started but not prefilled."""
-    sampler, seeds = new_sampler(policy, n=n, lag=lag, stop_ids=[], max_rows=5), [range(10 * k, 10 * k + n) for k in range(9)]
+    sampler, seeds = new_sampler(policy, n=n, lag=lag, stop_ids=[], max_rows=5), [range(k, k + n) for k in range(6)]
     settings = dict(n=n, max_new_tokens=20, stop_ids=[])
     assert sampler.start(0, PROMPTS[0], seeds[0]) and sampler.start(1, PROMPTS[2], seeds[1])
     finish(sampler)
@@ -433,12 +432,12 @@ def test_growth_in_mid_run_is_exact(policy, n, lag):
     ended = [draw for _ in range(5) for draw in sampler.step()]  # row 0 decodes
     assert sampler.start(3, PROMPTS[3], seeds[3])  # waits for its prefill
     assert sampler.cache.shape[1] == capacity
-    assert sampler.start(4, PROMPTS[4] * 2, seeds[4]) and sampler.cache.shape[1] > capacity
+    assert sampler.start(4, PROMPTS[4] * 4, seeds[4]) and sampler.cache.shape[1] > capacity
     assert torch.equal(stored(sampler, 1), parked) and ended == []
     ended += [draw for _ in range(3) for draw in sampler.step()]
-    assert sampler.start(5, PROMPTS[4] * 4, seeds[5])  # again, and now three decode
+    assert sampler.start(5, PROMPTS[4] * 9, seeds[5])  # again, and now three decode
     ended = sorted(ended + finish(sampler), key=lambda draw: (draw.key, draw.candidate))
-    expected = [PROMPTS[1], PROMPTS[3], PROMPTS[4] * 2, PROMPTS[4] * 4]
+    expected = [PROMPTS[1], PROMPTS[3], PROMPTS[4] * 4, PROMPTS[4] * 9]
     alone = [generate(policy, [prompt], seeds=seeds[key + 2], **settings) for key, prompt in enumerate(expected)]
     assert_same(ended, [draw for draws in alone for draw in draws])
     assert torch.equal(stored(sampler, 1), parked)
@@ -514,26 +513,22 @@ def test_the_cache_may_be_filled_to_the_last_slot(policy):
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_reading_late_changes_nothing(policy, n):
-    """Guards the host's lag on a GPU: for stops at any step the same draws come, one step later, and as exact."""
-    steps = []
-    for lag in (0, 1):
-        sampler = new_sampler(policy, n=n, lag=lag)
+    """Guards the host's lag on a GPU: for stops at any step the same draws come, as exact, one step late."""
+    def decoded(lag: int):
+        sampler, ended, steps = new_sampler(policy, n=n, lag=lag), [], 0
         for key, prompt in enumerate(PROMPTS):
             assert sampler.start(key, prompt, [10 * key + c for c in range(n)])
-        ended, when = [], {}
         while sampler.running:
-            for draw in sampler.step():
-                ended.append(draw)
-                when[draw.key, draw.candidate] = len(steps) + 1
-            steps.append(len(sampler.draws))
-        assert {len(draw.token_ids) for draw in ended} >= ({1, 2, 20} if n == 4 else {20})
-        if lag:
-            assert_same(sorted(ended, key=lambda d: (d.key, d.candidate)), on_time)
-            for draw in ended:  # the prefill and the first decode are one step: on time a candidate of 2 ends in it
-                assert when[draw.key, draw.candidate] == max(1, len(draw.token_ids))
-        else:
-            on_time = sorted(ended, key=lambda d: (d.key, d.candidate))
-        steps = []
+            steps += 1
+            ended += [(draw.key, draw.candidate, draw, steps) for draw in sampler.step()]
+        return zip(*[(draw, step) for _, _, draw, step in sorted(ended, key=lambda item: item[:2])], strict=True)
+
+    (on_time, steps), (late, late_steps) = decoded(0), decoded(1)
+    assert_same(late, on_time)
+    lengths = [len(draw.token_ids) for draw in on_time]
+    assert {1, 2, 20} <= set(lengths) if n == 4 else 20 in lengths
+    # The first step gives two tokens, the prefill's and a decoded one.
+    assert list(steps) == [max(1, length - 1) for length in lengths] and list(late_steps) == lengths
 
 
 # ------------------------------------------------------------------------------------------------- errors, small print

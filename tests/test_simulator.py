@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from email.utils import formatdate
 from pathlib import Path
@@ -232,6 +233,27 @@ def test_a_blank_reply_is_retried_with_another_seed_and_nothing_else_is():
 
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         assert client.chat(ASK, seed=7) == "ok" and seeds == [7, 7, 8]
+
+
+def test_ask_returns_what_became_of_the_call_from_any_thread():
+    """Guards the rollout's own threads: a text or the error itself, never raised, whoever asks, and all are counted.
+
+    More threads than `max_concurrency`: that limits the client's workers, not those who ask for themselves.
+    """
+    def behave(sock, request, headers):
+        text = request["messages"][0]["content"]
+        sock.sendall(http_reply(b"", "400 Bad Request") if text == "bad" else http_reply(completion(f"re: {text}")))
+
+    with hostile_server(behave) as url, closing(ChatClient(url, "m", max_concurrency=1)) as client:
+        failure = client.ask([{"role": "user", "content": "bad"}], 3)
+        assert isinstance(failure, ChatError) and failure.reason == "http_4xx" and "HTTP 400" in str(failure)
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(client.ask, [{"role": "user", "content": f"{i}"}], i) for i in range(40)]
+            assert [call.result() for call in asked] == [f"re: {i}" for i in range(40)]
+        assert client.ask(ASK).startswith("re: ")  # without a seed
+        assert (client.counts["requests"], client.counts["failures"]) == (42, {"http_4xx": 1})
+    late = client.ask(ASK, 1)
+    assert isinstance(late, ChatError) and "the client was closed" in str(late)
 
 
 def test_server_that_dies_and_comes_back():

@@ -18,17 +18,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train_rlpa
-from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn
+from dialogue import ChatTokenizer, Dialogue
 from make_tiny import render_turn, scripted_dialogue, train_tokenizer
-from model import Qwen2Config, Samples, load_critic, load_policy, random_policy, save_pretrained
+from model import Qwen2Config, load_critic, load_policy, random_policy, save_pretrained
+from sampler import Draw
 from simulator import ChatClient, make_server
-from train_rlpa import Config, Play, World, parse_args, score_turns
+from train_rlpa import Config, Play, World, parse_args, rollout
 
 ROOT = Path(train_rlpa.__file__).parent
 SMALL = {
@@ -151,7 +153,8 @@ def refused(capsys, monkeypatch) -> Callable[..., str]:
         ("--eval-personas", "absent.jsonl"),
         ("--simulator-url", "ftp://x"), ("--judge-url", "not a url"), ("--api-key-env", "NO_SUCH_KEY_IS_SET"),
         ("--critic-ckpt", "no-such-critic"), ("--run-dir", "/dev/null/run"), ("--old-logprobs", "none"),
-        ("--critic", "both"), ("--dtype", "float16"), ("--value-coef", "-1"),
+        ("--critic", "both"), ("--dtype", "float16"), ("--value-coef", "-1"), ("--decode-batch-size", "0"),
+        ("--kv-gib", "-1"), ("--reply-steps", "-2"), ("--max-concurrency", "0"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line(ckpt, user_url, tmp_path, refused, bad):
@@ -367,7 +370,8 @@ def test_resume_equals_the_uninterrupted_run(ckpt, user_url, tmp_path, monkeypat
     and half-written checkpoint must not be in the way.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    arguments = ("--ckpt", ckpt, "--simulator-url", user_url, "--num-iterations", 4, "--save-every", 2, *more)
+    arguments = ("--ckpt", ckpt, "--simulator-url", user_url, "--num-iterations", 4, "--save-every", 2,
+                 "--reply-steps", 4, *more)  # fmt: skip
     go(*arguments, "--run-dir", whole)
 
     run_iteration = train_rlpa.run_iteration
@@ -398,9 +402,12 @@ def test_resume_equals_the_uninterrupted_run(ckpt, user_url, tmp_path, monkeypat
 
 
 def test_a_run_is_reproducible_and_depends_on_its_seed(ckpt, user_url, tmp_path):
-    """Guards unseeded streams: the same seed gives the same run, another seed another one."""
+    """Guards unseeded streams: the same seed gives the same run, bit for bit, and another seed another one.
+
+    With an endpoint of one's own that takes --reply-steps; with the embedded user it is the default.
+    """
     a, b, c = (tmp_path / name for name in "abc")
-    arguments = ("--ckpt", ckpt, "--simulator-url", user_url, "--num-iterations", 1)
+    arguments = ("--ckpt", ckpt, "--simulator-url", user_url, "--num-iterations", 1, "--reply-steps", 4)
     for run, seed in ((a, 1), (b, 1), (c, 2)):
         go(*arguments, "--run-dir", run, "--seed", seed)
     assert records(a) == records(b) and identical(tensors(a, 1), tensors(b, 1))
@@ -554,20 +561,51 @@ GOOD = '{"naturalness": 1, "relevance": 1, "logical_consistency": 1, "engagement
 POOR = GOOD.replace('"engagement": 1', '"engagement": 0')
 
 
+class ScriptedSampler:
+    """Stands in for the sampler: in every turn the candidates write these texts."""
+
+    def __init__(self, chat: ChatTokenizer, texts: list[str], n: int):
+        self.script = [[*chat.encode(text), chat.im_end] for text in texts[:n]]
+        self.started, self.counts = [], {}
+
+    @property
+    def running(self) -> int:
+        return len(self.started)
+
+    def start(self, key: int, prompt_ids: list[int], seeds: list[int]) -> bool:
+        self.started.append(key)
+        return True
+
+    def step(self) -> list[Draw]:
+        keys, self.started = self.started, []
+        return [Draw(k, c, ids, [-1.0] * len(ids), "stop") for k in keys for c, ids in enumerate(self.script)]
+
+    def adopt(self, key: int, candidate: int) -> None:
+        pass
+
+    def forget(self, key: int) -> None:
+        pass
+
+
+@contextmanager
+def scripted(chat: ChatTokenizer, replies: list[str]) -> Iterator[None]:
+    """Let the candidates of every turn be valid turns with these replies."""
+    texts = [render_turn(["Age: 34"], reply) for reply in replies]
+    with mock.patch.object(train_rlpa, "Sampler", lambda policy, *, n, **_: ScriptedSampler(chat, texts, n)):
+        yield
+
+
 def judged(
     ckpt: Path, answer: Callable[[str], tuple[int, str]], replies: list[str], **changes
 ) -> tuple[Dialogue, World]:
-    """Score one turn whose candidates are valid turns with these replies, by a judge that answers so."""
+    """Play one turn whose candidates are valid turns with these replies, before a judge that answers so."""
+    changes |= {"max_turns": 1, "first_user_message": "Hello, I am 34."}
     chat, config = ChatTokenizer.from_folder(ckpt), Config(ckpt=str(ckpt), **{**SMALL, **changes})
-    dialogue = Dialogue(0, "p", ("Age: 34", "Occupation: baker"))
-    turn = open_turn(dialogue, "Hello, I am 34.", chat)
-    for reply in replies:
-        token_ids = [*chat.encode(render_turn(["Age: 34"], reply)), chat.im_end]
-        turn.candidates.append(Candidate(token_ids, [-1.0] * len(token_ids), "stop"))
-    with chat_server(answer) as url:
+    dialogue, play = Dialogue(0, "p", ("Age: 34", "Occupation: baker")), Play(len(replies), 1.0, (0, "test"))
+    with chat_server(answer) as url, scripted(chat, replies):
         client = ChatClient(url, "judge", max_retries=1, total_timeout=20)
         env = World(None, client)
-        score_turns([dialogue], chat, Play(len(replies), 1.0, (0, "test")), config, env)
+        rollout(load_policy(ckpt), chat, [dialogue], play, config, env)
         client.close()
     return dialogue, env
 
@@ -636,26 +674,13 @@ def test_weights_and_targets_of_the_rewards(ckpt):
     assert sum(train_rlpa.token_rewards(p.spans[1], p, config)) == 2 * p.spans[1].candidate.profile_reward > 0
 
 
-def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path, monkeypatch):
+def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path):
     """Guards the whole loop against half-judged turns: unjudged candidates are in the count, not in loss or reward,
-    and a group of dialogues that are all dropped (the evaluation) plays no further turn."""
+    and a dialogue that is dropped (in the evaluation all are) plays no further turn."""
     chat = ChatTokenizer.from_folder(ckpt)
-    texts = [render_turn(["Age: 34"], reply) for reply in ("How lovely.", "How dull.")]
-    lovely, dull = ([*chat.encode(text), chat.im_end] for text in texts)
-
-    def scripted_samples(model, cache, new_ids, *, n, **_):
-        token_ids = [lovely, dull][:n] * len(new_ids)
-        sizes = [len(t) for t in token_ids]
-        cache.lengths = cache.lengths + torch.tensor([len(ids) for ids in new_ids])
-        branches = cache.branch(n, max(sizes))
-        branches.lengths = torch.tensor(sizes) - 1
-        if n == 1:
-            cache.adopt(branches, torch.arange(len(new_ids)))
-        return Samples(token_ids, [[-1.0] * size for size in sizes], sizes, ["stop"] * len(sizes), branches)
-
-    monkeypatch.setattr(train_rlpa, "generate", scripted_samples)
-    run = tmp_path / "run"
-    with chat_server(lambda text: (200, "well..." if "lovely" in text else GOOD)) as url:
+    dull = [*chat.encode(render_turn(["Age: 34"], "How dull.")), chat.im_end]
+    run, judge = tmp_path / "run", chat_server(lambda text: (200, "well..." if "lovely" in text else GOOD))
+    with judge as url, scripted(chat, ["How lovely.", "How dull."]):
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--judge-url", url, "--max-turns", 2,
            "--num-iterations", 1, "--max-new-tokens", 100)  # fmt: skip
     (train,) = records(run, "train")
