@@ -220,7 +220,7 @@ def plot_timeline(path: Path, intervals: list[tuple[str, float, float]]) -> None
     figure, axis = plt.subplots(figsize=(11, 1 + 0.45 * len(phases)), constrained_layout=True)
     for row, phase in enumerate(phases):
         bars = [(start - first, end - start) for name, start, end in intervals if name == phase]
-        axis.broken_barh(bars, (row - 0.4, 0.8), color=f"C{row}")
+        axis.broken_barh(bars, (row - 0.4, 0.8), color=f"C{row}", linewidth=0)
         axis.text(sum(bars[-1]), row, f"  {sum(width for _, width in bars):.1f} s", va="center", fontsize=8)
     axis.set(title="One iteration", xlabel="seconds", yticks=range(len(phases)), yticklabels=phases)
     axis.invert_yaxis()

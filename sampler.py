@@ -299,7 +299,7 @@ class Sampler:
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Sample every lane's next token: on CUDA by replaying a graph, which the host only launches."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not use_triton(self.policy.head_weight):  # the torch path reads on the host
             return self.advance(self.lanes)
         bucket = next((size for size in BUCKETS if size >= len(self.draws)), len(self.draws))
         if bucket not in self.graphs:

@@ -135,9 +135,11 @@ def plain(policy, chat) -> list:
 def test_latencies_do_not_matter(policy, chat, plain, reply_steps, decode_batch_size, max_concurrency):
     """Guards reproducibility: however long user and judge take, the same seed samples the same dialogues.
 
-    With reply_steps, who decodes beside whom is the same too, and so is the last bit of every log-prob.
+    With reply_steps, who decodes beside whom is the same too, and so is the last bit of every log-prob. And all that
+    was fed once is kept: the chosen candidate's keys and values are those that go on.
     """
-    runs = []
+    runs, before = [], [turn for _, _, turns in plain for turn in turns[:-1]]
+    fed = sum(len(prompt) + len(scores[chosen][0]) - 1 for _, prompt, chosen, scores, _ in before)
     for _ in range(2):
         user, judge = (Endpoint(answer, (0.0, 0.0, 0.0, 0.005, 0.05)) for answer in (say, verdict))
         dialogues, env = play(
@@ -145,7 +147,8 @@ def test_latencies_do_not_matter(policy, chat, plain, reply_steps, decode_batch_
             max_concurrency=max_concurrency,
         )  # fmt: skip
         assert [what(dialogue) for dialogue in dialogues] == plain
-        assert env.counts["tokens_kept"] > env.counts["tokens_prefilled"] > 0 == env.counts["kv_evictions"]
+        assert (env.counts["tokens_kept"], env.counts["kv_evictions"]) == (fed, 0)
+        assert env.counts["tokens_prefilled"] == sum(len(p) for _, _, turns in plain for _, p, *_ in turns) - fed
         runs.append([what(dialogue, logprobs=True) for dialogue in dialogues])
     assert reply_steps == 0 or runs[0] == runs[1]
 
@@ -190,6 +193,21 @@ def test_batches_are_bounded_and_rows_given_back(policy, chat, plain, samplers, 
         assert [what(dialogue) for dialogue in dialogues] == plain
         assert max(most) == N * batch
         assert samplers[-1].rows and not any(samplers[-1].rows)
+
+
+def test_turns_join_together(policy, chat, plain, monkeypatch):
+    """Guards the cost of prefills: those that are ready within a few steps of one another share one, and only start
+    sooner where nobody decodes."""
+    prefills, prefill = [], Sampler.prefill
+    monkeypatch.setattr(Sampler, "prefill", lambda self: (prefills.append(len(self.draws)), prefill(self))[1])
+    found = []
+    for every in (1, 8):
+        prefills.clear()
+        monkeypatch.setattr(train_rlpa, "JOIN_EVERY", every)
+        dialogues, _ = play(policy, chat, reply_steps=3)
+        assert [what(dialogue) for dialogue in dialogues] == plain
+        found.append(len(prefills))
+    assert found[1] < found[0] <= SIZE * TURNS
 
 
 # ------------------------------------------------------------------------------------------------------------- overlap

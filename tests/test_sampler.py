@@ -456,6 +456,20 @@ def test_growth_within_a_budget_waits_for_those_that_decode(policy):
     assert_same(finish(sampler), generate(policy, [[7] * 60], max_new_tokens=20, stop_ids=[], seeds=[3]))
 
 
+def test_growth_keeps_its_own_row_and_the_longest(policy):
+    """Guards what is lost where a larger cache has fewer rows: neither the dialogue that grows, nor the dearest one."""
+    sampler = new_sampler(policy, stop_ids=[], kv_bytes=120 * SLOT)
+    for key, length in ((1, 10), (0, 7), (2, 5), (3, 8)):  # four rows of 30 slots
+        assert sampler.start(key, [5] * length, [key])
+    for draw in finish(sampler):
+        sampler.adopt(draw.key, 0)
+    assert sampler.cache.shape == (4, 30)
+    own = sampler.rows[sampler.index_of(2)].token_ids
+    assert sampler.start(2, own + [6] * 16, [9])
+    assert sampler.cache.shape == (2, 60) and {row.key for row in sampler.rows} == {1, 2}
+    assert (sampler.counts["kv_evictions"], sampler.counts["tokens_kept"]) == (2, len(own))
+
+
 def test_the_shortest_parked_dialogue_is_evicted(policy):
     """Guards the choice of the victim: the one whose prompt is computed again most cheaply, never one that decodes."""
     sampler = new_sampler(policy, max_rows=3)

@@ -104,8 +104,8 @@ class NoWaitingOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        by_mask = name.startswith("aten::index") and any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1] or ()
+        by_mask = name in ("aten::index", "aten::index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
         )  # how many there are, the host must know
         assert name not in WAITS and not by_mask, f"{name} waits for the device"
         return func(*args, **(kwargs or {}))
