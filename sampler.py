@@ -69,7 +69,7 @@ class Sampler:
         batch_size: dialogues that decode at once: n times as many candidates.
         max_rows: dialogues that keep their keys and values.
         kv_bytes: bytes that the cache may take; None: as many as max_rows need.
-        lag: steps by which the host reads tokens late, so that a GPU never waits for it; None: 1 on CUDA, else 0.
+        lag: 1: the host reads tokens one step late, so that a GPU never waits for it; 0: at once; None: 1 on CUDA.
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class Sampler:
             raise ValueError(
                 f"{n=}, {max_new_tokens=}, {batch_size=} and {max_rows=} must be at least 1, {temperature=} at least 0"
             )
+        if lag not in (None, 0, 1):  # a row has no slots for more steps after its last
+            raise ValueError(f"{lag=} must be 0 or 1")
         self.policy, self.n, self.max_new_tokens, self.temperature = policy, n, max_new_tokens, temperature
         self.stop_ids, self.batch_size, self.max_rows = frozenset(stop_ids), batch_size, max_rows
         head = policy.head_weight
@@ -202,7 +204,7 @@ class Sampler:
             )
         parked = [i for i, row in enumerate(self.rows) if row is not None and not row.running]
         parked.sort(key=lambda i: (self.rows[i].key != key, -len(self.rows[i].token_ids)))
-        kept = (running + parked)[: rows if self.index_of(key) is not None else rows - 1]
+        kept = (running + parked)[:rows]
         self.counts["kv_evictions"] += len(running) + len(parked) - len(kept)
         self.resize(kept, rows, capacity)
         return True
