@@ -628,7 +628,8 @@ def kv_budget(config: Config, device: torch.device) -> int:
     if config.kv_gib:
         return int(config.kv_gib * 2**30)
     if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
+        return int(0.9 * (torch.cuda.mem_get_info(device)[0] + unused))
     return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / world_size())
 
 
