@@ -141,6 +141,11 @@ class Sampler:
         self.queued.append((index, kept, prompt_ids, list(seeds)))
         return True
 
+    def fits(self, length: int) -> bool:
+        """Say whether a dialogue with a prompt of so many tokens can decode at all, with the whole cache for itself."""
+        slots = length + self.n * self.max_new_tokens
+        return self.kv_bytes is None or slots * self.bytes_per_slot <= self.kv_bytes
+
     def adopt(self, key: int, candidate: int) -> None:
         """Keep what the row holds of this candidate behind its prompt; the next prompt may go on from there."""
         index = self.index_of(key)

@@ -171,6 +171,8 @@ class Config:
             raise ValueError(f"--critic-ckpt {self.critic_ckpt} needs --critic separate: a shared one has no trunk")
         if self.critic == "separate" and self.value_coef != Config.value_coef:
             raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
+        if self.dry_run_gb and not self.dry_run:
+            raise ValueError(f"--dry-run-gb {self.dry_run_gb} needs --dry-run")
         if self.profile_judge == "http" and not self.judge_url:
             raise ValueError("--profile-judge http needs --judge-url")
         if self.profile_judge == "http" and self.profile_target != "persona":
@@ -562,13 +564,15 @@ class Stage:
             self.env.counts["user_messages_cut"] += 1
             reply = self.chat.decode(ids[: self.config.max_user_tokens]).rstrip("\ufffd")
         open_turn(dialogue, reply, self.chat, self.config.history_profile)
-        if len(dialogue.turns[-1].prompt_ids) + self.config.max_new_tokens > self.longest:
+        length = len(dialogue.turns[-1].prompt_ids)
+        too_long = length + self.config.max_new_tokens > self.longest
+        if too_long or len(dialogue.turns) > 1 and not self.sampler.fits(length):
             self.end_early(dialogue)
         else:
             self.ready.append(dialogue)
 
     def end_early(self, dialogue: Dialogue) -> None:
-        """Close a dialogue that would outgrow the model's positions; its turns so far count."""
+        """Close a dialogue that would outgrow the model's positions or the KV cache; its turns so far count."""
         needed = len(dialogue.turns.pop().prompt_ids) + self.config.max_new_tokens
         if not dialogue.turns:
             raise ValueError(

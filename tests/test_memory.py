@@ -249,7 +249,7 @@ def test_report_of_qwen_3b(tmp_path, capsys):
     with capsys.disabled():
         for critic, gb in (("separate", 141), ("shared", 80), ("separate", 80)):
             config = train_rlpa.Config(
-                ckpt=str(tmp_path), critic=critic, dry_run_gb=gb, checkpointing=True, max_user_tokens=64,
+                ckpt=str(tmp_path), critic=critic, dry_run=True, dry_run_gb=gb, checkpointing=True, max_user_tokens=64,
                 max_new_tokens=320,
             )  # fmt: skip
             reports[critic, gb] = text = train_rlpa.dry_run(config)

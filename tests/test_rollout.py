@@ -18,7 +18,7 @@ import torch
 import train_rlpa
 from dialogue import ChatTokenizer, Dialogue
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Qwen2Config, Qwen2ForCausalLM, random_policy
+from model import KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
 from simulator import ChatError
@@ -327,6 +327,22 @@ def test_a_dialogue_that_outgrows_the_model_ends_early(policy, chat, plain, samp
     with pytest.raises(ValueError, match=words) as error:
         play(policy, chat, reply_steps=reply_steps)
     assert "\n" not in str(error.value)
+
+
+def test_a_dialogue_that_outgrows_the_budget_ends_early(policy, chat, plain, samplers):
+    """Guards a long run: a dialogue that grows too long for --kv-gib ends alone, as one without positions does."""
+    slots = [[len(prompt) + N * 12 for _, prompt, *_ in turns] for _, _, turns in plain]
+    room = sorted(row[-1] for row in slots)[2]
+    assert min(row[-1] for row in slots) < room and max(row[1] for row in slots) <= room
+    per_slot = KVCache(policy.config, 1, 1).nbytes
+    dialogues, env = play(policy, chat, kv_gib=room * per_slot / 2**30)
+    expected = [what[:2] + [what[2][: sum(size <= room for size in row)]]
+                for what, row in zip(plain, slots, strict=True)]  # fmt: skip
+    assert [what(dialogue) for dialogue in dialogues] == expected
+    assert env.counts["dialogues_ended_early"] == sum(row[-1] > room for row in slots) > 0
+    assert samplers[0].cache.nbytes <= room * per_slot
+    with pytest.raises(ValueError, match="raise --kv-gib, or lower --max-new-tokens"):
+        play(policy, chat, kv_gib=(slots[0][0] - 1) * per_slot / 2**30)
 
 
 def broken(seed: int) -> str:

@@ -181,6 +181,7 @@ def test_bad_combinations_are_one_line(ckpt, refused, tmp_path):
     shared = refused("--ckpt", ckpt, "--critic", "shared", "--critic-ckpt", tmp_path)
     assert "--critic-ckpt" in shared and "--critic separate" in shared
     assert "--critic shared" in refused("--ckpt", ckpt, "--value-coef", "0.1")
+    assert "needs --dry-run" in refused("--ckpt", ckpt, "--dry-run-gb", "80")
 
 
 def damaged(ckpt: Path, folder: Path, name: str, text: str | None) -> Path:
