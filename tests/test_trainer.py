@@ -573,6 +573,9 @@ class ScriptedSampler:
     def running(self) -> int:
         return len(self.started)
 
+    def fits(self, length: int) -> bool:
+        return True
+
     def start(self, key: int, prompt_ids: list[int], seeds: list[int]) -> bool:
         self.started.append(key)
         return True
