@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -442,17 +443,25 @@ class Cached:
         if self.decoding is not None:
             return decode_attention(q, keys, values, self.decoding)
         out = torch.empty_like(q)
-        for row, first, last, used in self.chunks:
+        for (row, first, last, used), mask in zip(self.chunks, self.masks, strict=True):
             seen = keys[row : row + 1, :, :used], values[row : row + 1, :, :used]  # (1, Hkv, S, Dh)
-            found = attend(q[None, first:last].transpose(1, 2), *seen, self.mask(last - first, used))
+            found = attend(q[None, first:last].transpose(1, 2), *seen, mask)
             out[first:last] = found[0].transpose(0, 1)
         return out
 
-    def mask(self, T: int, S: int) -> Tensor | None:
-        """Give who sees whom, (T, S) bool, when the last T of S slots ask; None for a row's first chunk: causal."""
-        if T == S:
-            return None
-        return torch.ones(T, S, dtype=torch.bool, device=self.rows.device).tril_(S - T)
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Give who sees whom in each chunk, (T, S) bool, once for all layers: the last T of S slots ask.
+
+        None for a row's first chunk: causal.
+        """
+        masks = []
+        for _, first, last, used in self.chunks:
+            T, mask = last - first, None
+            if T < used:
+                mask = torch.ones(T, used, dtype=torch.bool, device=self.rows.device).tril_(used - T)
+            masks.append(mask)
+        return masks
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

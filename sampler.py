@@ -130,7 +130,7 @@ class Sampler:
             )
         if self.running + self.n > self.batch_size * self.n:
             return False
-        index = self.find_row(key, len(prompt_ids) + self.n * self.max_new_tokens)
+        index = self.find_row(key, self.slots_of(len(prompt_ids)))
         if index is None:
             return False
         row = self.rows[index]
@@ -143,8 +143,11 @@ class Sampler:
 
     def fits(self, length: int) -> bool:
         """Say whether a dialogue with a prompt of so many tokens can decode at all, with the whole cache for itself."""
-        slots = length + self.n * self.max_new_tokens
-        return self.kv_bytes is None or slots * self.bytes_per_slot <= self.kv_bytes
+        return self.kv_bytes is None or self.slots_of(length) * self.bytes_per_slot <= self.kv_bytes
+
+    def slots_of(self, length: int) -> int:
+        """Give the slots that a dialogue with a prompt of so many tokens needs while it decodes."""
+        return length + self.n * self.max_new_tokens
 
     def adopt(self, key: int, candidate: int) -> None:
         """Keep what the row holds of this candidate behind its prompt; the next prompt may go on from there."""

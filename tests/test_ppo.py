@@ -495,14 +495,20 @@ def test_action_tokens_are_the_sampled_ids(chat, shape, history_profile):
         torch.testing.assert_close(p.sampler_logprobs, old_logprobs.detach(), atol=2e-5, rtol=0)
 
 
-def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic, config: Config) -> list[Packed]:
+def ready_to_train(dialogues, policy, ref_policy, critic, config) -> tuple[list[Packed], list]:
     """Pack dialogues and fill in statistics and whitened advantages, as an iteration does."""
     packed = [pack(d, config) for d in dialogues]
-    add_statistics(make_batches(packed, config), policy, lively(policy.config, 5), critic, config)
+    batches = make_batches(packed, config)
+    add_statistics(batches, policy, ref_policy, critic, config)
     for p in packed:
         add_advantages(p, config)
     whiten_advantages(packed)
-    return packed
+    return packed, batches
+
+
+def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic, config: Config) -> list[Packed]:
+    """Do so with a reference that differs from the policy."""
+    return ready_to_train(dialogues, policy, lively(policy.config, 5), critic, config)[0]
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 400, 10_000])
@@ -840,6 +846,14 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
         assert ((ours - reached).norm() / (reached - begun).norm()).item() < 1e-4
 
 
+def play_with_varied_rewards(policy, chat, config) -> list:
+    """Dialogues whose candidates' rewards differ, whatever they say."""
+    dialogues = play(policy, chat, config)
+    for number, candidate in enumerate(c for d in dialogues for turn in d.turns for c in turn.candidates):
+        candidate.profile_reward, candidate.response_reward = (number % 5) / 4, float(number % 3 == 0)
+    return dialogues
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
 def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
     """Guards the kernels inside training: the shipped checkpoint, 20 updates, losses as with eager logits to 1e-5."""
@@ -855,18 +869,11 @@ def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
             ref_policy.head_weight.mul_(1.02)
         critic = Critic.from_policy(policy)
         if not losses:
-            dialogues = play(policy, chat, config)
-            for number, candidate in enumerate(c for d in dialogues for turn in d.turns for c in turn.candidates):
-                candidate.profile_reward, candidate.response_reward = (number % 5) / 4, float(number % 3 == 0)
+            dialogues = play_with_varied_rewards(policy, chat, config)
         if eager:
             monkeypatch.setattr(train_rlpa, "linear_logprob", reference_logprob)
             monkeypatch.setattr(train_rlpa, "ppo_head", eager_ppo)
-        packed = [pack(d, config) for d in dialogues]
-        batches = make_batches(packed, config)
-        add_statistics(batches, policy, ref_policy, critic, config)
-        for p in packed:
-            add_advantages(p, config)
-        whiten_advantages(packed)
+        packed, batches = ready_to_train(dialogues, policy, ref_policy, critic, config)
         learners = make_learner(policy, config.lr, config), make_learner(critic, config.critic_lr, config)
         run = []
         for step in range(20):
@@ -1028,12 +1035,7 @@ def test_an_update_in_bf16_follows_fp32(policy, critic):
     start, moves = torch.cat([q.flatten() for q in weights_of(policy)]), []
     for learners in (bf16_learners(policy, critic), [make_learner(m, 1e-3, config) for m in (policy, critic)]):
         models = [learner.model for learner in learners]
-        packed = [pack(d, config) for d in dialogues]
-        batches = make_batches(packed, config)
-        add_statistics(batches, models[0], None, models[1], config)
-        for p in packed:
-            add_advantages(p, config)
-        whiten_advantages(packed)
+        _, batches = ready_to_train(dialogues, models[0], None, models[1], config)
         metrics = update(*learners, batches, config, (0, 10), True)
         assert metrics["ratio_dev_first"] < 1e-4 and metrics["updates_skipped"] == 0
         moves.append(torch.cat([q.detach().flatten() for q in learners[0].masters.values()]) - start)
@@ -1092,15 +1094,8 @@ def test_a_shared_trunk_learns_values_and_policy():
     )  # fmt: skip
     policy, chat = load_policy(config.ckpt), ChatTokenizer.from_folder(config.ckpt)
     head = ValueHead.from_policy(policy)
-    dialogues = play(policy, chat, config)
-    for number, candidate in enumerate(c for d in dialogues for turn in d.turns for c in turn.candidates):
-        candidate.profile_reward, candidate.response_reward = (number % 5) / 4, float(number % 3 == 0)
-    packed = [pack(d, config) for d in dialogues]
-    batches = make_batches(packed, config)
-    add_statistics(batches, policy, None, head, config)
-    for p in packed:
-        add_advantages(p, config)
-    whiten_advantages(packed)
+    dialogues = play_with_varied_rewards(policy, chat, config)
+    packed, batches = ready_to_train(dialogues, policy, None, head, config)
     learners = make_learner(policy, config.lr, config), make_learner(head, config.critic_lr, config)
     count = sum(len(p.targets) for p in packed)
     run = [minibatch_update(*learners, batches[0], count, 1.0, config, True) for _ in range(12)]
