@@ -153,6 +153,11 @@ class Dialogue:
     persona_facts: tuple[str, ...]
     turns: list[Turn] = field(default_factory=list)
     dropped: str | None = None  # why simulator or judge gave up; a dropped dialogue is masked out and counted
+    changes: dict[int, tuple[str, ...]] = field(default_factory=dict)  # turn, from 0 → the persona's facts from then on
+
+    def change(self) -> None:
+        """Change the persona's facts if they change with the turn that comes next; the ledger follows them."""
+        self.persona_facts = self.changes.get(len(self.turns), self.persona_facts)
 
     def history(self) -> list[tuple[str, str]]:
         """Return the visible dialogue as ("user" | "assistant", text) pairs: no system prompt, no profile blocks."""

@@ -236,7 +236,8 @@ your profile you would rather not say.
 5. Be cold at first; warm up only when the other person takes an interest in you.
 6. Do not open topics yourself; let the other person lead.
 7. You dislike repeated questions and flattery. When something is asked or said again, say so.
-8. Never break the role, never recite or mention the profile or these rules, and never say that you are an AI."""
+8. Never break the role, never recite or mention the profile or these rules, and never say that you are an AI.
+9. People change. If your profile contradicts what you said before, say that it has changed; the profile holds."""
 PROFILE_HEADING = "Your profile:"
 OPENING = "(The chat begins. Write your first message.)"  # chat templates want a "user" message before any reply
 _OTHER_SIDE = {"user": "assistant", "assistant": "user"}
@@ -289,6 +290,12 @@ def parse_simulator_messages(messages: Sequence[Message]) -> tuple[tuple[str, ..
 # -------------------------------------------------------------------------------------------------------- HTTP client
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
 BACKOFF_FIRST, BACKOFF_CAP = 0.25, 8.0  # seconds: 0.25, 0.5, 1, … 8, times a jitter of 0.5 to 1
+
+
+class ChatReply(str):
+    """A reply's text that knows how many tokens the endpoint says it took; None if it does not say."""
+
+    tokens: int | None = None
 
 
 class ChatError(Exception):
@@ -553,8 +560,10 @@ def _split_url(base_url: str) -> SplitResult:
     return parts
 
 
-def parse_reply(raw: bytes) -> str:
+def parse_reply(raw: bytes) -> ChatReply:
     """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
+
+    `tokens` is usage.completion_tokens, which counts what a reasoning model thought too.
 
     >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
     'Hi.'
@@ -563,7 +572,7 @@ def parse_reply(raw: bytes) -> str:
         raise ChatError("empty", "the reply has no body")
     start = repr(_shorten(raw[:200].decode(errors="replace")))
     try:
-        content = json.loads(raw)
+        content = body = json.loads(raw)
     except (ValueError, RecursionError):
         raise ChatError("bad_json", f"the reply is not JSON: {start}") from None
     try:
@@ -576,7 +585,11 @@ def parse_reply(raw: bytes) -> str:
     text = content.encode("utf-8", "replace").decode().strip()  # a lone surrogate would crash the tokenizer
     if not text:
         raise ChatError("empty", "choices[0].message.content is blank")
-    return text
+    reply = ChatReply(text)
+    usage = body.get("usage")
+    if isinstance(usage, dict) and type(usage.get("completion_tokens")) is int and usage["completion_tokens"] > 0:
+        reply.tokens = usage["completion_tokens"]
+    return reply
 
 
 def parse_retry_after(header: str, now: float) -> float:

@@ -545,6 +545,7 @@ class Stage:
     def next_turn(self, dialogue: Dialogue) -> None:
         """Ask the user for the next message; after the last turn, the dialogue's keys and values are forgotten."""
         self.dialogues[dialogue.index] = dialogue
+        dialogue.change()
         if dialogue.dropped is not None or len(dialogue.turns) == self.config.max_turns:
             self.sampler.forget(dialogue.index)
         elif not dialogue.turns and self.config.first_user_message:

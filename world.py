@@ -113,6 +113,7 @@ FILLERS = ["Oh.", "Okay.", "I see.", "Hm.", "Right."]
 REPEATED = ["I already told you that.", "You asked me that before.", "We talked about that already."]
 ECHO = "You said that before."  # to a reply that is the same as an earlier one
 COMPLAINTS = [*REPEATED, ECHO]
+CHANGED = "That has changed."  # before a fact that replaces what was said earlier
 UNKNOWN = ["I would rather not say.", "I don't know."]
 
 # A question is about the slots whose pattern it matches.
@@ -344,15 +345,31 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
     hidden = [i for i in range(len(facts)) if i not in told]
     question = replies[-1] if replies else ""
     wanted, remark = _what_to_tell(facts, hidden, question, rng)
+    retracted = retracted_slots(facts, [text for who, text in history if who == "user"])
+    changed = [i for i in hidden if split_fact(facts[i])[0] in retracted]
+    wanted = changed or wanted
     if question and question in replies[:-1] and not wanted:
         remark = ECHO
     spoken = [say_fact(facts[i], rng) for i in wanted[:budget]]
     if spoken:
-        parts = [rng.choice(LEADS), *spoken[:2]]
+        parts = [CHANGED if changed else rng.choice(LEADS), *spoken[:2]]
         if len(sentences(" ".join(parts))) > 3:  # some phrases are two sentences
             parts = parts[:2]
         return " ".join(part for part in parts if part)
     return remark or rng.choice(FILLERS)
+
+
+def retracted_slots(facts: Sequence[str], user_texts: Iterable[str]) -> set[str]:
+    """Return the slots of which the user has said a value of the world that none of its facts holds (any more).
+
+    Such a user has changed since, and says so before anything else. Ages and genders do not change.
+
+    >>> retracted_slots(["Location: Oslo", "Others: parrot"], ["I live in Paris.", "I have a parrot."])
+    {'Location'}
+    """
+    said = {match[0].casefold() for text in user_texts for match in value_pattern().finditer(text)}
+    gone = {value for value in said if not any(contains_phrase(fact, value) for fact in facts)}
+    return {slot for slot, parts in VALUES.items() if any(value.casefold() in gone for part in parts for value in part)}
 
 
 def _what_to_tell(facts: Sequence[str], hidden: list[int], question: str, rng: random.Random) -> tuple[list[int], str]:
