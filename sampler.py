@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from kernels.backend import use_triton
+from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
 from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
-from model import Cached, Chunk, KVCache, Qwen2ForCausalLM
+from model import Cached, Chunk, KVCache, Qwen2ForCausalLM, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
 BUCKETS = (1, 2, 4, 8, *range(16, 1025, 16))  # numbers of candidates that a CUDA graph is captured for
@@ -107,6 +108,7 @@ class Sampler:
         self.padding = torch.tensor([0, 0, 0, 0, -1, -1, 0], device=self.device)[:, None]  # a lane that is nobody's
         self.pending: deque[tuple[list[Draw], Tensor, Tensor]] = deque()  # sampled, not yet read by the host
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by bucket: graph, lanes, log-probs
+        self.trunk = cached_trunk(policy)
         self.resize([], 0, 0)
 
     # ------------------------------------------------------------------------------------------------------ dialogues
@@ -275,7 +277,7 @@ class Sampler:
             slots += range(kept, len(prompt))
             token_ids += prompt[kept:]
         token_ids, rows, slots = torch.tensor([token_ids, rows, slots], device=self.device)  # (N,) each
-        hidden = self.policy(token_ids[None], slots[None], Cached(self.cache, rows, slots, chunks=chunks))[0]  # (N, D)
+        hidden = self.compute(token_ids, slots, Cached(self.cache, rows, slots, chunks=chunks))  # (N, D)
         last = hidden[torch.tensor([chunk.last - 1 for chunk in chunks], device=self.device)]  # (J, D)
         lanes = torch.tensor(
             [
@@ -297,6 +299,13 @@ class Sampler:
         self.draws = self.draws + draws
         self.use_lanes(torch.cat((self.lanes, lanes), 1))
         return self.read(draws, token, logprob)
+
+    def compute(self, token_ids: Tensor, position_ids: Tensor, context: Cached) -> Tensor:
+        """Give the hidden states (N, D) of tokens that continue rows of the cache."""
+        if self.trunk is None:
+            return self.policy(token_ids[None], position_ids[None], context)[0]
+        where = context.rows, context.slots, self.cache.keys, self.cache.values, context.decoding
+        return self.trunk(token_ids, position_ids, *where)
 
     def sample(self, hidden: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
         """Draw each lane's next id from hidden (R, D); give ids (R,) and log-probs (R,)."""
@@ -341,7 +350,7 @@ class Sampler:
         """Feed each lane (7, R) its token and sample the next, in place; nothing here waits for the device."""
         rows = Rows(self.prompt, self.lengths, self.members, lanes[PLACE])
         context = Cached(self.cache, lanes[ROW], lanes[SLOT], rows)
-        hidden = self.policy(lanes[None, TOKEN], lanes[None, POSITION], context)[0]  # (R, D)
+        hidden = self.compute(lanes[TOKEN], lanes[POSITION], context)  # (R, D)
         token, logprob = self.sample(hidden, lanes)
         lanes += self.stride
         lanes[TOKEN] = token
@@ -381,6 +390,17 @@ class Sampler:
         if not self.draws:
             self.pending.clear()
         return ended
+
+
+def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
+    """Give a policy's trunk as one C++ call, or None where torch or Triton computes it."""
+    config, weights = policy.config, policy.model.state_dict()
+    if config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight) or not is_small(weights.values()):
+        return None
+    positions = torch.arange(config.max_position_embeddings)
+    cos, sin = (x[0, :, 0].contiguous() for x in rope_tables(positions[None], config.head_dim, config.rope_theta))
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return CachedTrunk(weights, *heads, config.rms_norm_eps, cos, sin)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -40,6 +40,11 @@ def set_backend(name: str) -> None:
     _backend = name
 
 
+def backend() -> str:
+    """Give the path that was chosen: auto, triton or torch."""
+    return _backend
+
+
 def use_triton(x: Tensor) -> bool:
     """Say whether a call on this tensor runs the Triton path."""
     return _backend == "triton" or _backend == "auto" and x.is_cuda and triton is not None

@@ -28,7 +28,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.backend import INTERPRETED, jit, tl, use_triton
+from kernels.cpu import is_small, use_cpu
 from kernels.head import matmul, new_workspace, sum_dtype
 
 TILES = [  # the smallest that holds the rows; a deep pipeline, for what counts is the bytes of W in flight
@@ -242,5 +244,7 @@ def sample_head(
     if uniforms is None:
         table = draw_uniforms(seeds.tolist(), int(steps.max()) + 1).to(hidden.device)
         uniforms = table.gather(1, steps[:, None])[:, 0]
+    if use_cpu(hidden) and is_small([weight]):
+        return cpu.sample(hidden, weight, temperature, uniforms)
     nbytes = hidden.shape[0] * len(weight) * sum_dtype(hidden).itemsize
     return sample(matmul(hidden, weight.T, new_workspace(nbytes, hidden, len(weight))), temperature, uniforms)

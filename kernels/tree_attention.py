@@ -11,18 +11,23 @@ two comparisons instead of an (N, N) mask, and no two trees ever see each other,
 What it saves: a dense (N, N) mask costs N² work and memory, and most of it is False: branches do not see each other,
 nor the trunk behind them. Cut into blocks, a trunk of T tokens is plain causal attention (T²/2, and no mask at all),
 and a block of q branch tokens that leave the trunk before token P costs q (P + q). For 10 turns of 4 candidates that is
-about a quarter of the dense work, on a CPU too (by SDPA); on CUDA `flex_attention` skips blocks by the same rule.
+about a quarter of the dense work by SDPA. On CUDA `flex_attention` skips blocks by the same rule, and on a CPU
+`cpu_tree.cpp` skips single tokens: a tile of 16 queries visits the tokens that one of them sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import cpu
+from kernels.backend import first_order
 
 MASKED = -torch.inf
 
@@ -34,14 +39,39 @@ class Block(NamedTuple):
     prefix: int | None  # they see this many tokens of the last trunk, at most, and each other; None: a trunk itself
 
 
-class Tree(NamedTuple):
+@dataclass(frozen=True)
+class Tree:
     """Where the tokens of one or more packed trees stand, and how their attention is cut."""
 
     enter: Tensor  # (N,) long
     leave: Tensor  # (N,) long
     blocks: Sequence[Block]  # their sizes add up to N
-    masks: Sequence[Tensor | None]  # per block, (size, prefix + size) to add to the scores; None: causal. Empty on CUDA
-    block_mask: object | None  # flex_attention's, on CUDA
+    dtype: torch.dtype  # of the queries
+    block_mask: object | None = None  # flex_attention's, on CUDA
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Give the torch path's masks, once for all layers: per block (size, prefix + size), to add to the scores.
+
+        None for a trunk: causal.
+        """
+        start, trunk, masks = 0, 0, []
+        for block in self.blocks:
+            own = torch.arange(start, start + block.size)
+            if block.prefix is None:
+                trunk = start
+                masks.append(None)
+            else:
+                keys = torch.cat((torch.arange(trunk, trunk + block.prefix), own))
+                hidden = ~sees(self, own, keys)
+                masks.append(torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, MASKED))
+            start += block.size
+        return masks
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """Give enter and leave as (2, N) int32, for C++."""
+        return torch.stack((self.enter, self.leave)).int()
 
 
 def sees(tree: Tree, queries: Tensor, keys: Tensor) -> Tensor:
@@ -51,30 +81,19 @@ def sees(tree: Tree, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def make_tree(enter: Tensor, leave: Tensor, blocks: Sequence[Block], dtype: torch.dtype) -> Tree:
-    """Prepare the masks that all layers share, in the dtype of the queries; ValueError if the blocks do not add up."""
+    """Prepare what all layers share, for queries of this dtype; ValueError if the blocks do not add up."""
     N = len(enter)
     if leave.shape != (N,) or sum(block.size for block in blocks) != N or (blocks and blocks[0].prefix is not None):
         raise ValueError(f"blocks of {[b.size for b in blocks]} tokens, the first a trunk, must be the {N} of enter")
-    tree = Tree(enter, leave, blocks, [], None)
-    if enter.is_cuda:
-        from torch.nn.attention.flex_attention import create_block_mask
+    if not enter.is_cuda:
+        return Tree(enter, leave, blocks, dtype)
+    from torch.nn.attention.flex_attention import create_block_mask
 
-        def ancestor(b, h, i, j):
-            return (enter[j] <= enter[i]) & (enter[i] < leave[j])
+    def ancestor(b, h, i, j):
+        return (enter[j] <= enter[i]) & (enter[i] < leave[j])
 
-        return tree._replace(block_mask=create_block_mask(ancestor, None, None, N, N, device=enter.device))
-    start, trunk, masks = 0, 0, []
-    for block in blocks:
-        own = torch.arange(start, start + block.size)
-        if block.prefix is None:
-            trunk = start
-            masks.append(None)
-        else:
-            keys = torch.cat((torch.arange(trunk, trunk + block.prefix), own))
-            hidden = ~sees(tree, own, keys)
-            masks.append(torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, MASKED))
-        start += block.size
-    return tree._replace(masks=masks)
+    mask = create_block_mask(ancestor, None, None, N, N, device=enter.device)
+    return Tree(enter, leave, blocks, dtype, mask)
 
 
 def reference_tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
@@ -91,6 +110,21 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=True)
 
 
+class TileAttention(torch.autograd.Function):
+    """The tiles of cpu_tree.cpp, for q (N, H, Dh), k and v (N, Hkv, Dh); keeps the outputs and each softmax's sum."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, spans):
+        out, lse = cpu.tree_forward(q, k, v, spans)
+        ctx.save_for_backward(q, k, v, spans, out, lse)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx, g):
+        return *cpu.tree_backward(*ctx.saved_tensors, g.contiguous()), None
+
+
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
     """Attend with queries (1, H, N, Dh) to the keys and values (1, Hkv, N, Dh) of each token's ancestors, and its own.
 
@@ -101,6 +135,9 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be one row of the tree's {N} tokens")
     if q.is_cuda:
         return compiled_flex_attention()(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
+    if cpu.use_cpu(q) and q.shape[3] in cpu.HEAD_DIMS:
+        rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, Dh): as the projections wrote them
+        return TileAttention.apply(*rows, tree.spans).transpose(0, 1)[None]
     sizes = [block.size for block in tree.blocks]
     out = []
     for block, mask, q_own, k_own, v_own in zip(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.backend import set_backend
 from kernels.decode_attention import decode_attention, reference_decode
 from kernels.rows import Rows
 from kernels.sample_head import (
@@ -195,9 +196,16 @@ def test_gumbel_max_draws_from_the_softmax():
 # ------------------------------------------------------------------------------------------------------ the torch path
 
 
+@pytest.fixture
+def torch_path():
+    set_backend("torch")
+    yield
+    set_backend("auto")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_torch_path_is_the_inverse_cdf_of_the_logits(temperature, dtype):
+def test_torch_path_is_the_inverse_cdf_of_the_logits(torch_path, temperature, dtype):
     """Guards the tiny results: the draws are those of `sample` at each row's own step of its seed's own stream."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 16, generator=generator).to(dtype)

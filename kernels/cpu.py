@@ -1,0 +1,235 @@
+"""C++ for a CPU: a decode step of a small model, whole, and attention over token trees.
+
+**The decode step** (`cpu_decode.cpp`) is to a CPU what a CUDA graph is to a GPU. A step of a tiny model is a hundred
+operations of a few microseconds: torch spends more time between them than in them, and its attention takes 50 µs for a
+dialogue's four queries, whatever they read. Here all layers run in one call, 32 tokens at a time, in activations that
+never leave the cache; the same call prefills, a token of a prompt being one more lane. Floor, for 32 rows of 256 slots
+of the tiny checkpoint (4 layers, D 96): 0.3 ms for 33 MFLOP at 100 GFLOP/s, and 0.9 ms to read 25 MB of keys and
+values. Of a model whose weights no cache holds, reading them is the floor, and torch reaches it: there torch stays.
+
+**Tree attention** (`cpu_tree.cpp`): a tile of 16 queries, one to a lane of a vector, visits those tokens only that one
+of them sees. Floor: a pair of query and key costs 2 Dh multiply-adds forward and 5 Dh backward.
+
+Both are fp32. The library is built by the machine's own C++ compiler when it is first wanted (some 10 seconds), and
+kept in the user's cache folder under a hash of source, command and processor. Without a compiler torch serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from ctypes import POINTER, Structure, c_float, c_int64
+from ctypes import c_void_p as Pointer
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.backend import backend
+from kernels.rows import Rows
+
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp")]
+HEADER = Path(__file__).with_name("cpu_vectors.h")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+HEAD_DIMS = (16, 32, 64, 128)  # that they are compiled for
+SMALL = 32 * 2**20  # bytes: the weights that a last-level cache holds
+
+
+class Layer(Structure):
+    """Pointers to one layer's weights and cache, as in cpu_decode.cpp."""
+
+    QKV = [f"self_attn.{x}_proj.{part}" for x in "qkv" for part in ("weight", "bias")]
+    MLP = [f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+    NAMES = ["input_layernorm.weight", *QKV, "self_attn.o_proj.weight", "post_attention_layernorm.weight", *MLP]
+    _fields_ = [(name.replace(".", "_"), Pointer) for name in NAMES] + [("keys", Pointer), ("values", Pointer)]
+
+
+class Model(Structure):
+    """The model's sizes and the pointers that no layer has, as in cpu_decode.cpp."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "D", "H", "HKV", "inner", "V", "positions")),
+        *((name, c_float) for name in ("eps", "unused")),
+        *((name, Pointer) for name in ("embedding", "norm", "cos", "sin")),
+    ]
+
+
+class Tokens(Structure):
+    """What one forward computes, as in cpu_decode.cpp."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("N", "B", "capacity", "n")),
+        *((name, Pointer) for name in ("ids", "positions", "rows", "slots", "prompt", "hidden")),
+    ]
+
+
+class TreeTokens(Structure):
+    """Where the tokens of token trees stand, as in cpu_tree.cpp."""
+
+    _fields_ = [*((name, c_int64) for name in ("N", "H", "HKV")), ("enter", Pointer), ("leave", Pointer)]
+
+
+# --------------------------------------------------------------------------------------------------------- the library
+
+
+def processor() -> str:
+    """Name the instructions of this machine: a cache folder may be shared with others that lack them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def compile_library(compiler: str) -> Path:
+    """Build the sources unless that was done before; return the library. Raises OSError or CalledProcessError."""
+    texts = [file.read_text() for file in (HEADER, *SOURCES)]
+    key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, processor()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlpa"
+    library = folder / f"cpu-{key}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes that build at once do not see each other
+            built = Path(scratch) / library.name
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, timeout=300)
+            built.replace(library)
+    return library
+
+
+@cache
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None and the reason why there is none."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None, "no C++ compiler (g++ or clang++, or CXX)"
+    try:
+        library = ctypes.CDLL(str(compile_library(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
+        return None, f"{compiler} cannot build the CPU kernels: {said.strip().splitlines()[-1]}"
+    library.forward.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Tokens), c_int64]
+    library.forward.restype = c_int64
+    library.sample.argtypes = [Pointer, Pointer, Pointer, c_float, c_int64, c_int64, c_int64, Pointer, Pointer]
+    library.tree_forward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 5]
+    library.tree_backward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 9]
+    for function in (library.sample, library.tree_forward, library.tree_backward):
+        function.restype = None
+    return library, ""
+
+
+def use_cpu(x: Tensor) -> bool:
+    """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built."""
+    return backend() == "auto" and x.dtype == torch.float32 and x.device.type == "cpu" and load_library()[0] is not None
+
+
+def is_small(weights: Iterable[Tensor]) -> bool:
+    """Say whether the C++ path is the faster one for so many weights."""
+    return sum(weight.nbytes for weight in weights) <= SMALL
+
+
+# ----------------------------------------------------------------------------------------------------------- functions
+
+
+class CachedTrunk:
+    """The trunk of one policy, to compute tokens that continue rows of a KV cache.
+
+    Args:
+        weights: the trunk's, under their Hugging Face names without "model."; they must stay where they are.
+        H, Hkv: heads of queries, and of keys and values.
+        eps: of the norms.
+        cos, sin: (positions, Dh/2) fp32, for each position that a token may have.
+    Raises:
+        ValueError: a head dim that the library is not compiled for, or a weight not fp32, contiguous, on the CPU.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], H: int, Hkv: int, eps: float, cos: Tensor, sin: Tensor) -> None:
+        L = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+        for name, weight in (weights | {"cos": cos, "sin": sin}).items():
+            if weight.dtype != torch.float32 or not weight.is_contiguous() or weight.device.type != "cpu":
+                raise ValueError(f"{name} is {weight.dtype} on {weight.device}; fp32, contiguous, on the CPU is needed")
+        self.head_dim = 2 * cos.shape[1]
+        if self.head_dim not in HEAD_DIMS:
+            raise ValueError(f"head dim {self.head_dim} must be one of {HEAD_DIMS}")
+        self.kept = [weights, cos, sin]  # what the pointers point to
+        embedding, inner = weights["embed_tokens.weight"], len(weights["layers.0.mlp.gate_proj.weight"])
+        V, self.D = embedding.shape
+        pointers = (x.data_ptr() for x in (embedding, weights["norm.weight"], cos, sin))
+        self.model = Model(L, self.D, H, Hkv, inner, V, len(cos), eps, 0.0, *pointers)
+        self.layers = (Layer * L)()
+        for i, layer in enumerate(self.layers):
+            for name in Layer.NAMES:
+                setattr(layer, name.replace(".", "_"), weights[f"layers.{i}.{name}"].data_ptr())
+
+    def __call__(
+        self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, slots: Tensor, keys: list[Tensor],
+        values: list[Tensor], decoding: Rows | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Store the tokens' keys and values, and return their hidden states after the final norm, (N, D) fp32.
+
+        Args:
+            token_ids, position_ids, rows, slots: (N,) long; tokens of one row in the order of their slots.
+            keys, values: per layer (B, Hkv, capacity, Dh), contiguous; written in place.
+            decoding: the tokens are one of each running candidate; None: each sees its row up to itself.
+        Raises:
+            ValueError: shapes that do not fit, or a token outside vocabulary, positions or cache.
+        """
+        (B, Hkv, capacity, Dh), N = keys[0].shape, len(token_ids)
+        where = [x.contiguous() for x in (token_ids, position_ids, rows, slots)]
+        if any(x.shape != (N,) or x.dtype != torch.long for x in where):
+            raise ValueError(f"ids, positions, rows and slots {[tuple(x.shape) for x in where]} must be ({N},) long")
+        if (Hkv, Dh) != (self.model.HKV, self.head_dim) or not len(keys) == len(values) == len(self.layers):
+            raise ValueError(f"a cache of {len(keys)} x {tuple(keys[0].shape)} does not fit {len(self.layers)} layers"
+                             f" of {self.model.HKV} x {self.head_dim}")  # fmt: skip
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
+        hidden = torch.empty(N, self.D)
+        n, prompt = (1, None) if decoding is None else (decoding.members.shape[1], decoding.prompt.data_ptr())
+        tokens = Tokens(N, B, capacity, n, *(x.data_ptr() for x in where), prompt, hidden.data_ptr())
+        wrong = load_library()[0].forward(self.model, self.layers, tokens, self.head_dim)
+        if wrong >= 0:
+            names = zip(("id", "position", "row", "slot"), (int(x[wrong]) for x in where), strict=True)
+            limits = f"{self.model.V} ids, {self.model.positions} positions or a cache of ({B}, {capacity})"
+            raise ValueError(f"token {wrong} ({', '.join(f'{name} {x}' for name, x in names)}) is outside {limits}")
+        return hidden
+
+
+def sample(hidden: Tensor, weight: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `sample_head` returns on the torch path: ids (R,) long and log-probs (R,) fp32."""
+    (R, D), V = hidden.shape, len(weight)
+    hidden, weight, uniforms = hidden.contiguous(), weight.contiguous(), uniforms.contiguous()
+    ids, logprobs = torch.empty(R, dtype=torch.long), torch.empty(R)
+    pointers = (x.data_ptr() for x in (hidden, weight, uniforms))
+    load_library()[0].sample(*pointers, temperature, R, D, V, ids.data_ptr(), logprobs.data_ptr())
+    return ids, logprobs
+
+
+def tree_tokens(q: Tensor, k: Tensor, spans: Tensor) -> TreeTokens:
+    """Describe trees to C++: spans (2, N) int32 are enter and leave of each token."""
+    return TreeTokens(len(q), q.shape[1], k.shape[1], spans[0].data_ptr(), spans[1].data_ptr())
+
+
+def tree_forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend with q (N, H, Dh) to k and v (N, Hkv, Dh), contiguous; return o (N, H, Dh) and each softmax's sum (H, N).
+
+    The latter as its logarithm, of the scores q·k/√Dh.
+    """
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    pointers = (x.data_ptr() for x in (q, k, v, out, lse))
+    load_library()[0].tree_forward(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
+    return out, lse
+
+
+def tree_backward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor, lse: Tensor, g: Tensor) -> list[Tensor]:
+    """Return the gradients of q, k and v for an upstream gradient g (N, H, Dh), contiguous."""
+    found = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
+    pointers = (x.data_ptr() for x in (q, k, v, out, lse, g, *found))
+    load_library()[0].tree_backward(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
+    return found

@@ -1,0 +1,247 @@
+// Attention over token trees on a CPU, forward and backward: the rule of tree_attention.py, tile by tile.
+//
+// A tile is 16 queries, one to a lane of a vector: scores, exponentials, and what they weigh are vertical. Of all tokens
+// a tile visits those that one of its queries may see; whom each lane sees is two comparisons.
+//
+// q, o and their gradients are (N, H, DH), k, v and theirs (N, HKV, DH); lse (H, N) is the logarithm of each softmax's sum.
+
+#include <thread>
+
+#include "cpu_vectors.h"
+
+struct TreeTokens {
+    i64 N, H, HKV;
+    const int32_t *enter, *leave;  // (N,): j is seen by i if enter[j] <= enter[i] < leave[j]
+};
+
+namespace {
+
+constexpr int KEYS = 8;  // visited at a time: what a vector of the tile is combined with before it is stored again
+constexpr float HIDDEN = -1e30f;
+
+template <int DH>
+struct Tile {
+    const TreeTokens& t;
+    i64 first;
+    int count;
+    Int enter;  // of each lane; -1 behind the last: sees nothing
+    std::vector<int32_t> seen;
+
+    // Find the tokens that a query of this tile may see: all are its own or come before it.
+    Tile(const TreeTokens& t, i64 first) : t(t), first(first), count(std::min<i64>(W, t.N - first)) {
+        int32_t low = t.enter[first], high = low;
+        for (int lane = 0; lane < W; lane++) {
+            enter[lane] = lane < count ? t.enter[first + lane] : -1;
+            if (lane < count) low = std::min<int32_t>(low, enter[lane]), high = std::max<int32_t>(high, enter[lane]);
+        }
+        for (i64 j = 0; j < first + count; j++)
+            if (t.enter[j] <= high && t.leave[j] > low) seen.push_back(j);
+    }
+
+    // x[d][lane] of rows (N, heads, DH)
+    void transpose(const float* rows, i64 heads, i64 head, float scale, float* x) const {
+        for (int lane = 0; lane < W; lane++) {
+            const float* row = rows + ((first + (lane < count ? lane : 0)) * heads + head) * DH;
+            for (int d = 0; d < DH; d++) x[d * W + lane] = row[d] * scale;
+        }
+    }
+
+    // z[j][lane] = x · rows[seen[j]]
+    void dots(const float* x, const float* rows, i64 stride, float* z) const {
+        i64 j = 0, S = seen.size();
+        for (; j + KEYS <= S; j += KEYS) dots_some<KEYS>(x, rows, stride, &seen[j], z + j * W);
+        for (; j < S; j++) dots_some<1>(x, rows, stride, &seen[j], z + j * W);
+    }
+
+    template <int SOME>
+    void dots_some(const float* x, const float* rows, i64 stride, const int32_t* tokens, float* z) const {
+        const float* row[SOME];
+        Vec total[SOME] = {};
+        for (int i = 0; i < SOME; i++) row[i] = rows + tokens[i] * stride;
+        for (int start = 0; start < DH; start += PART) {
+            Vec sum[SOME] = {};
+            for (int d = start; d < std::min(DH, start + PART); d++) {
+                Vec column = load(x + d * W);
+                for (int i = 0; i < SOME; i++) sum[i] += row[i][d] * column;
+            }
+            for (int i = 0; i < SOME; i++) total[i] += sum[i];
+        }
+        for (int i = 0; i < SOME; i++) store(z + i * W, total[i]);
+    }
+
+    // z = HIDDEN where a lane does not see the token
+    void hide(float* z) const {
+        for (size_t j = 0; j < seen.size(); j++) {
+            Int visible = (t.enter[seen[j]] <= enter) & (enter < t.leave[seen[j]]);
+            store(z + j * W, visible ? load(z + j * W) : all(HIDDEN));
+        }
+    }
+
+    // x[d][lane] += Σ_j p[j][lane] rows[seen[j]][d]
+    void weigh(const float* p, const float* rows, i64 stride, float* x) const {
+        i64 S = seen.size();
+        for (i64 j = 0; j < S; j += KEYS) {
+            int some = std::min<i64>(KEYS, S - j);
+            const float* row[KEYS];
+            Vec weight[KEYS];
+            for (int i = 0; i < KEYS; i++) {
+                row[i] = rows + seen[j + (i < some ? i : 0)] * stride;
+                weight[i] = i < some ? load(p + (j + i) * W) : Vec{};
+            }
+            for (int d = 0; d < DH; d++) {
+                Vec sum = row[0][d] * weight[0];
+                for (int i = 1; i < KEYS; i++) sum += row[i][d] * weight[i];
+                store(x + d * W, load(x + d * W) + sum);
+            }
+        }
+    }
+
+    // out[seen[j]] += Σ_lane p[j][lane] rows[first + lane]
+    void scatter(const float* p, const float* rows, i64 stride, float* out, i64 out_stride) const {
+        constexpr int NV = DH / W, SOME = NV <= 2 ? 8 : NV <= 4 ? 4 : 2;  // sums that stay in registers
+        i64 j = 0, S = seen.size();
+        for (; j + SOME <= S; j += SOME) scatter_some<SOME>(p + j * W, &seen[j], rows, stride, out, out_stride);
+        for (; j < S; j++) scatter_some<1>(p + j * W, &seen[j], rows, stride, out, out_stride);
+    }
+
+    template <int SOME>
+    void scatter_some(const float* p, const int32_t* tokens, const float* rows, i64 stride, float* out,
+                      i64 out_stride) const {
+        constexpr int NV = DH / W;
+        Vec sum[SOME][NV];
+        for (int i = 0; i < SOME; i++)
+            for (int v = 0; v < NV; v++) sum[i][v] = Vec{};
+        for (int lane = 0; lane < count; lane++) {
+            const float* row = rows + (first + lane) * stride;
+            for (int v = 0; v < NV; v++) {
+                Vec x = load(row + v * W);
+                for (int i = 0; i < SOME; i++) sum[i][v] += p[i * W + lane] * x;
+            }
+        }
+        for (int i = 0; i < SOME; i++)
+            for (int v = 0; v < NV; v++) {
+                float* at = out + tokens[i] * out_stride + v * W;
+                store(at, load(at) + sum[i][v]);
+            }
+    }
+};
+
+template <int DH>
+void forward_head(const Tile<DH>& tile, const float* q, const float* k, const float* v, float* o, float* lse, i64 head,
+                  std::vector<float>& work) {
+    const TreeTokens& t = tile.t;
+    const i64 S = tile.seen.size(), kv = head / (t.H / t.HKV) * DH, stride = t.HKV * DH;
+    work.assign((2 * DH + S) * W, 0.0f);
+    float *x = work.data(), *out = x + DH * W, *z = out + DH * W;
+    tile.transpose(q, t.H, head, 1.0f / std::sqrt((float)DH), x);
+    tile.dots(x, k + kv, stride, z);
+    tile.hide(z);
+    Vec top = all(HIDDEN), sum = {};
+    for (i64 j = 0; j < S; j++) top = larger(top, load(z + j * W));
+    for (i64 j = 0; j < S; j++) {
+        Vec e = exp(load(z + j * W) - top);
+        store(z + j * W, e);
+        sum += e;
+    }
+    tile.weigh(z, v + kv, stride, out);
+    for (int lane = 0; lane < tile.count; lane++) {
+        for (int d = 0; d < DH; d++)
+            o[((tile.first + lane) * t.H + head) * DH + d] = out[d * W + lane] / sum[lane];
+        lse[head * t.N + tile.first + lane] = top[lane] + std::log(sum[lane]);
+    }
+}
+
+// p = exp(q·k - lse),  ds = p (do·v - do·o) / √DH,  dq = Σ ds k,  dk = Σ ds q,  dv = Σ p do
+template <int DH>
+void backward_head(const Tile<DH>& tile, const float* q, const float* k, const float* v, const float* o, const float* lse,
+                   const float* d_o, float* dq, float* dk, float* dv, i64 head, std::vector<float>& work) {
+    const TreeTokens& t = tile.t;
+    const i64 S = tile.seen.size(), kv = head / (t.H / t.HKV) * DH, stride = t.HKV * DH;
+    const float scale = 1.0f / std::sqrt((float)DH);
+    work.assign((3 * DH + 2 * S) * W, 0.0f);
+    float *x = work.data(), *g = x + DH * W, *dx = g + DH * W, *p = dx + DH * W, *ds = p + S * W;
+    tile.transpose(q, t.H, head, scale, x);
+    tile.transpose(d_o, t.H, head, 1.0f, g);
+    Vec delta = {}, norm = {};
+    for (int lane = 0; lane < tile.count; lane++) {
+        const i64 at = ((tile.first + lane) * t.H + head) * DH;
+        float sum = 0.0f;
+        for (int d = 0; d < DH; d++) sum += d_o[at + d] * o[at + d];
+        delta[lane] = sum;
+        norm[lane] = lse[head * t.N + tile.first + lane];
+    }
+    tile.dots(x, k + kv, stride, p);
+    tile.hide(p);
+    tile.dots(g, v + kv, stride, ds);
+    for (i64 j = 0; j < S; j++) {
+        Vec e = exp(load(p + j * W) - norm);
+        store(p + j * W, e);
+        store(ds + j * W, e * (load(ds + j * W) - delta) * scale);
+    }
+    tile.weigh(ds, k + kv, stride, dx);
+    for (int lane = 0; lane < tile.count; lane++)
+        for (int d = 0; d < DH; d++) dq[((tile.first + lane) * t.H + head) * DH + d] = dx[d * W + lane];
+    tile.scatter(ds, q + head * DH, t.H * DH, dk + kv, stride);
+    tile.scatter(p, d_o + head * DH, t.H * DH, dv + kv, stride);
+}
+
+// Run work(kv_head) for all KV heads, on so many threads: what a head adds to is its own.
+template <class Work>
+void share(i64 heads, i64 threads, Work work) {
+    threads = std::min(heads, threads);
+    auto run = [&](i64 thread) {
+        for (i64 head = thread; head < heads; head += threads) work(head);
+    };
+    std::vector<std::thread> others;
+    for (i64 thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
+    run(0);
+    for (auto& other : others) other.join();
+}
+
+template <int DH>
+void forward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, float* o, float* lse) {
+    share(t.HKV, threads, [&](i64 kv) {
+        const i64 G = t.H / t.HKV;
+        std::vector<float> work;
+        for (i64 first = 0; first < t.N; first += W) {
+            Tile<DH> tile(t, first);
+            for (i64 head = kv * G; head < kv * G + G; head++) forward_head<DH>(tile, q, k, v, o, lse, head, work);
+        }
+    });
+}
+
+template <int DH>
+void backward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, const float* o,
+                   const float* lse, const float* d_o, float* dq, float* dk, float* dv) {
+    share(t.HKV, threads, [&](i64 kv) {
+        const i64 G = t.H / t.HKV;
+        std::vector<float> work;
+        for (i64 first = 0; first < t.N; first += W) {
+            Tile<DH> tile(t, first);
+            for (i64 head = kv * G; head < kv * G + G; head++)
+                backward_head<DH>(tile, q, k, v, o, lse, d_o, dq, dk, dv, head, work);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {  // head_dim is 16, 32, 64 or 128
+
+// o and lse of q, k and v.
+void tree_forward(const TreeTokens* t, i64 head_dim, i64 threads, const float* q, const float* k, const float* v, float* o,
+                  float* lse) {
+    auto run = head_dim == 16 ? forward_tree<16> : head_dim == 32 ? forward_tree<32>
+               : head_dim == 64 ? forward_tree<64> : forward_tree<128>;
+    run(*t, threads, q, k, v, o, lse);
+}
+
+// dq of an upstream gradient d_o, and dk and dv on top of what they hold.
+void tree_backward(const TreeTokens* t, i64 head_dim, i64 threads, const float* q, const float* k, const float* v,
+                   const float* o, const float* lse, const float* d_o, float* dq, float* dk, float* dv) {
+    auto run = head_dim == 16 ? backward_tree<16> : head_dim == 32 ? backward_tree<32>
+               : head_dim == 64 ? backward_tree<64> : backward_tree<128>;
+    run(*t, threads, q, k, v, o, lse, d_o, dq, dk, dv);
+}
+
+}  // extern "C"

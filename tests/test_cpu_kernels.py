@@ -1,0 +1,241 @@
+"""The C++ kernels against torch, and both against fp64: a decode step as a whole, sampling, and token trees."""
+
+import random
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dialogue import TokenTree
+from kernels import cpu, set_backend
+from kernels.rows import Rows
+from kernels.sample_head import sample
+from kernels.tree_attention import Block, make_tree, sees, tree_attention
+from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
+from sampler import Sampler, cached_trunk, generate
+
+pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_library()[1] or "there is a library")
+
+SHAPES = [(96, 3, 3), (64, 4, 2), (128, 2, 1), (256, 2, 2)]  # D, H, Hkv: head dims 32, 16, 64 and 128
+
+
+def tiny_policy(D: int = 96, H: int = 3, Hkv: int = 3, tied: bool = True):
+    """A policy whose scores are large enough that a wrong one shows."""
+    config = Qwen2Config(101, D, 72, 2, H, Hkv, 256, tie_word_embeddings=tied, initializer_range=0.2)
+    policy = random_policy(config, seed=1)
+    for name, parameter in policy.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    return policy.requires_grad_(False)
+
+
+@pytest.fixture
+def torch_path():
+    set_backend("torch")
+    yield
+    set_backend("auto")
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return (found.double() - truth).abs().max().item()
+
+
+@pytest.mark.parametrize("D, H, Hkv", SHAPES)
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
+    """Guards each operation of a layer, lanes beyond one block, candidates that left, and slots that others wrote."""
+    policy, generator = tiny_policy(D, H, Hkv), torch.Generator().manual_seed(n)
+    B, capacity = 7, 40 + 5 * n
+    prompts = torch.tensor([1, 5, 17, 30, 33, 2, 40])
+    ids = [torch.randint(101, (int(p),), generator=generator) for p in prompts]
+    trunk = cached_trunk(policy)
+
+    def compute(by, dtype):
+        cache = KVCache(policy.config, B, capacity, dtype)
+        for stored in cache.keys + cache.values:
+            stored.fill_(1e4)  # what nobody may see
+        chunks, found, first = [], [], 0
+        for row in range(B):
+            chunks.append(Chunk(row, first, first + len(ids[row]), len(ids[row])))
+            first += len(ids[row])
+        rows = torch.repeat_interleave(torch.arange(B), prompts)
+        slots = torch.cat([torch.arange(int(p)) for p in prompts])
+        found.append(by(torch.cat(ids), slots, cache, rows, slots, chunks, None))
+        draw = torch.Generator().manual_seed(9)
+        for step in range(3):
+            place = torch.tensor([p for p in range(B * n) if step == 0 or p % 5])  # some have ended
+            rows, candidates = place // n, place % n
+            members = torch.full((B * n,), -1).index_put_((place,), torch.arange(len(place))).view(B, n)
+            lengths = prompts + n * (step + 1)
+            new = torch.randint(101, (len(place),), generator=draw)
+            at = prompts[rows] + step * n + candidates
+            decoding = Rows(prompts, lengths, members, place)
+            found.append(by(new, prompts[rows] + step, cache, rows, at, (), decoding))
+        return torch.cat(found)
+
+    def by_torch(model):
+        def by(new, positions, cache, rows, slots, chunks, decoding):
+            for stored in cache.keys + cache.values:  # the torch path multiplies hidden slots by 0
+                stored[stored == 1e4] = 0
+            return model(new[None], positions[None], Cached(cache, rows, slots, decoding, chunks))[0]
+
+        return by
+
+    def by_cpu(new, positions, cache, rows, slots, chunks, decoding):
+        return trunk(new, positions, rows, slots, cache.keys, cache.values, decoding)
+
+    set_backend("torch")
+    try:
+        plain = compute(by_torch(policy), torch.float32)
+        truth = compute(by_torch(tiny_policy(D, H, Hkv).double()), torch.float64)
+    finally:
+        set_backend("auto")
+    assert error(compute(by_cpu, torch.float32), truth) <= 2 * error(plain, truth) + 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("R, V", [(1, 2), (16, 101), (37, 800)])
+def test_draws_are_those_of_torch(temperature, R, V):
+    """Guards the inverse CDF in C++: ids equal, log-probs within fp32 rounding of the fp64 truth."""
+    generator = torch.Generator().manual_seed(R)
+    hidden, weight = torch.randn(R, 24, generator=generator), torch.randn(V, 24, generator=generator)
+    uniforms = torch.rand(R, generator=generator)
+    uniforms[0] = 0.0
+    truth = sample(hidden.double() @ weight.double().T, temperature, uniforms.double())
+    plain = sample(hidden @ weight.T, temperature, uniforms)
+    ids, logprobs = cpu.sample(hidden, weight, temperature, uniforms)
+    assert torch.equal(ids, truth[0])
+    assert error(logprobs, truth[1]) <= 2 * error(plain[1], truth[1]) + 1e-6
+
+
+def test_the_last_id_and_the_impossible_one():
+    """Guards a uniform next to 1, which rounding could carry past the last id, and an id of probability 0."""
+    hidden, weight = torch.ones(2, 1), torch.tensor([[-1000.0], [0.0], [0.0], [-1000.0]])
+    ids, logprobs = cpu.sample(hidden, weight, 1.0, torch.tensor([0.0, 1 - 2**-24]))
+    assert ids.tolist() == [1, 2]
+    torch.testing.assert_close(logprobs, torch.tensor([0.5, 0.5]).log())
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_whole_calls_draw_the_same_ids(n, temperature):
+    """Guards the sampler's choice of path: prompts of all lengths, a cache that grows, candidates that stop."""
+    policy, prompts = tiny_policy(tied=False), [[3 + i % 50 for i in range(length)] for length in (1, 2, 31, 70, 33)]
+    arguments = dict(n=n, max_new_tokens=24, stop_ids=[7, 8, 9], temperature=temperature, seeds=range(5 * n))
+    ours = generate(policy, prompts, **arguments)
+    set_backend("torch")
+    try:
+        plain = generate(policy, prompts, **arguments)
+    finally:
+        set_backend("auto")
+    assert [draw.token_ids for draw in ours] == [draw.token_ids for draw in plain]
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_outside_is_named():
+    """Guards C++ that would write outside the cache."""
+    policy = tiny_policy()
+    trunk, cache, one = cached_trunk(policy), KVCache(policy.config, 2, 8), torch.ones(1, dtype=torch.long)
+    for wrong in (dict(row=2), dict(slot=8), dict(position=256), dict(id=101), dict(id=-1), dict(row=-1)):
+        what = {"id": 1, "position": 1, "row": 1, "slot": 1} | wrong
+        with pytest.raises(ValueError, match="is outside 101 ids, 256 positions or a cache of"):
+            trunk(*(one * x for x in what.values()), cache.keys, cache.values)
+    with pytest.raises(ValueError, match="does not fit 2 layers of 3 x 32"):
+        trunk(one, one, one, one, cache.keys[:1], cache.values[:1])
+
+
+@pytest.mark.parametrize("change", ["bf16", "torch", "large", "head dim"])
+def test_torch_computes_what_cpp_does_not(change, monkeypatch):
+    """Guards a silent change of precision, a `--kernels torch` that is not, and a slower path for large weights."""
+    policy = tiny_policy(*((72, 3, 3) if change == "head dim" else (96, 3, 3)))
+    if change == "large":
+        monkeypatch.setattr(cpu, "SMALL", 1000)
+    set_backend("torch" if change == "torch" else "auto")
+    try:
+        sampler = Sampler(policy.bfloat16() if change == "bf16" else policy, n=1, max_new_tokens=1, stop_ids=[],
+                          batch_size=1, max_rows=1)  # fmt: skip
+        assert sampler.trunk is None
+    finally:
+        set_backend("auto")
+
+
+def random_trees(seed: int, size: int):
+    """Trees of some hundred tokens, with blocks as the trainer cuts them."""
+    rng, enter, leave, blocks = random.Random(seed), [], [], []
+    for _ in range(3):
+        tree, rows = TokenTree(), [[0] * 3]
+        for _ in range(size):
+            start = rng.choice(rows)
+            rows.append(start[: rng.randint(1, len(start))] + [rng.randint(0, 9) for _ in range(rng.randint(1, 40))])
+        for row in rows:
+            tree.insert(row)
+        layout, offset = tree.layout(64), len(enter)
+        enter += [offset + e for e in layout.enter]
+        leave += [offset + e for e in layout.leave]
+        blocks += [Block(*b) for b in layout.blocks]
+    return make_tree(torch.tensor(enter), torch.tensor(leave), blocks, torch.float32)
+
+
+@pytest.mark.parametrize("H, Hkv, Dh", [(3, 3, 32), (4, 2, 16), (7, 1, 64), (2, 2, 128)])
+@pytest.mark.parametrize("seed, size, threads", [(0, 12, 1), (1, 0, 1), (2, 20, 2)])
+def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
+    """Guards a token that sees a stranger or misses an ancestor, tiles that are not full, grouped heads, threads."""
+    tree = random_trees(seed, size)
+    N, generator = len(tree.enter), torch.Generator().manual_seed(seed)
+    q, k, v, g = (torch.randn(1, N, heads, Dh, generator=generator).transpose(1, 2) for heads in (H, Hkv, Hkv, H))
+    places = torch.arange(N)
+
+    def dense(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees(tree, places, places), enable_gqa=True)
+
+    def differentiated(attention, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, g.to(dtype))]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = differentiated(lambda *x: tree_attention(*x, tree), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    truth, plain = differentiated(dense, torch.float64), differentiated(dense, torch.float32)
+    for a, b, exact in zip(ours, plain, truth, strict=True):
+        assert error(a, exact) <= 2 * error(b, exact) + 1e-6
+    again = differentiated(lambda *x: tree_attention(*x, tree), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))  # the same bits on any number of threads
+
+
+def test_gradients_have_no_graph():
+    """Guards a gradient penalty that would silently count as 0."""
+    tree = random_trees(0, 3)
+    q = torch.randn(1, 2, len(tree.enter), 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(tree_attention(q, q, q, tree).sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("compiler, words", [("/no/such/compiler", "No such file"), ("false", "cannot build")])
+def test_without_a_compiler_torch_serves(compiler, words, monkeypatch, tmp_path):
+    """Guards a machine without a working compiler: a reason, not a crash."""
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library, reason = cpu.load_library.__wrapped__()
+    assert library is None and words in reason
+
+
+def test_a_library_is_built_once(monkeypatch, tmp_path):
+    """Guards a build at every start, and a half-written library that another process would load."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def build(command, **_):
+        calls.append(command)
+        open(command[-1], "w").close()
+
+    monkeypatch.setattr(subprocess, "run", build)
+    first = cpu.compile_library("g++")
+    assert cpu.compile_library("g++") == first and len(calls) == 1
+    assert [*first.parent.iterdir()] == [first]
+    assert cpu.compile_library("clang++") != first
