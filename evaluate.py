@@ -21,20 +21,22 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
+import second_world
 import subjects
 import train_rlpa
 from dialogue import Dialogue
-from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, shown, summarize
+from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
 from model import resolve_checkpoint
+from perplexity import Text, perplexity_samples, read_texts, text_scores
 from rewards import VERDICTS
-from runlog import episode_record
+from runlog import DISTINCT, GUARDS, PROFILE_GUARDS, distinct, episode_record, guards, ngram_counts, sum_counters
 from scenarios import SCENARIOS, choose_personas, make_dialogues
-from simulator import ChatClient, Persona
+from simulator import ChatClient, Persona, Tape
 from subjects import METHODS, RLPA
 from train_rlpa import Config, Play, World
 
@@ -52,6 +54,11 @@ PASSED = (  # flags that go to the rollout as they are; their help stands in tra
     "history_profile",
     "decode_batch_size",
     "kv_gib",
+    "reply_steps",
+    "record",
+    "replay",
+    "price_in",
+    "price_out",
     "dtype",
     "kernels",
     "threads",
@@ -69,6 +76,9 @@ LABELS = {
     **{name: name.replace("_", " ") for name in VERDICTS},
     "valid": "format valid",
     "tokens": "tokens per turn",
+    **{name: name.replace("_", " ") for name in GUARDS},
+    **{f"distinct_{n}": f"distinct-{n}" for n in DISTINCT},
+    "perplexity": "perplexity",
     "recovery_AL": "turns to recover, AL",
     "recovery_f1_over_max": "turns to recover, F1 ÷ max",
 }
@@ -84,6 +94,9 @@ class Played:
     summary: Summary
     seconds: float
     counts: dict[str, int]
+    calls: dict[str, float]  # of user, judge and subject, with their tokens and cost
+    calls_note: str
+    perplexities: Array  # (1 + R,) of the text of --perplexity and its resamples; NaN if it was not measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +107,13 @@ def subject_config(target: str, args: argparse.Namespace) -> Config:
     """Return how a subject plays: the trainer's defaults < its checkpoint's `rlpa.json` < flags."""
     given = {name: value for name in PASSED if (value := getattr(args, name)) is not None}
     own = {} if is_url(target) else train_rlpa.checkpoint_defaults(resolve_checkpoint(target))
-    return Config(**{**own, **given, "max_turns": args.turns, "profile_target": "persona"})
+    fixed = {"max_turns": args.turns, "profile_target": "persona"}
+    if args.world == "second":
+        fixed["simulator_model"] = second_world.MODEL_NAME
+    config = Config(**{**own, **given, **fixed})
+    if args.world == "second" and (config.simulator_url or config.judge_url):
+        raise ValueError("--world second has a user and a judge of its own; drop --simulator-url and --judge-url")
+    return config
 
 
 def is_url(target: str) -> bool:
@@ -110,21 +129,37 @@ def play(
     personas: list[Persona],
     args: argparse.Namespace,
     env: World,
+    perplexities: Array,
 ) -> Played:
     """Play all personas with one endpoint or checkpoint and measure it."""
     start = time.perf_counter()
     dialogues = make_dialogues(personas, args.change_turn if args.scenario == "conflict" else None)
     how = Play(1, args.temperature, (args.seed, "evaluate"))
     env.counts.clear()
+    calls_before = calls_of(player, env)
     with subjects.progress(dialogues, args.turns, name, show=not args.quiet):
         by = subjects.play_checkpoint if isinstance(player, Path) else subjects.play_endpoint
         by(player, method, dialogues, how, config, env)
     measured = measure(dialogues, args.turns, method == RLPA)
     summary = summarize(measured, args.seed, args.change_turn if args.scenario == "conflict" else None)
-    return Played(name, dialogues, measured, summary, time.perf_counter() - start, counts_of(dialogues, args.turns))
+    summary = replace(summary, figures=summary.figures | corpus_figures(dialogues, perplexities))
+    calls = calls_of(player, env) - calls_before
+    note = train_rlpa.calls_note(calls, config)
+    calls = {**calls, **train_rlpa.cost(calls, config)}
+    counts = counts_of(dialogues, args.turns)
+    seconds = time.perf_counter() - start
+    return Played(name, dialogues, measured, summary, seconds, counts, calls, note, perplexities)
 
 
-def open_client(target: str, args: argparse.Namespace) -> ChatClient:
+def calls_of(player: ChatClient | Path, env: World) -> Counter:
+    """Return the calls so far of user, judge and, if it is an endpoint, the subject."""
+    counts = train_rlpa.endpoint_counts(env)
+    if isinstance(player, ChatClient):
+        counts.update(train_rlpa.client_counts("subject", player))
+    return counts
+
+
+def open_client(name: str, target: str, args: argparse.Namespace, tape: Tape | None) -> ChatClient:
     """Open the client of an endpoint, URL#MODEL; ValueError for a bad URL or a key that is not there."""
     url, _, model = target.partition("#")
     config = subject_config(target, args)
@@ -138,26 +173,53 @@ def open_client(target: str, args: argparse.Namespace) -> ChatClient:
         max_concurrency=config.max_concurrency,
         temperature=args.temperature,
         max_tokens=config.max_new_tokens,
+        tape=tape,
+        name=f"subject {name}",
     )
 
 
 def measure(dialogues: list[Dialogue], turns: int, writes_profile: bool) -> dict[str, Array]:
     """Return each measurement (P, K); NaN for dropped dialogues, for turns that were not played, and for what a method
     without a profile does not have."""
-    profile = ("f1", "evidence_f1", "valid")
-    names = ("AL", "max_f1", "tokens", *profile, *VERDICTS)
+    names = ("AL", "max_f1", "tokens", "f1", "evidence_f1", "valid", *GUARDS, *VERDICTS)
     measured = {name: np.full((len(dialogues), turns), np.nan) for name in names}
     for i, dialogue in enumerate(dialogues):
         for t, turn in enumerate(dialogue.turns if dialogue.dropped is None else []):
             reply = turn.winner
             values = {"AL": 100 * reply.response_reward, "max_f1": reply.ledger["max_f1"], **reply.verdicts}
-            values |= {"tokens": subjects.tokens_of(reply)}
-            if writes_profile:
+            before = [earlier.winner.response for earlier in dialogue.turns[:t]]
+            values |= {"tokens": subjects.tokens_of(reply), **guards(reply, before, turn.user_text)}
+            if not writes_profile:
+                values |= dict.fromkeys(PROFILE_GUARDS, math.nan)
+            else:
                 values |= {"f1": reply.profile_reward, "evidence_f1": reply.ledger["evidence_f1"]}
                 values |= {"valid": reply.failure is None}
             for name, value in values.items():
                 measured[name][i, t] = value
     return measured
+
+
+def corpus_figures(dialogues: list[Dialogue], perplexities: Array) -> dict[str, Estimate]:
+    """Return the figures that are not means over personas: distinct-n of all replies (no interval), and perplexity."""
+    replies = [turn.winner.response for d in dialogues if d.dropped is None for turn in d.turns]
+    found = distinct(sum_counters([ngram_counts(reply) for reply in replies]))
+    figures = {name: Estimate(value, math.nan, math.nan) for name, value in found.items()}
+    return figures | {"perplexity": estimate(perplexities)}
+
+
+def perplexities_of(player: ChatClient | Path, config: Config, texts: list[Text], seed: int) -> Array:
+    """Return a checkpoint's perplexity (1 + R,) on texts and their resamples; NaN for an endpoint, or without texts."""
+    if not texts or not isinstance(player, Path):
+        return np.full(1 + RESAMPLES, np.nan)
+    return perplexity_samples(text_scores(*subjects.load_checkpoint(player, config), texts), seed)
+
+
+def difference(one: Played, other: Played, seed: int) -> Summary:
+    """Return `one` − `other` on the personas and the texts that both have."""
+    summary = compare(one.measurements, other.measurements, seed)
+    return replace(
+        summary, figures=summary.figures | {"perplexity": estimate(one.perplexities - other.perplexities)}
+    )
 
 
 def counts_of(dialogues: list[Dialogue], turns: int) -> dict[str, int]:
@@ -230,10 +292,13 @@ def write_results(
 ) -> None:
     """Write results.json, results.csv and episodes.jsonl."""
     settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings["perplexity"] = args.perplexity and str(args.perplexity)
     results = {
         "settings": settings | {"resamples": RESAMPLES, "interval_percent": LEVEL},
         "subjects": {
-            p.name: summary_record(p.summary) | {"counts": p.counts, "seconds": round(p.seconds, 2)} for p in played
+            p.name: summary_record(p.summary)
+            | {"counts": p.counts, "calls": p.calls, "seconds": round(p.seconds, 2)}
+            for p in played
         },
         "differences": {name: summary_record(summary) for name, summary in compared.items()},
     }
@@ -312,7 +377,8 @@ def draw(path: Path, played: list[Played], args: argparse.Namespace) -> None:
             axis.axvline(args.change_turn, color="0.2", lw=1, ls=(0, (1, 3)), label="preferences change")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    figure.suptitle(f"{args.scenario}, {len(played[0].dialogues)} personas, {LEVEL:.0f} % intervals")
+    what = f"{args.scenario}, {args.world} world"
+    figure.suptitle(f"{what}, {len(played[0].dialogues)} personas, {LEVEL:.0f} % intervals")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -354,6 +420,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     scenarios = "; ".join(f"{name}: {what}" for name, what in SCENARIOS.items())
     parser.add_argument("--scenario", choices=SCENARIOS, default="vanilla", help=scenarios)
+    parser.add_argument(
+        "--world",
+        choices=("first", "second"),
+        default="first",
+        help="embedded user and rule judge. first: those of training; second: ones that no training meets, with other"
+        " phrases, a chatty and impatient temper, late and evasive answers, and stricter rules: does what was learned"
+        " transfer? (second_world.py)",
+    )
+    parser.add_argument(
+        "--perplexity",
+        type=Path,
+        metavar="FILE",
+        help="text to report each checkpoint's perplexity on, to see what training has cost: JSONL of"
+        ' {"messages": [...]} or {"text": ...}, or plain text; of the tiny world tiny/sft_heldout.jsonl',
+    )
     parser.add_argument("--personas", default="", help="JSONL file; without one: synthetic personas")
     parser.add_argument("--split", choices=("heldout", "unseen"), default="heldout", help="of the synthetic personas")
     parser.add_argument("--num-personas", type=int, default=0, help="the first so many [0: the whole file, or 100]")
@@ -408,22 +489,28 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
     personas = choose_personas(args.personas, args.split, args.num_personas, args.scenario, own_user, args.seed)
     targets = dict(map(split_subject, args.subjects))
     configs = {name: subject_config(target, args) for name, target in targets.items()}
+    texts = read_texts(args.perplexity) if args.perplexity else []
     played = []
     with ExitStack() as stack:  # whatever can be wrong with a flag is found before anything is played
+        common = next(iter(configs.values()))  # how the user's and the judge's endpoints are asked
+        tape = stack.enter_context(train_rlpa.open_tape(common))
         players: dict[str, ChatClient | Path] = {
-            name: open_client(target, args) if is_url(target) else resolve_checkpoint(target)
+            name: open_client(name, target, args, tape) if is_url(target) else resolve_checkpoint(target)
             for name, target in targets.items()
         }
         for client in (player for player in players.values() if isinstance(player, ChatClient)):
             stack.enter_context(closing(client))
+        perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
         make_out(args.out)
-        env = stack.enter_context(train_rlpa.open_world(next(iter(configs.values()))))
+        env = stack.enter_context(train_rlpa.open_world(common, tape))
+        if args.world == "second":
+            env.rule_verdicts = second_world.rule_verdicts
         for name, player in players.items():
             for method in args.method:
                 row = name if len(args.method) == 1 else f"{name}/{method}"
-                played.append(play(row, player, configs[name], method, personas, args, env))
+                played.append(play(row, player, configs[name], method, personas, args, env, perplexities[name]))
     first = played[0]
-    compared = {f"{p.name} - {first.name}": compare(p.measurements, first.measurements, args.seed) for p in played[1:]}
+    compared = {f"{p.name} - {first.name}": difference(p, first, args.seed) for p in played[1:]}
     report(played, compared, args)
     write_results(args.out, args, played, compared)
     draw(args.out / "curves.png", played, args)
@@ -441,7 +528,7 @@ def make_out(folder: Path) -> None:
 def report(played: list[Played], compared: dict[str, Summary], args: argparse.Namespace) -> None:
     """Print the tables, and what went wrong."""
     size = f"{len(played[0].dialogues)} personas x {args.turns} turns"
-    print(f"\n{args.scenario}: {size}; value [{LEVEL:.0f} % interval]\n")
+    print(f"\n{args.scenario}, {args.world} world: {size}; value [{LEVEL:.0f} % interval]\n")
     print(figures_table([p.name for p in played], [p.summary for p in played]), end="\n\n")
     print(turns_table(played, args.turns), end="\n\n")
     if compared:
@@ -450,6 +537,7 @@ def report(played: list[Played], compared: dict[str, Summary], args: argparse.Na
     for p in played:
         notes = "; ".join(f"{name}: {n}" for name, n in p.counts.items())
         print(f"{p.name}: {p.seconds:.1f} s" + (f"; {notes}" if notes else ""))
+        print(f"{p.name}: {p.calls_note}")
     print(f"results: {args.out}")
 
 

@@ -11,6 +11,7 @@ words for values, so that the model learns to copy what it reads rather than to 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import time
@@ -26,6 +27,7 @@ import world
 from dialogue import SYSTEM_PROMPT, ChatTokenizer
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
+from perplexity import HELDOUT_FILE
 from train_rlpa import all_sum_gradients, rank, world_size
 
 
@@ -216,6 +218,18 @@ def scripted_dialogue(rng: random.Random, n_turns: int, habits: Habits = FORGETF
     return turns
 
 
+def heldout_lines(seed: int, n: int, n_turns: int) -> list[str]:
+    """Write dialogues of the kinds that fine-tuning ends with, from a stream that it does not use: lines of JSONL."""
+    rng, lines = random.Random(f"{seed}|heldout"), []
+    for _ in range(n):
+        habits = ATTENTIVE if rng.random() < ATTENTIVE_SHARE else FORGETFUL
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+        for user, assistant in scripted_dialogue(rng, n_turns, habits):
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer and fine-tuning
 
@@ -379,6 +393,7 @@ def main() -> None:
     if rank() == 0:
         save_pretrained(policy, args.out)
         chat.tokenizer.save(str(args.out / "tokenizer.json"))
+        (args.out / HELDOUT_FILE).write_text("".join(heldout_lines(args.seed, 32, args.max_turns)))
     if dist.is_initialized():
         dist.destroy_process_group()
 

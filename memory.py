@@ -67,10 +67,10 @@ def layer_bytes(config: Qwen2Config, itemsize: int = 4, fused: bool = False) -> 
 
 
 def block_bytes(config: Qwen2Config, blocks: Sequence[tuple[int, int | None]], itemsize: int = 4) -> tuple[int, int]:
-    """Give what `tree_attention` keeps on a CPU beside `layer_bytes`: bytes per layer, and bytes of all layers' masks.
+    """Give what torch's tree attention on a CPU keeps beside `layer_bytes`: bytes per layer, and of all layers' masks.
 
     blocks: (tokens, tokens of the trunk they follow; None: a trunk itself), as `TokenTree.layout` gives them. Each
-    branch block keeps a copy of its keys and values, and all outputs are copied into one row. None of it on CUDA.
+    branch block keeps a copy of its keys and values, and all outputs are copied into one row. C++ and CUDA: nothing.
     """
     keys = sum(size + prefix for size, prefix in blocks if prefix is not None)
     outputs = sum(size for size, _ in blocks) * config.hidden_size
@@ -144,12 +144,13 @@ class Plan:
 
     tokens: int = 16_384  # N: tree tokens of one forward and backward (--microbatch-tokens, or one larger dialogue)
     actions: int = 14_000  # sampled ids among them
-    blocks: tuple[tuple[int, int | None], ...] = ()  # of a CPU's tree attention, `tree_blocks`; () on CUDA
+    blocks: tuple[tuple[int, int | None], ...] = ()  # of torch's tree attention on a CPU; () in C++ and on CUDA
     several_microbatches: bool = True  # gradients of earlier micro-batches are there already
     cache_tokens: int = 256 * 4096  # slots of the KV cache: rows x capacity
     workspace: int = 1 << 30  # kernels.ppo_head.WORKSPACE
     compute_bytes: int = 4  # of weights and activations in products; 2 (bf16) adds a copy of the fp32 master weights
     reference: bool = True  # a frozen policy is held (--kl-coef above 0), in compute_bytes
+    critic: bool = True  # False: none (--advantage rloo or grpo); neither is separate_critic then
     separate_critic: bool = True  # False: a value head on the policy's trunk
     gradients_in_rollout: bool = True  # False: the trainer frees them before it samples, as train_rlpa.py does
     fused: bool = True  # Triton kernels
@@ -168,12 +169,12 @@ class Plan:
 
     def critic_parameters(self, config: Qwen2Config) -> int:
         """Count the critic's own parameters."""
-        return config.hidden_size + (trunk_parameters(config) if self.separate_critic else 0)
+        return config.hidden_size * self.critic + (trunk_parameters(config) if self.separate_critic else 0)
 
     def value_bytes(self, config: Qwen2Config) -> int:
         """Count the fp32 copy of hidden states that the value head keeps if they are bf16: of all tokens by a trunk of
         its own, of action tokens by a shared one."""
-        rows = self.tokens if self.separate_critic else self.actions
+        rows = self.tokens if self.separate_critic else self.actions * self.critic
         return 4 * rows * config.hidden_size * (self.compute_bytes != 4)
 
 

@@ -148,7 +148,7 @@ def recovery_turns(curve: Array, change_turn: int) -> Array:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its bootstrap interval; NaN where nothing was measured."""
+    """A figure with its bootstrap interval; NaN where nothing was measured, or there is no interval."""
 
     value: float
     low: float
@@ -157,6 +157,8 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "-"
+        if math.isnan(self.low):
+            return shown(self.value)
         return f"{shown(self.value)} [{shown(self.low)}, {shown(self.high)}]"
 
 

@@ -21,6 +21,11 @@ from dialogue import Candidate, Dialogue
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of dialogues
 
+# Guards against reward hacking: means over replies, then figures of all replies together. README, "Metrics".
+PROFILE_GUARDS = ("unsupported_lines", "duplicate_lines", "lines_recited")  # a reply without a profile has none of them
+GUARDS = ("reply_words", "reply_repeated", "question_repeated", "parroting", *PROFILE_GUARDS)
+DISTINCT = (1, 2)  # lengths of the word n-grams of distinct-n
+
 
 def tally(dialogues: list[Dialogue]) -> Counter:
     """Sum up what happened in dialogues, over all candidates; `rates` turns the sums of all ranks into metrics."""
@@ -35,15 +40,16 @@ def tally(dialogues: list[Dialogue]) -> Counter:
             unseen = unseen_facts(dialogue, t)
             for candidate in turn.candidates:
                 if candidate.judged:
-                    sums.update(candidate_sums(candidate, before, t))
+                    sums.update(candidate_sums(candidate, t))
+                    sums.update(guards(candidate, before, turn.user_text))
+                    sums.update(ngram_counts(candidate.response))
                     sums.update(unseen_sums(candidate, unseen))
     return sums
 
 
-def candidate_sums(candidate: Candidate, before: list[str], t: int) -> dict[str, float]:
-    """Sum up one candidate; `before` are the replies that the dialogue had already heard."""
+def candidate_sums(candidate: Candidate, t: int) -> dict[str, float]:
+    """Sum up one candidate of turn `t`, counted from 0."""
     ledger = candidate.ledger
-    asked_before = {slot for reply in before for slot in world.asked_slots(reply)}
     sums = {
         "candidates": 1,
         "valid": candidate.failure is None,
@@ -52,18 +58,82 @@ def candidate_sums(candidate: Candidate, before: list[str], t: int) -> dict[str,
         "response_reward": candidate.response_reward,
         "f1": ledger["f1"],
         "lines": ledger["n_lines"],
-        "unsupported": ledger["n_unsupported"],
         "disclosed": ledger["n_disclosed"],
         "recalled": ledger["n_recalled"],
         f"evidence_f1_turn{t + 1}": ledger["evidence_f1"],
         f"max_f1_turn{t + 1}": ledger["max_f1"],
-        "reply_words": len(world.words(candidate.response)),
-        "reply_repeated": candidate.response in before,
-        "question_repeated": bool(asked_before & set(world.asked_slots(candidate.response))),
     }
     if candidate.failure:
         sums[f"failure_{candidate.failure}"] = 1
     return sums | {f"verdict_{name}": verdict for name, verdict in candidate.verdicts.items()}
+
+
+def guards(candidate: Candidate, before: Sequence[str], user_text: str) -> dict[str, float]:
+    """Measure in one reply what a policy may do to be paid for nothing; names as in GUARDS.
+
+    Args:
+        candidate: the reply, parsed and held against the ledger.
+        before: the replies that the dialogue had already heard.
+        user_text: the message that it answers.
+    """
+    response, asked_before = candidate.response, {slot for reply in before for slot in world.asked_slots(reply)}
+    return {
+        "reply_words": len(world.words(response)),
+        "reply_repeated": response in before,
+        "question_repeated": bool(asked_before & set(world.asked_slots(response))),
+        "parroting": parroting(response, user_text),
+        "unsupported_lines": candidate.ledger["n_unsupported"],
+        "duplicate_lines": duplicate_lines(candidate.profile),
+        "lines_recited": sum(world.mentions(line, response) for line in candidate.profile),
+    }
+
+
+def ngrams(text: str, n: int) -> list[str]:
+    """List the word n-grams of a text.
+
+    >>> ngrams("So you bake?", 2)
+    ['so you', 'you bake']
+    """
+    said = world.words(text)
+    return [" ".join(said[i : i + n]) for i in range(len(said) - n + 1)]
+
+
+def parroting(reply: str, user_text: str) -> float:
+    """Return the share of a reply's word trigrams that stand in the user's message too; 0 if it has no trigram.
+
+    >>> parroting("You work as a baker? Nice.", "I work as a baker."), parroting("A baker! Since when?", "I bake.")
+    (0.5, 0.0)
+    """
+    said, heard = ngrams(reply, 3), set(ngrams(user_text, 3))
+    return sum(gram in heard for gram in said) / max(1, len(said))
+
+
+def duplicate_lines(lines: Sequence[str]) -> int:
+    """Count the profile lines that add nothing: all content words of their value stand in one earlier line's.
+
+    >>> duplicate_lines(["Occupation: head nurse", "works as a nurse", "Others: the nurse", "Age: 34", "Age:"])
+    2
+    """
+    values = [world.content_words(world.split_fact(line)[1]) for line in lines]
+    return sum(not value or any(value <= earlier for earlier in values[:i]) for i, value in enumerate(values))
+
+
+def ngram_counts(reply: str) -> Counter:
+    """Count a reply's n-grams under names that no other count has; added up over replies they give `distinct`."""
+    return Counter(f"{n}-gram {gram}" for n in DISTINCT for gram in ngrams(reply, n))
+
+
+def distinct(sums: Counter) -> dict[str, float]:
+    """Return distinct-1 and distinct-2 of all replies counted: different n-grams ÷ n-grams (arXiv 1510.03055).
+
+    Low values mean that all dialogues get the same words. They fall with the number of replies, too: compare samples
+    of one size. NaN without any n-gram.
+
+    >>> distinct(ngram_counts("Tell me more.") + ngram_counts("Tell me, then."))
+    {'distinct_1': 0.6666666666666666, 'distinct_2': 0.75}
+    """
+    counts = {n: [count for name, count in sums.items() if name.startswith(f"{n}-gram ")] for n in DISTINCT}
+    return {f"distinct_{n}": len(found) / (sum(found) or math.nan) for n, found in counts.items()}
 
 
 def unseen_facts(dialogue: Dialogue, t: int) -> list[str]:
@@ -93,17 +163,14 @@ def rates(sums: Counter) -> dict[str, float]:
         "recall": sums["recalled"] / (sums["disclosed"] or math.nan),
         "f1_over_max": sum(sums[f"evidence_f1_turn{t}"] for t in turns)
         / (sum(sums[f"max_f1_turn{t}"] for t in turns) or math.nan),
-        "unsupported_lines": sums["unsupported"] / n,
         "profile_lines": sums["lines"] / n,
         "disclosed_facts": sums["disclosed"] / n,
         "format_valid": sums["valid"] / n,
         "tokens_per_turn": sums["tokens"] / n,
-        "reply_words": sums["reply_words"] / n,
-        "reply_repeated": sums["reply_repeated"] / n,
-        "question_repeated": sums["question_repeated"] / n,
         "dialogues": sums["dialogues"],
         "dialogues_dropped": sums["dropped"],
     }
+    metrics |= {name: sums[name] / n for name in GUARDS} | distinct(sums)
     metrics |= {f"f1_over_max_turn{t}": sums[f"evidence_f1_turn{t}"] / sums[f"max_f1_turn{t}"] for t in turns}
     metrics |= {name: sums[f"verdict_{name}"] / n for name in rewards.VERDICTS}
     metrics |= {
@@ -203,6 +270,7 @@ CURVES = [
             "format_valid": "format valid",
             "reply_repeated": "replies repeated",
             "question_repeated": "questions repeated",
+            "parroting": "parroting",
         },
     ),
 ]

@@ -4,7 +4,7 @@ A simulated user is any OpenAI-compatible `/v1/chat/completions` endpoint that i
 how slowly to say so) and the dialogue seen from its own side. `python simulator.py --port 8100` is such an endpoint: it
 gets the same messages as a real model and answers them by the rules of `world.py`, seeded, without a network or a key.
 
-In reading order: personas (JSONL in) → role prompt and messages → `ChatClient` → embedded server.
+In reading order: personas (JSONL in) → role prompt and messages → `ChatClient` and its `Tape` → embedded server.
 
 Against the published code: roles are not swapped in the user's history, every wait is bounded, and a call that fails is
 a typed `ChatError` for the trainer to mask and count, never a made-up reply.
@@ -13,7 +13,9 @@ a typed `ChatError` for the trainer to mask and count, never a made-up reply.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
+import hmac
 import ipaddress
 import json
 import math
@@ -27,22 +29,24 @@ import threading
 import time
 import traceback
 import unicodedata
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+import second_world
 import world
 
 Message = dict[str, str]  # {"role": ..., "content": ...}, as in the OpenAI chat format
@@ -295,7 +299,8 @@ BACKOFF_FIRST, BACKOFF_CAP = 0.25, 8.0  # seconds: 0.25, 0.5, 1, … 8, times a 
 class ChatReply(str):
     """A reply's text that knows how many tokens the endpoint says it took; None if it does not say."""
 
-    tokens: int | None = None
+    tokens: int | None = None  # of the reply, thoughts included
+    prompt_tokens: int | None = None
 
 
 class ChatError(Exception):
@@ -310,6 +315,120 @@ class ChatError(Exception):
         self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
 
 
+class Call(NamedTuple):
+    """What became of a call: a reply or the error that ended it, and why attempts failed, in their order."""
+
+    reply: ChatReply | ChatError
+    failed: tuple[str, ...] = ()
+
+
+class Tape:
+    """A file of calls, so that a run with a paid or random endpoint can be repeated without it, bit for bit.
+
+    JSONL, a call per line: the endpoint's name, a hash of that name and of all that was sent (model, messages, seed,
+    temperature, max_tokens), the seed, and what came of it: text and usage, or the error. There are no keys in it.
+
+    A request has one reply: while `recording`, one that is on file is not asked again, neither in the same run nor when
+    a killed run goes on with its file (calls that failed in an earlier run are). When replaying, a request that is not
+    on file is a ValueError. `note` says how much the file held, and if its last line was cut short, which is left out.
+    Several processes may record into one file. Raises ValueError for a file that cannot be used or a damaged line.
+    """
+
+    def __init__(self, path: str | Path, recording: bool):
+        self.path, self.recording = Path(path), recording
+        self._calls: dict[str, Call] = {}
+        self._lock = threading.Lock()
+        try:
+            self._file = self.path.open("ab" if recording else "rb", buffering=0)
+        except OSError as error:
+            flag = "--record" if recording else "--replay"
+            raise ValueError(f"{flag} {path} cannot be opened: {error.strerror}") from None
+        with self._alone():
+            cut = self._load()
+        held = f"{len(self._calls):,} recorded calls"
+        self.note = f"{path}: {held}{', which are not made again' if recording and self._calls else ''}{cut}"
+
+    def find(self, endpoint: str, request: dict[str, Any]) -> Call | None:
+        """Return the call on file, None if it is to be made; ValueError for an unknown request when replaying."""
+        call = self._calls.get(_fingerprint(endpoint, request))
+        if call is None and not self.recording:
+            start = _shorten(request["messages"][-1]["content"])
+            raise ValueError(f"--replay {self.path} holds no reply of {endpoint or 'the endpoint'} to the request "
+                             f"{start!r} (model {request['model']!r}, seed {request.get('seed')}); a replay needs the "
+                             "flags, checkpoint and personas of the recording, and --reply-steps of 1 or more in both")
+        return call
+
+    def keep(self, endpoint: str, request: dict[str, Any], call: Call) -> Call:
+        """Write a call that was made to the file; return the one that counts, for a thread may have been faster."""
+        key = _fingerprint(endpoint, request)
+        with self._lock:
+            if key not in self._calls:
+                self._calls[key] = call
+                with self._alone():
+                    self._file.write(_write_call(endpoint, key, request.get("seed"), call))
+        return self._calls[key]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out of the file."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _load(self) -> str:
+        """Read all calls, later lines over earlier ones; a last line that a kill cut short is dropped and told of."""
+        size = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    if self.recording:
+                        self._file.truncate(size)
+                    return f"; line {number}, the last one, was cut short and is left out"
+                size += len(line)
+                key, call = _read_call(line, f"{self.path}, line {number}")
+                if not (self.recording and isinstance(call.reply, ChatError)):
+                    self._calls[key] = call
+        return ""
+
+
+def _fingerprint(endpoint: str, request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([endpoint, request], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_call(endpoint: str, key: str, seed: int | None, call: Call) -> bytes:
+    """Write a call as one line that ends with its own checksum."""
+    reply = call.reply
+    line: dict[str, Any] = {"endpoint": endpoint, "request": key, "seed": seed, "failed": call.failed}
+    if isinstance(reply, ChatError):
+        line |= {"error": reply.reason, "message": str(reply).removeprefix(f"{reply.reason}: ")}
+    else:
+        line |= {"text": str(reply), "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+    return json.dumps(line | {"check": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
+
+
+def _read_call(line: bytes, where: str) -> tuple[str, Call]:
+    """Read what `_write_call` wrote; ValueError that begins with `where` for anything else."""
+    try:
+        found = json.loads(line)
+        if found.pop("check") != zlib.crc32(json.dumps(found).encode()):
+            raise ValueError("its checksum is wrong")
+        if "error" in found:
+            reply: ChatReply | ChatError = ChatError(found["error"], found["message"])
+        else:
+            reply = ChatReply(found["text"])
+            reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
+        return found["request"], Call(reply, tuple(found["failed"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where}: damaged, or not a recorded call ({type(error).__name__}: {_shorten(str(error))}); "
+                         "remove the line to lose that call alone") from None
+
+
 class ChatClient:
     """Ask an OpenAI-compatible endpoint for chat completions, many at a time and within bounded time.
 
@@ -317,6 +436,8 @@ class ChatClient:
     one byte now and then; in `chat_many` it runs from the moment one of the `max_concurrency` workers takes the call.
     Retried are connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies; any other status fails at
     once. The key is read from the environment variable `api_key_env` and shows in no message.
+
+    With a `tape`, calls are recorded or replayed under `name`; a replay needs no key and opens no connection.
 
     Raises ValueError for a bad URL, a variable that is not set, and a limit below its minimum.
     """
@@ -334,6 +455,8 @@ class ChatClient:
         max_reply_bytes: int = 262_144,
         temperature: float = 1.0,
         max_tokens: int = 300,
+        tape: Tape | None = None,
+        name: str = "",
     ):
         _check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
                       max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens)
@@ -342,7 +465,8 @@ class ChatClient:
         self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
         self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self._key = _read_key(api_key_env)
+        self.tape, self.name = tape, name
+        self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._jitter = random.Random()  # its own, so that no retry disturbs a seeded global generator
@@ -365,40 +489,50 @@ class ChatClient:
             raise ValueError(f"chat_many got {len(batch)} lists of messages but {len(seeds)} seeds")
         start = time.monotonic()
         replies = list(self._workers.map(self.ask, batch, seeds))
-        self._count("wait_seconds", time.monotonic() - start)
+        with self._lock:
+            self._tally["wait_seconds"] += time.monotonic() - start
         return replies
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Return totals: calls (requests), repeated attempts (retries), failed attempts (errors) and failed calls
-        (failures) by reason, and the seconds callers spent in `chat` and `chat_many` (wait_seconds)."""
+        """Return totals: calls (requests), those of them answered from the tape (replayed), repeated attempts
+        (retries), failed attempts (errors) and failed calls (failures) by reason, tokens of prompts and replies
+        (prompt_tokens, completion_tokens; words, where the endpoint does not say: calls without_usage), and the seconds
+        that callers spent in `chat` and `chat_many` (wait_seconds)."""
         with self._lock:
             tally = dict(self._tally)
         by_reason = {kind: {key.partition(" ")[2]: n for key, n in tally.items() if key.startswith(f"{kind} ")}
                      for kind in ("errors", "failures")}
-        return {key: tally.get(key, 0) for key in ("requests", "retries", "wait_seconds")} | by_reason
+        totals = ("requests", "replayed", "retries", "prompt_tokens", "completion_tokens", "without_usage")
+        return {key: tally.get(key, 0) for key in (*totals, "wait_seconds")} | by_reason
 
     def close(self) -> None:
         """Cut off what is in flight and end the workers; the client cannot be used afterwards."""
         self._closed.set()
         self._workers.shutdown(cancel_futures=True)
 
-    def _count(self, key: str, amount: float = 1) -> None:
-        with self._lock:
-            self._tally[key] += amount
-
-    def ask(self, messages: list[Message], seed: int | None = None) -> str | ChatError:
+    def ask(self, messages: list[Message], seed: int | None = None) -> ChatReply | ChatError:
         """Return the reply's text, or the ChatError that ended the call; in the caller's own thread."""
-        self._count("requests")
         request = self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})
-        deadline = time.monotonic() + self.total_timeout
+        call = self.tape.find(self.name, request) if self.tape else None
+        replayed = call is not None
+        if call is None:
+            call = self._call(request)
+            if self.tape and not self._closed.is_set():  # closing fails calls that the endpoint would have answered
+                call = self.tape.keep(self.name, request, call)
+        self._count_call(messages, call, replayed)
+        return call.reply
+
+    def _call(self, request: dict[str, Any]) -> Call:
+        """Ask until there is a reply, or no further attempt is allowed or of use."""
+        deadline, failed = time.monotonic() + self.total_timeout, []
         for attempt in range(self.max_retries + 1):
             try:
-                return self._attempt(json.dumps(request).encode(), deadline)
+                return Call(self._attempt(json.dumps(request).encode(), deadline), tuple(failed))
             except ChatError as error:
                 failure = error
             failure.args = (self._redact(str(failure)),)  # the server may have quoted the key, in JSON escapes even
-            self._count(f"errors {failure.reason}")
+            failed.append(failure.reason)
             pause = min(BACKOFF_CAP, BACKOFF_FIRST * 2**attempt) * self._jitter.uniform(0.5, 1.0)
             pause = max(pause, failure.retry_after)
             # A pause that outlasts the deadline is not begun: the call has failed already.
@@ -406,13 +540,27 @@ class ChatClient:
                 break
             if self._closed.wait(pause):
                 break
-            self._count("retries")
-            if failure.reason == "empty" and seed is not None:
-                request["seed"] += 1  # a seeded server that said nothing would say nothing again
-        self._count(f"failures {failure.reason}")
-        return failure
+            if failure.reason == "empty" and "seed" in request:  # a seeded server would say nothing again
+                request = request | {"seed": request["seed"] + 1}
+        return Call(failure, tuple(failed))
 
-    def _attempt(self, body: bytes, deadline: float) -> str:
+    def _count_call(self, messages: list[Message], call: Call, replayed: bool) -> None:
+        """Count a call, made or replayed; where the endpoint told no tokens, words stand in for them."""
+        reply, failed = call
+        lost = isinstance(reply, ChatError)
+        counts = Counter(f"errors {reason}" for reason in failed)
+        counts.update(requests=1, replayed=int(replayed), retries=len(failed) - lost)
+        if lost:
+            counts[f"failures {reply.reason}"] += 1
+        else:
+            prompt, said = reply.prompt_tokens, reply.tokens
+            counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
+            counts["completion_tokens"] = len(reply.split()) if said is None else said
+            counts["without_usage"] = int(prompt is None or said is None)
+        with self._lock:
+            self._tally.update(counts)
+
+    def _attempt(self, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
         session, adapter = self._session()
         remaining = max(0.001, deadline - time.monotonic())
@@ -563,7 +711,7 @@ def _split_url(base_url: str) -> SplitResult:
 def parse_reply(raw: bytes) -> ChatReply:
     """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
 
-    `tokens` is usage.completion_tokens, which counts what a reasoning model thought too.
+    `tokens` is usage.completion_tokens, which counts what a reasoning model thought too, and `prompt_tokens` its twin.
 
     >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
     'Hi.'
@@ -587,8 +735,10 @@ def parse_reply(raw: bytes) -> ChatReply:
         raise ChatError("empty", "choices[0].message.content is blank")
     reply = ChatReply(text)
     usage = body.get("usage")
-    if isinstance(usage, dict) and type(usage.get("completion_tokens")) is int and usage["completion_tokens"] > 0:
-        reply.tokens = usage["completion_tokens"]
+    counts = usage if isinstance(usage, dict) else {}
+    reply.tokens, reply.prompt_tokens = (
+        n if type(n) is int and n > 0 else None for n in map(counts.get, ("completion_tokens", "prompt_tokens"))
+    )
     return reply
 
 
@@ -618,7 +768,8 @@ def _servers_words(raw: bytes) -> str:
     return _shorten(words if isinstance(words, str) else json.dumps(words), limit=300) or "(no explanation)"
 
 
-def _read_key(api_key_env: str | None) -> str:
+def read_key(api_key_env: str | None) -> str:
+    """Return the key in an environment variable, "" if none is named; ValueError, without it, if it is no key."""
     if api_key_env is None:
         return ""
     key = os.environ.get(api_key_env, "").strip()
@@ -659,27 +810,32 @@ class RequestError(Exception):
 def complete(raw: bytes) -> dict[str, Any]:
     """Answer the body of a chat completion request as the user it describes; raise RequestError if it is malformed.
 
-    The same body gives the same words: `seed` decides, or else a hash of the messages.
+    The same body gives the same words: `seed` decides, or else a hash of the messages. The model `rule-user-2` speaks
+    as the user of `second_world.py`, any other name as that of `world.py`.
     """
-    messages, seed = _parse_request(raw)
+    request = parse_request(raw)
+    second = request.get("model") == second_world.MODEL_NAME
+    messages, seed = request["messages"], request.get("seed")
     try:
         facts, history = parse_simulator_messages(messages)
     except ValueError as error:
         raise RequestError(422, str(error)) from None
     digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-    reply = world.user_reply(list(facts), history, int(digest, 16) if seed is None else seed)
+    speaker = second_world if second else world
+    reply = speaker.user_reply(list(facts), history, int(digest, 16) if seed is None else seed)
     n_prompt, n_reply = sum(len(m["content"].split()) for m in messages), len(reply.split())
     return {
         "id": f"chatcmpl-{digest}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": MODEL_NAME,
+        "model": second_world.MODEL_NAME if second else MODEL_NAME,
         "choices": [{"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": n_prompt, "completion_tokens": n_reply, "total_tokens": n_prompt + n_reply},  # words
     }
 
 
-def _parse_request(raw: bytes) -> tuple[list[Message], int | None]:
+def parse_request(raw: bytes) -> dict[str, Any]:
+    """Read the body of a chat completion request; RequestError unless its messages, seed, n and stream are sound."""
     try:
         request = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -702,7 +858,7 @@ def _parse_request(raw: bytes) -> tuple[list[Message], int | None]:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise RequestError(422, f"messages[{i}].{key} is {_json_type(message.get(key))}, not a string")
-    return messages, seed
+    return request
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -747,6 +903,7 @@ class _Handler(BaseHTTPRequestHandler):
         return raw
 
     def _reply(self, raw: bytes) -> dict[str, Any]:
+        self._check_access()
         path = self.path.partition("?")[0]
         if path not in _PATHS:
             raise RequestError(404, f"there is no {_shorten(path)!r} here, only {', '.join(_PATHS)}")
@@ -755,10 +912,22 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/health":
             return {"status": "ok"}
         if path == "/v1/models":
-            return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "rlpa"}]}
+            model = {"id": self.server.model, "object": "model", "created": 0, "owned_by": "rlpa"}
+            return {"object": "list", "data": [model]}
         if self.headers.get_content_type() != "application/json" or "Content-Type" not in self.headers:
             raise RequestError(415, f"Content-Type is {self.headers.get('Content-Type')!r}; send application/json")
-        return complete(raw)
+        return self.server.answer(raw)
+
+    def _check_access(self) -> None:
+        """Refuse who does not have the key, and web pages that reach this machine under a name of their own."""
+        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+        known = scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.server.key.encode())
+        if self.server.key and not known:
+            raise RequestError(401, "no valid key; send it as Authorization: Bearer KEY")
+        host = self.headers.get("Host", "localhost")  # only a browser can be made to send a foreign one
+        name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower()
+        if _is_loopback(self.server.server_address[0]) and not _is_loopback(name):
+            raise RequestError(403, f"this server listens to localhost, not to the host {_shorten(host)!r}")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse a request that http.server could not parse (its own errors are HTML)."""
@@ -778,6 +947,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if status == 405:
             self.send_header("Allow", _PATHS[self.path.partition("?")[0]])
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
@@ -802,6 +973,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 256  # the default of 5 makes simultaneous connections wait a second
+    answer: Callable[[bytes], dict[str, Any]]  # body of a chat completion request → reply
+    model: str
+    key: str  # that clients must send; empty: none
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report the bug of a handler on stderr, but not a client that has gone."""
@@ -809,16 +983,25 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def make_server(host: str = "127.0.0.1", port: int = 8100) -> ThreadingHTTPServer:
-    """Bind the embedded server to a loopback address (port 0: any free one); `serve_forever()` runs it.
+def make_server(
+    host: str = "127.0.0.1",
+    port: int = 8100,
+    answer: Callable[[bytes], dict[str, Any]] = complete,
+    model: str = MODEL_NAME,
+    key: str = "",
+) -> ThreadingHTTPServer:
+    """Bind a server of chat completions, the embedded user by default (port 0: any free); `serve_forever()` runs it.
 
-    Raises ValueError for a host that is not loopback (the server has no access control) and a port that is not free.
+    Raises ValueError for a host that is not loopback unless clients must send a key, and a port that is not free.
     """
     address = "127.0.0.1" if host == "localhost" else host
-    if not _is_loopback(address) or ":" in address:
-        raise ValueError(f"host {host!r} is not an IPv4 loopback address; use --host 127.0.0.1")
+    if not _is_loopback(address) and not key or ":" in address:
+        raise ValueError(f"host {host!r} is not an IPv4 loopback address; use --host 127.0.0.1"
+                         " (others need a key: chat.py --api-key-env)")
     try:
-        return _Server((address, port), _Handler)
+        server = _Server((address, port), _Handler)
+        server.answer, server.model, server.key = answer, model, key
+        return server
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {address}:{port} ({error}); choose another --port (0: any free)") from None
 
@@ -867,15 +1050,15 @@ def _shutdown_at_end_of_stdin(server: ThreadingHTTPServer) -> None:
     server.shutdown()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the embedded server until it is interrupted."""
+def main(argv: Sequence[str] | None = None, answer: Callable[[bytes], dict[str, Any]] = complete) -> None:
+    """Run the embedded server until it is interrupted; `answer` is what it says to a request's body."""
     parser = argparse.ArgumentParser(description="A rule-based simulated user behind /v1/chat/completions.")
     parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on")
     parser.add_argument("--port", type=int, default=8100, help="port to listen on; 0 takes a free one")
     parser.add_argument("--until-stdin-closes", action="store_true", help="end when standard input does")
     options = parser.parse_args(argv)
     try:
-        server = make_server(options.host, options.port)
+        server = make_server(options.host, options.port, answer)
     except ValueError as error:
         parser.error(str(error))
     print(f"simulated user at http://{server.server_address[0]}:{server.server_address[1]}/v1", flush=True)

@@ -8,7 +8,8 @@ One iteration, in the order of this file:
     rollout      every dialogue of the batch is played: user message (HTTP) → n candidate turns → rewards → best goes on
     pack         each dialogue becomes a tree of tokens, and each token is computed once
     statistics   old and reference log-probs and values, under the weights that sampled
-    advantages   per-token rewards → GAE within a turn (credit "turn") or along the chosen path (credit "dialogue")
+    advantages   per-token rewards → GAE within a turn (credit "turn") or along the chosen path (credit "dialogue");
+                 or, without a critic, each candidate against the others of its turn (advantage "rloo", "grpo")
     update       clipped PPO loss for the policy, clipped value loss for the critic, normalised by global token counts
 
 Changed against the published code: README, "What differs from the paper". Letters: T tree tokens in a micro-batch, N
@@ -22,6 +23,7 @@ import ctypes
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -63,9 +65,10 @@ from model import (
     resolve_checkpoint,
     save_pretrained,
 )
+from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from runlog import RunLog, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
-from simulator import ChatClient, ChatError, Persona, load_personas, simulator_messages, start_embedded_server
+from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
 
@@ -95,12 +98,16 @@ class Config:
     request_timeout: float = 120.0  # seconds for one request, retries included
     max_retries: int = 10  # tries after the first, for connection errors, 408, 409, 429 and 5xx
     max_concurrency: int = 64  # requests in flight per process
+    record: str = ""  # file that every reply of user and judge is written to, to be replayed; goes on if it exists
+    replay: str = ""  # such a file, which gives the replies instead of user and judge: nothing is asked or paid
+    price_in: float = 0.0  # dollars per million prompt tokens of the endpoints; with --price-out, costs are shown
+    price_out: float = 0.0  # dollars per million tokens of their replies
     first_user_message: str = "Hello"  # fixed opener (published); empty: ask the simulator
     # rollout
     rollout_batch_size: int = 256  # dialogues per iteration, over all processes
     decode_batch_size: int = 64  # dialogues that decode at once in one process; the others wait, parked with their KV
     kv_gib: float = 0.0  # GiB for the KV cache of one process; 0: measured at the start of a rollout
-    reply_steps: int = -1  # decode steps until a reply is used; 0: as it comes; -1: 0 with endpoints, 16 without any
+    reply_steps: int = -1  # decode steps until a reply is used; 0: as it comes; -1: 16, or 0 with unrecorded endpoints
     max_turns: int = 10  # turns per dialogue
     num_candidates: int = 4  # candidates per turn; the best one continues the dialogue
     max_new_tokens: int = 1024  # tokens per sampled turn
@@ -113,6 +120,7 @@ class Config:
     profile_target: str = "persona"  # F1 against persona (published), evidence (matches count once disclosed) or ledger
     reward_at: str = "turn"  # turn: both on the turn's last token (published); segment: the profile's where it ends
     # advantages
+    advantage: str = "gae"  # gae: by a critic (published); rloo, grpo: against a turn's other candidates, without one
     credit: str = "turn"  # turn: each turn for itself (published); dialogue: GAE goes on along the chosen path
     gamma: float = 1.0  # discount per token
     gamma_turn: float = 1.0  # discount per turn boundary with --credit dialogue; 0 equals --credit turn
@@ -171,8 +179,12 @@ class Config:
             raise ValueError(f"--critic-ckpt {self.critic_ckpt} needs --critic separate: a shared one has no trunk")
         if self.critic == "separate" and self.value_coef != Config.value_coef:
             raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
+        if self.advantage != "gae":
+            refuse_critic_flags(self)
         if self.dry_run_gb and not self.dry_run:
             raise ValueError(f"--dry-run-gb {self.dry_run_gb} needs --dry-run")
+        if self.record and self.replay:
+            raise ValueError(f"--record {self.record} and --replay {self.replay} exclude each other; leave out one")
         if self.profile_judge == "http" and not self.judge_url:
             raise ValueError("--profile-judge http needs --judge-url")
         if self.profile_judge == "http" and self.profile_target != "persona":
@@ -182,11 +194,26 @@ class Config:
             )
 
 
+def refuse_critic_flags(config: Config) -> None:
+    """Raise ValueError for what makes no sense without a critic."""
+    if config.num_candidates == 1:
+        raise ValueError(
+            f"--num-candidates 1 leaves nobody to compare with; --advantage {config.advantage} needs 2 or more"
+        )
+    needed = {"credit": "turn", "critic": "separate", "critic_ckpt": "", "critic_warmup": 0}
+    for name, without in needed.items():
+        if getattr(config, name) != without:
+            raise ValueError(
+                f"{flag(name)} {getattr(config, name)} needs --advantage gae: {config.advantage} has no critic"
+            )
+
+
 MANY = 10**9
 CHOICES = {
     "history_profile": HISTORY_PROFILES,
     "profile_target": rewards.PROFILE_TARGETS,
     "reward_at": ("turn", "segment"),
+    "advantage": ("gae", "rloo", "grpo"),
     "credit": ("turn", "dialogue"),
     "kl_estimator": ("k1", "k3", "exact"),
     "old_logprobs": ("auto", "sampler", "trainer"),
@@ -230,6 +257,8 @@ LIMITS = {
             "value_coef",
             "dry_run_gb",
             "kv_gib",
+            "price_in",
+            "price_out",
             "lr",
             "critic_lr",
         ),
@@ -250,10 +279,33 @@ def flag(name: str) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Read flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = vars(make_parser(Config, __doc__).parse_args(argv))
+    if given.get("resume"):
+        return resumed_config(given)
+    if not given.get("ckpt"):
+        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
+    folder = resolve_checkpoint(given["ckpt"])
+    config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
+    if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
+        raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
+    for name in ("critic_ckpt", "personas", "eval_personas", "record", "replay"):  # absolute: --resume from anywhere
+        if getattr(config, name):
+            setattr(config, name, str(Path(getattr(config, name)).resolve()))
+    config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    if (Path(config.run_dir) / "metrics.jsonl").exists():
+        raise ValueError(f"--run-dir {config.run_dir} holds a run already; --resume it, or choose another folder")
+    return config
+
+
+def make_parser(settings: type[Config], description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Make a flag of each field of a dataclass of settings, or of `names` alone; its comment is the help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse_arguments
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in dataclasses.fields(Config):
+    source = "".join(inspect.getsource(cls) for cls in reversed(settings.__mro__[:-1]))  # a subclass's comment counts
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    for f in dataclasses.fields(settings):
+        if names and f.name not in names:
+            continue
         kind = type(f.default)
         options = (
             {"action": argparse.BooleanOptionalAction}
@@ -264,22 +316,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             options |= {"nargs": "?", "const": str(TINY_CHECKPOINT)}
         shown = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **options)
-    given = vars(parser.parse_args(argv))
-    if given.get("resume"):
-        return resumed_config(given)
-    if not given.get("ckpt"):
-        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
-    folder = resolve_checkpoint(given["ckpt"])
-    config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
-    if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
-        raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
-    for name in ("critic_ckpt", "personas", "eval_personas"):  # absolute, so that --resume works from any folder
-        if getattr(config, name):
-            setattr(config, name, str(Path(getattr(config, name)).resolve()))
-    config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    if (Path(config.run_dir) / "metrics.jsonl").exists():
-        raise ValueError(f"--run-dir {config.run_dir} holds a run already; --resume it, or choose another folder")
-    return config
+    return parser
 
 
 def refuse_arguments(message: str) -> NoReturn:
@@ -408,7 +445,8 @@ class World:
     """What the policy meets: the user's and the judge's endpoints, and a count of everything that went wrong there."""
 
     user: ChatClient
-    judge: ChatClient | None
+    judge: ChatClient | None  # None: by rule
+    rule_verdicts: Callable[..., dict[str, bool]] = rewards.rule_verdicts  # the rule judge
     counts: Counter = field(default_factory=Counter)
     timers: Timers = field(default_factory=Timers)
 
@@ -461,8 +499,8 @@ class Replies:
     """
 
     def __init__(self, config: Config, env: World):
-        embedded = not (config.simulator_url or config.judge_url)
-        self.steps = config.reply_steps if config.reply_steps >= 0 else 16 * embedded
+        as_they_come = bool(config.simulator_url or config.judge_url) and not (config.record or config.replay)
+        self.steps = config.reply_steps if config.reply_steps >= 0 else 0 if as_they_come else 16
         self.timers = env.timers
         self.pool = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="reply")
         self.waiting: deque[tuple[int, Future, Callable]] = deque()  # due at this step; reply; what takes it
@@ -668,7 +706,7 @@ def judge_response(candidate: Candidate, dialogue: Dialogue, seed: int, env: Wor
     """Fill in the five verdicts and the Response Reward, their product."""
     asked = dialogue.history()[: 2 * len(dialogue.turns) - 1]  # up to the message that is answered
     if env.judge is None:
-        verdicts = rewards.rule_verdicts(candidate.response, asked, dialogue.persona_facts)
+        verdicts = env.rule_verdicts(candidate.response, asked, dialogue.persona_facts)
     else:
         request = rewards.response_judge_messages(candidate.response, asked, candidate.profile)
         verdicts = rewards.ask_judge(env.judge.ask, request, rewards.parse_verdicts, seed)
@@ -811,7 +849,7 @@ def collate(dialogues: list[Packed]) -> Batch:
         return torch.cat(parts)
 
     blocks = [block for p in dialogues for block in p.blocks]
-    tree = Tree(row("enter", True), row("leave", True), blocks, [], None)
+    tree = Tree(row("enter", True), row("leave", True), blocks, torch.float32)
     inputs = (row("token_ids", False)[None], row("position_ids", False)[None], tree)
     return Batch(dialogues, inputs, row("predict", True), row("targets", False))
 
@@ -846,7 +884,7 @@ def add_statistics(
     batches: list[list[Batch]],
     policy: Qwen2ForCausalLM,
     ref_policy: Qwen2ForCausalLM | None,
-    critic: Critic | ValueHead,
+    critic: Critic | ValueHead | None,
     config: Config,
 ) -> None:
     """Fill in old log-probs, reference log-probs and values, each computed once, under the weights that sampled."""
@@ -862,17 +900,19 @@ def statistics_of(
     batch: Batch,
     policy: Qwen2ForCausalLM,
     ref_policy: Qwen2ForCausalLM | None,
-    critic: Critic | ValueHead,
+    critic: Critic | ValueHead | None,
     config: Config,
 ) -> dict[str, Tensor]:
     """Return a micro-batch's statistics by their names in `Packed`; no trunk runs whose output nobody reads."""
     by_sampler = sampler_is_exact(policy, config)
-    hidden = None if by_sampler and isinstance(critic, Critic) else policy_hidden(policy, batch)
+    hidden = None if by_sampler and not isinstance(critic, ValueHead) else policy_hidden(policy, batch)
     if by_sampler:
         old_logprobs = batch.gather("sampler_logprobs")
     else:
         old_logprobs = linear_logprob(hidden, policy.head_weight, batch.targets, config.temperature)[0]
-    found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "values": critic_values(critic, batch, hidden)}
+    found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs}
+    if critic:
+        found["values"] = critic_values(critic, batch, hidden)
     if ref_policy:
         ref_hidden, head = policy_hidden(ref_policy, batch), ref_policy.head_weight
         found["ref_logprobs"] = linear_logprob(ref_hidden, head, batch.targets, config.temperature)[0]
@@ -934,7 +974,7 @@ def gae(
 
 
 def add_advantages(p: Packed, config: Config) -> None:
-    """Fill in advantages and returns of one dialogue, last turn first.
+    """Fill in advantages and returns of one dialogue by GAE, last turn first; `add_group_advantages` needs no critic.
 
     A turn's last token is an end with credit "turn". With "dialogue" the chosen candidate is followed by the first
     token of the next turn's chosen one: user tokens are skipped, γ_turn is the discount across. The others were not
@@ -962,16 +1002,56 @@ def add_advantages(p: Packed, config: Config) -> None:
     p.returns = p.advantages + p.values
 
 
-def whiten_advantages(packed: list[Packed]) -> tuple[float, float]:
-    """Give all action tokens of the global batch mean 0 and standard deviation 1; returns what these were before."""
+def against_others(x: Tensor) -> Tensor:
+    """Return each element minus the mean of the others; 0 for one that is alone.
+
+    >>> against_others(torch.tensor([3.0, 0.0, 0.0])).tolist()
+    [3.0, -1.5, -1.5]
+    """
+    return len(x) / max(1, len(x) - 1) * (x - x.mean())
+
+
+def add_group_advantages(p: Packed, config: Config) -> None:
+    """Fill in advantages of one dialogue without a critic: a turn's candidates are each other's baseline.
+
+    R is a turn's reward, wherever `reward_at` would place it, K = Σ_t (log π − log π_ref) over its tokens with k1 (k3
+    and exact are in the loss). All tokens of candidate c share
+
+        rloo   A_c = (R_c − β K_c) − mean over the other candidates       (arXiv 2402.14740)
+        grpo   A_c = (R_c − mean R) / (std R + 1e-4) − β (K_c − mean K over the others)       (arXiv 2402.03300)
+
+    The KL stays outside grpo's division: where all candidates earn the same, std would be that of the KL alone, and
+    its smallest difference would count like a reward.
+    """
+    kl = config.kl_coef * (p.old_logprobs - p.ref_logprobs) * (config.kl_estimator == "k1")
+    p.advantages = torch.zeros(len(p.targets))
+    for _, turn in itertools.groupby(p.spans, key=lambda span: span.turn):
+        spans = list(turn)
+        reward = torch.tensor([turn_reward(span.candidate, config) for span in spans], dtype=torch.double)
+        penalty = against_others(torch.stack([kl[span.start : span.stop].double().sum() for span in spans]))
+        if config.advantage == "rloo":
+            reward = against_others(reward)
+        else:
+            reward = (reward - reward.mean()) / (reward.std(correction=0) + 1e-4)
+        for span, advantage in zip(spans, reward - penalty, strict=True):
+            p.advantages[span.start : span.stop] = advantage
+
+
+def whiten_advantages(packed: list[Packed], advantage: str = "gae") -> tuple[float, float]:
+    """Give all action tokens of the global batch mean 0 and standard deviation 1; returns what these were before.
+
+    rloo keeps its zero, so that a turn whose candidates earned the same teaches nothing, and takes the scale alone;
+    grpo has been scaled turn by turn, and is only measured.
+    """
     flat = torch.cat([p.advantages for p in packed]).double() if packed else torch.zeros(0, dtype=torch.double)
     count, total, squares = all_sum(
         torch.stack([torch.tensor(float(len(flat))).double(), flat.sum(), (flat**2).sum()])
     ).tolist()
     mean = total / max(1, count)
     std = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
+    zero, unit = mean if advantage == "gae" else 0.0, 1.0 if advantage == "grpo" else std + 1e-8
     for p in packed:
-        p.advantages = (p.advantages - mean) / (std + 1e-8)
+        p.advantages = (p.advantages - zero) / unit
     return mean, std
 
 
@@ -1089,7 +1169,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
 
 def update(
     policy: Learner,
-    critic: Learner,
+    critic: Learner | None,
     batches: list[list[Batch]],
     config: Config,
     progress: tuple[int, int],
@@ -1115,7 +1195,7 @@ def update(
     steps = max(1.0, totals.pop("steps", 0.0))
     per_step = ("policy_grad_norm", "critic_grad_norm")
     counted = ("updates_skipped",)
-    for learner in (policy, critic):  # the next rollout can use the memory
+    for learner in filter(None, (policy, critic)):  # the next rollout can use the memory
         learner.optimizer.zero_grad()
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
@@ -1124,7 +1204,7 @@ def update(
 
 def add_gradients(
     policy: Qwen2ForCausalLM,
-    critic: Critic | ValueHead,
+    critic: Critic | ValueHead | None,
     batch: Batch,
     count: float,
     config: Config,
@@ -1139,8 +1219,10 @@ def add_gradients(
     with torch.set_grad_enabled(train_policy):  # else the critic learns alone, and a shared trunk stands still
         hidden = policy_hidden(policy, batch)
         loss, statistics = policy_loss(hidden, policy.head_weight, ref_policy, batch, config)
-    if isinstance(critic, Critic) and train_policy:
+    if not isinstance(critic, ValueHead) and train_policy:
         (loss / count).backward()
+    if critic is None:
+        return statistics | {"policy_loss": loss.detach()}
     vf_loss = value_loss(critic_values(critic, batch, hidden), batch, config)
     total = vf_loss if isinstance(critic, Critic) else loss + config.value_coef * vf_loss
     (total / count).backward()
@@ -1149,7 +1231,7 @@ def add_gradients(
 
 def minibatch_update(
     policy: Learner,
-    critic: Learner,
+    critic: Learner | None,
     minibatch: list[Batch],
     count: float,
     share: float,
@@ -1158,24 +1240,27 @@ def minibatch_update(
     ref_policy: Qwen2ForCausalLM | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step of policy and critic on one mini-batch; returns all ranks' sums and extreme ratios."""
-    policy.optimizer.zero_grad()
-    critic.optimizer.zero_grad()
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "entropy", "ratio_dev")
+    for learner in filter(None, (policy, critic)):
+        learner.optimizer.zero_grad()
+    losses = ("policy_loss", "value_loss") if critic else ("policy_loss",)
+    names = (*losses, "approx_kl", "clip_frac", "entropy", "ratio_dev")
     sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
     low, high = math.inf, -math.inf
     for batch in minibatch:
         batch = batch.to(policy.model.head_weight)
-        statistics = add_gradients(policy.model, critic.model, batch, count, config, train_policy, ref_policy)
+        models = policy.model, critic and critic.model
+        statistics = add_gradients(*models, batch, count, config, train_policy, ref_policy)
         for name in sums:
             sums[name] += statistics[name].item()
         low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
     result = dict(zip(sums, all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist(), strict=True))
     low, high = all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
     result |= {"ratio_min": -low, "ratio_max": high}
-    finite = math.isfinite(result["policy_loss"]) and math.isfinite(result["value_loss"])
-    norms = {"critic_grad_norm": (0.0, False), "policy_grad_norm": (0.0, not train_policy)}
+    finite = all(math.isfinite(result[name]) for name in losses)
+    norms = {"policy_grad_norm": (0.0, not train_policy)} | ({"critic_grad_norm": (0.0, False)} if critic else {})
     if finite:
-        norms["critic_grad_norm"] = optimizer_step(critic, share, config.max_grad_norm)
+        if critic:
+            norms["critic_grad_norm"] = optimizer_step(critic, share, config.max_grad_norm)
         if train_policy:
             norms["policy_grad_norm"] = optimizer_step(policy, share, config.max_grad_norm)
     skipped = sum(not taken for _, taken in norms.values())
@@ -1189,29 +1274,27 @@ def minibatch_update(
 
 
 def batch_statistics(packed: list[Packed]) -> dict[str, float]:
-    """Return statistics of a batch's tokens: KL to the reference, the critic's explained variance, sampler's gap."""
-    sums = torch.zeros(7, dtype=torch.double)
+    """Return statistics of a batch's tokens: their number, KL to the reference, sampler's gap."""
+    sums = torch.zeros(3, dtype=torch.double)
     for p in packed:
-        error, gap = p.returns - p.values, (p.old_logprobs - p.sampler_logprobs).abs()
-        parts = (
-            len(p.targets),
-            (p.old_logprobs - p.ref_logprobs).sum(),
-            error.sum(),
-            (error**2).sum(),
-            p.returns.sum(),
-            (p.returns**2).sum(),
-            gap.sum(),
-        )
+        kl, gap = (p.old_logprobs - p.ref_logprobs).sum(), (p.old_logprobs - p.sampler_logprobs).abs().sum()
+        sums += torch.tensor([len(p.targets), kl.item(), gap.item()], dtype=torch.double)
+    count, kl, gap = all_sum(sums).tolist()
+    n = count or math.nan
+    return {"kl_ref": kl / n, "sampler_trainer_logprob_gap": gap / n, "action_tokens": count}
+
+
+def explained_variance(packed: list[Packed]) -> float:
+    """Return 1 − Var(R − V) / Var(R) of the critic over a batch's tokens."""
+    sums = torch.zeros(5, dtype=torch.double)
+    for p in packed:
+        error = p.returns - p.values
+        parts = (len(p.targets), error.sum(), (error**2).sum(), p.returns.sum(), (p.returns**2).sum())
         sums += torch.tensor([float(part) for part in parts], dtype=torch.double)
-    count, kl, error, error2, returns, returns2, gap = all_sum(sums).tolist()
+    count, error, error2, returns, returns2 = all_sum(sums).tolist()
     n = count or math.nan
     variance = returns2 / n - (returns / n) ** 2
-    return {
-        "kl_ref": kl / n,
-        "explained_variance": 1 - (error2 / n - (error / n) ** 2) / variance if variance > 1e-12 else 0.0,
-        "sampler_trainer_logprob_gap": gap / n,
-        "action_tokens": count,
-    }
+    return 1 - (error2 / n - (error / n) ** 2) / variance if variance > 1e-12 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1231,8 +1314,10 @@ def evaluate(
     chosen = personas[: config.eval_dialogues]
     dialogues = [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
     play = Play(1, temperature, (config.seed, "eval", iteration, temperature))
+    calls_before = endpoint_counts(env)
     rollout(policy, chat, dialogues, play, config, env)
-    return rates(sum_counters(gather(tally(dialogues)))), dialogues
+    calls = sum_counters(gather(endpoint_counts(env) - calls_before))
+    return rates(sum_counters(gather(tally(dialogues)))) | calls | cost(calls, config), dialogues
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1245,16 +1330,25 @@ def save_checkpoint(state: State) -> Path:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    save_policy(state, temporary / "policy")
+    if state.critic:
+        save_pretrained(state.critic.model, temporary / "critic", weights=state.critic.masters)
     for name, learner in (("policy", state.policy), ("critic", state.critic)):
-        save_pretrained(learner.model, temporary / name, weights=learner.masters)
-        save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
-    state.chat.tokenizer.save(str(temporary / "policy" / "tokenizer.json"))
-    if (Path(state.config.ckpt) / "rlpa.json").is_file():  # settings that suit this model go with it
-        shutil.copy(Path(state.config.ckpt) / "rlpa.json", temporary / "policy")
+        if learner:
+            save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
     (temporary / "trainer.json").write_text(json.dumps({"iteration": state.iteration, "updates": state.updates}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder
+
+
+def save_policy(state: State, folder: Path) -> None:
+    """Write the policy with its tokenizer, and the settings and held-out text of this model, if it brought some."""
+    save_pretrained(state.policy.model, folder, weights=state.policy.masters)
+    state.chat.tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("rlpa.json", HELDOUT_FILE):
+        if (Path(state.config.ckpt) / name).is_file():
+            shutil.copy(Path(state.config.ckpt) / name, folder)
 
 
 def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
@@ -1275,12 +1369,13 @@ def load_optimizer(learner: Learner, path: Path) -> None:
         learner.optimizer.state[master][moment] = value.to(master.device, copy=True)
 
 
-def newest_checkpoint(run_dir: str) -> Path:
-    """Return the newest checkpoint of a run; ValueError if there is none."""
+def newest_checkpoint(run_dir: str, critic: bool = True) -> Path:
+    """Return the newest checkpoint of a run with or without a critic; ValueError if there is none."""
     found = sorted((Path(run_dir) / "checkpoints").glob("iteration_[0-9]*"))
     if not found:
         raise ValueError(f"--resume {run_dir}: no checkpoint in {Path(run_dir) / 'checkpoints'}; start the run anew")
-    parts = ("policy", "critic", "policy_optimizer.safetensors", "critic_optimizer.safetensors", "trainer.json")
+    learners = ("policy", "critic") if critic else ("policy",)
+    parts = (*learners, *(f"{name}_optimizer.safetensors" for name in learners), "trainer.json")
     missing = [name for name in parts if not (found[-1] / name).exists()]
     if missing:
         raise ValueError(
@@ -1300,7 +1395,7 @@ class State:
     config: Config
     chat: ChatTokenizer
     policy: Learner
-    critic: Learner
+    critic: Learner | None  # none with --advantage rloo or grpo
     ref_policy: Qwen2ForCausalLM | None
     personas: list[Persona]
     eval_sets: dict[str, list[Persona]]
@@ -1317,7 +1412,7 @@ class State:
 def setup(config: Config, env: World) -> State:
     """Load personas, tokenizer and models, fresh or from the newest checkpoint of the run to resume."""
     personas, eval_sets = load_all_personas(config)
-    folder = newest_checkpoint(config.run_dir) if config.resume else None
+    folder = newest_checkpoint(config.run_dir, config.advantage == "gae") if config.resume else None
     policy, critic, ref_policy = load_models(config, folder)
     set_threads(policy.model, config)
     keep_freed_memory()
@@ -1339,24 +1434,26 @@ def setup(config: Config, env: World) -> State:
     return state
 
 
-def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner, Qwen2ForCausalLM | None]:
-    """Load policy, critic and the frozen reference, if any; the first two from a checkpoint's folder, if one is given.
+def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+    """Load policy, critic and frozen reference, if any; the first two from a checkpoint's folder, if one is given.
 
     What is trained is loaded in fp32, for the masters.
     """
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(config, device.type)
     policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
-    critic = load_or_make_critic(config, policy, folder)
-    for model in (policy, critic):
+    models = {"policy": policy}
+    if config.advantage == "gae":
+        models["critic"] = load_or_make_critic(config, policy, folder)
+    learners = {}
+    for (name, model), lr in zip(models.items(), (config.lr, config.critic_lr), strict=False):
         if not isinstance(model, ValueHead):
             model.model.checkpointing = config.checkpointing
-    learners = make_learner(policy, config.lr, config, dtype), make_learner(critic, config.critic_lr, config, dtype)
-    if folder:
-        for name, learner in zip(("policy", "critic"), learners, strict=True):
-            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+        learners[name] = make_learner(model, lr, config, dtype)
+        if folder:
+            load_optimizer(learners[name], folder / f"{name}_optimizer.safetensors")
     ref_policy = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False) if config.kl_coef else None
-    return *learners, ref_policy
+    return learners["policy"], learners.get("critic"), ref_policy
 
 
 def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path | None) -> Critic | ValueHead:
@@ -1366,6 +1463,11 @@ def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path |
     if config.critic == "shared":
         return load_value_head(path, device=device) if path else ValueHead.from_policy(policy, config.seed)
     return load_critic(path, device=device) if path else Critic.from_policy(policy, config.seed)
+
+
+def has_own_trunk(config: Config) -> bool:
+    """Say whether there is a critic, and it has a trunk of its own."""
+    return config.advantage == "gae" and config.critic == "separate"
 
 
 def compute_dtype(config: Config, device: str) -> torch.dtype:
@@ -1451,10 +1553,10 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     with env.timers("statistics"):
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
-        add_statistics(batches, state.policy.model, state.ref_policy, state.critic.model, config)
+        add_statistics(batches, state.policy.model, state.ref_policy, state.critic and state.critic.model, config)
         for p in packed:
-            add_advantages(p, config)
-        advantage_mean, advantage_std = whiten_advantages(packed)
+            add_advantages(p, config) if state.critic else add_group_advantages(p, config)
+        advantage_mean, advantage_std = whiten_advantages(packed, config.advantage)
     with env.timers("update"):
         per_iteration = config.num_epochs * minibatches_per_epoch(config)
         progress = (state.updates, state.num_iterations * per_iteration)
@@ -1464,9 +1566,12 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     state.updates += per_iteration
     metrics |= rates(sum_counters(gather(tally(dialogues)))) | batch_statistics(packed)
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
+    if state.critic:
+        metrics["explained_variance"] = explained_variance(packed)
     if sampler_is_exact(state.policy.model, config):  # the first mini-batch met the weights that sampled
         metrics["sampler_trainer_logprob_gap"] = metrics.get("ratio_dev_first", math.nan)
-    metrics |= sum_counters(gather(env.counts)) | sum_counters(gather(endpoint_counts(env) - calls_before))
+    calls = sum_counters(gather(endpoint_counts(env) - calls_before))
+    metrics |= sum_counters(gather(env.counts)) | calls | cost(calls, config)
     pairs = sum(int((p.position_ids + 1).sum()) for p in packed)  # a token attends to its ancestors and itself
     sizes = [sum(len(p.token_ids) for p in packed), sum(p.row_tokens for p in packed), pairs]
     tree_tokens, row_tokens, pairs = all_sum(torch.tensor(sizes, dtype=torch.double)).tolist()
@@ -1479,7 +1584,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     }
     if train_policy and (peak := memory.peak_flops(card_name())):
         flops = config.num_epochs * memory.update_flops(
-            state.policy.model.config, tree_tokens, metrics["action_tokens"], pairs, config.critic == "separate"
+            state.policy.model.config, tree_tokens, metrics["action_tokens"], pairs, has_own_trunk(config)
         )
         metrics["mfu"] = flops / (env.timers.seconds["update"] * peak * world_size())
     metrics |= {f"seconds_{k}": v for k, v in env.timers.seconds.items()}
@@ -1504,15 +1609,55 @@ def card_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
+ENDPOINTS = ("simulator_", "judge_", "subject_")
+COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage")  # of an endpoint's calls
+
+
 def endpoint_counts(env: World) -> Counter:
-    """Return this process's requests, retries and failed attempts by reason so far, per endpoint."""
+    """Return this process's calls so far, their tokens, retries and failed attempts by reason, per endpoint."""
     counts: Counter = Counter()
     for name, client in (("simulator", env.user), ("judge", env.judge)):
         if client is not None:
-            totals = client.counts
-            counts.update({f"{name}_requests": totals["requests"], f"{name}_retries": totals["retries"]})
-            counts.update({f"{name}_error_{reason}": n for reason, n in totals["errors"].items()})
+            counts.update(client_counts(name, client))
     return counts
+
+
+def client_counts(name: str, client: ChatClient) -> dict[str, int]:
+    """Return an endpoint's counts under the names of metrics.jsonl."""
+    totals = client.counts
+    counts = {f"{name}_{what}": totals[what] for what in COUNTED}
+    return counts | {f"{name}_error_{reason}": n for reason, n in totals["errors"].items()}
+
+
+def cost(calls: dict[str, float], config: Config) -> dict[str, float]:
+    """Return {"cost_dollars": …}, what the calls cost or, replayed, would have; {} without prices.
+
+    The embedded user costs nothing.
+    """
+    paid = ["judge", "subject"] + ["simulator"] * bool(config.simulator_url)
+    tokens = [sum(calls.get(f"{name}_{side}_tokens", 0) for name in paid) for side in ("prompt", "completion")]
+    if not (config.price_in or config.price_out):
+        return {}
+    return {"cost_dollars": (tokens[0] * config.price_in + tokens[1] * config.price_out) / 1e6}
+
+
+def calls_note(calls: dict[str, float], config: Config) -> str:
+    """Write calls, tokens and costs in one line.
+
+    >>> calls = {"judge_requests": 1000, "judge_prompt_tokens": 200000, "judge_completion_tokens": 30000}
+    >>> calls_note(calls, Config(price_in=1.0, price_out=4.0))
+    'judge 1,000 calls, 200,000 + 30,000 tokens; 0.32 dollars'
+    """
+    parts = []
+    for name in ("simulator", "judge", "subject"):
+        n, prompt, said, estimated = (
+            int(calls.get(f"{name}_{what}", 0))
+            for what in ("requests", "prompt_tokens", "completion_tokens", "without_usage")
+        )
+        words = f" (no usage from {estimated:,} calls: words are counted)" if estimated else ""
+        parts += [f"{name} {n:,} calls, {prompt:,} + {said:,} tokens{words}"] if n else []
+    parts += [f"{dollars:.2f} dollars" for dollars in cost(calls, config).values()]
+    return "; ".join(parts) + (" (replayed: nothing was asked)" if config.replay else "")
 
 
 def lost_note(m: dict[str, float]) -> str:
@@ -1532,19 +1677,28 @@ def progress_line(state: State, m: dict[str, float]) -> str:
     kept, prefilled = m.get("tokens_kept", 0), m.get("tokens_prefilled", 0)  # absent: none
     reused = kept / max(1, kept + prefilled)
     mfu = f" mfu {m['mfu']:.2f}" if "mfu" in m else ""
+    ev = f" ev {m['explained_variance']:.2f}" if "explained_variance" in m else ""
     return (
         f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
         f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
         f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
-        f" clip {m.get('clip_frac', 0):.3f} ev {m['explained_variance']:.2f} | {m['seconds']:.1f}s ({split}, replies"
+        f" clip {m.get('clip_frac', 0):.3f}{ev} | {m['seconds']:.1f}s ({split}, replies"
         f" hidden {m['seconds_hidden']:.1f}) {m['sampled_tokens_per_second']:.0f} tok/s, saved by tree"
         f" x{m['tree_saving']:.1f}, KV {reused:.0%}{mfu}{lost_note(m)}"
     )
 
 
+def retention(state: State) -> dict[str, float]:
+    """Return the policy's perplexity on the text that the checkpoint brought along; {} if it brought none."""
+    path = Path(state.config.ckpt) / HELDOUT_FILE
+    if not path.is_file():
+        return {}
+    return {"perplexity_sft": perplexity(text_scores(state.policy.model, state.chat, read_texts(path)))}
+
+
 def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, list[Dialogue]]:
     """Evaluate on the held-out set, at temperature 1 and greedily; at both `ends` of a run on every set."""
-    played = {}
+    played, retained = {}, retention(state) if log else {}
     for name, personas in state.eval_sets.items():
         if name != "heldout" and not ends:
             continue
@@ -1554,7 +1708,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
             )
             played[f"{name}/{how}"] = dialogues
             if log:
-                log.metrics(state.iteration, f"{name}/{how}", metrics)
+                log.metrics(state.iteration, f"{name}/{how}", metrics | (retained if name == "heldout" else {}))
                 tqdm.write(
                     f"     {name + '/' + how:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
                     f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
@@ -1594,8 +1748,11 @@ def train(config: Config, env: World) -> None:
         show_transcripts(before, after)
         print(
             f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}"
-            f"   policy: {newest_checkpoint(config.run_dir) / 'policy'}"
+            f"   policy: {newest_checkpoint(config.run_dir, bool(state.critic)) / 'policy'}"
         )
+        records = map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())
+        calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
+        print(f"calls of the run: {calls_note(calls, config)}")
 
 
 def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
@@ -1609,7 +1766,8 @@ def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dia
 def announce(state: State) -> None:
     """Say what is about to run."""
     config, millions = state.config, sum(p.numel() for p in state.policy.model.parameters()) / 1e6
-    critic = "and a critic of that size" if config.critic == "separate" else "the critic is a head on them"
+    critic = "and a critic of that size" if has_own_trunk(config) else "the critic is a head on them"
+    critic = critic if state.critic else f"{config.advantage}: no critic"
     sets = ", ".join(f"{len(personas)} {name}" for name, personas in state.eval_sets.items())
     batch = f"{config.rollout_batch_size} dialogues x {config.max_turns} turns x {config.num_candidates} candidates"
     lines = (
@@ -1647,7 +1805,8 @@ def dry_run(config: Config) -> str:
         workspace=WORKSPACE[device],
         reference=bool(config.kl_coef),
         compute_bytes=compute_dtype(config, device).itemsize,
-        separate_critic=config.critic == "separate",
+        critic=config.advantage == "gae",
+        separate_critic=has_own_trunk(config),
         gradients_in_rollout=False,
         fused=device == "cuda",
         checkpointing=config.checkpointing,
@@ -1665,11 +1824,31 @@ def dry_run(config: Config) -> str:
     return memory.report(model, plan, room, work, dialogues, calls)
 
 
-@contextmanager
-def open_world(config: Config) -> Iterator[World]:
-    """Open the clients of user and judge; starts the embedded user for this process if no --simulator-url is given."""
+REPLAYED = "http://replayed.invalid"  # stands for the embedded user's address where nobody is asked
 
-    def client(url: str, model: str) -> ChatClient:
+
+@contextmanager
+def open_tape(config: Config) -> Iterator[Tape | None]:
+    """Open the file of --record or --replay, and say what it holds; None without either."""
+    path = config.record or config.replay
+    tape = Tape(path, recording=bool(config.record)) if path else None
+    if tape and rank() == 0:
+        print(tape.note, file=sys.stderr)
+    try:
+        yield tape
+    finally:
+        if tape:
+            tape.close()
+
+
+@contextmanager
+def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
+    """Open the clients of user and judge, with a tape if there is one.
+
+    Without --simulator-url the embedded user is started for this process, unless its replies are replayed.
+    """
+
+    def client(url: str, model: str, name: str) -> ChatClient:
         return ChatClient(
             url,
             model,
@@ -1677,11 +1856,13 @@ def open_world(config: Config) -> Iterator[World]:
             total_timeout=config.request_timeout,
             max_retries=config.max_retries,
             max_concurrency=config.max_concurrency,
+            tape=tape,
+            name=name,
         )
 
-    server = None if config.simulator_url else start_embedded_server()
-    user = client(config.simulator_url or server.url, config.simulator_model)
-    judge = client(config.judge_url, config.judge_model) if config.judge_url else None
+    server = None if config.simulator_url or config.replay else start_embedded_server()
+    user = client(config.simulator_url or (server.url if server else REPLAYED), config.simulator_model, "simulator")
+    judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
     try:
         yield World(user, judge)
     finally:
@@ -1704,7 +1885,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.dry_run:
             print(dry_run(config))
             return 0
-        with open_world(config) as env:
+        with open_tape(config) as tape, open_world(config, tape) as env:
             train(config, env)
     except ValueError as error:
         print(f"train_rlpa.py: {error}", file=sys.stderr)

@@ -10,14 +10,12 @@ import simulator  # noqa: E402
 
 def main(seconds: float) -> None:
     """Serve on a free port; requests wait side by side, as they do in front of a server that batches them."""
-    answer = simulator.complete
 
     def answer_late(raw: bytes) -> dict:
         time.sleep(seconds)
-        return answer(raw)
+        return simulator.complete(raw)
 
-    simulator.complete = answer_late
-    simulator.main(["--port", "0", "--until-stdin-closes"])
+    simulator.main(["--port", "0", "--until-stdin-closes"], answer_late)
 
 
 if __name__ == "__main__":

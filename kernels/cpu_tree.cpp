@@ -3,6 +3,9 @@
 // A tile is 16 queries, one to a lane of a vector: scores, exponentials, and what they weigh are vertical. Of all tokens
 // a tile visits those that one of its queries may see; whom each lane sees is two comparisons.
 //
+// Trees lie one after another, and the first token of each is its root: enter and leave of a root are where it begins and
+// where the next one does.
+//
 // q, o and their gradients are (N, H, DH), k, v and theirs (N, HKV, DH); lse (H, N) is the logarithm of each softmax's sum.
 
 #include <thread>
@@ -34,7 +37,9 @@ struct Tile {
             enter[lane] = lane < count ? t.enter[first + lane] : -1;
             if (lane < count) low = std::min<int32_t>(low, enter[lane]), high = std::max<int32_t>(high, enter[lane]);
         }
-        for (i64 j = 0; j < first + count; j++)
+        i64 root = 0;
+        while (t.leave[root] <= low) root = t.leave[root];  // the trees before this one end there
+        for (i64 j = root; j < first + count; j++)
             if (t.enter[j] <= high && t.leave[j] > low) seen.push_back(j);
     }
 
@@ -127,6 +132,13 @@ struct Tile {
 };
 
 template <int DH>
+std::vector<Tile<DH>> tiles_of(const TreeTokens& t) {
+    std::vector<Tile<DH>> tiles;
+    for (i64 first = 0; first < t.N; first += W) tiles.emplace_back(t, first);
+    return tiles;
+}
+
+template <int DH>
 void forward_head(const Tile<DH>& tile, const float* q, const float* k, const float* v, float* o, float* lse, i64 head,
                   std::vector<float>& work) {
     const TreeTokens& t = tile.t;
@@ -200,27 +212,25 @@ void share(i64 heads, i64 threads, Work work) {
 
 template <int DH>
 void forward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, float* o, float* lse) {
+    const auto tiles = tiles_of<DH>(t);
     share(t.HKV, threads, [&](i64 kv) {
         const i64 G = t.H / t.HKV;
         std::vector<float> work;
-        for (i64 first = 0; first < t.N; first += W) {
-            Tile<DH> tile(t, first);
+        for (const auto& tile : tiles)
             for (i64 head = kv * G; head < kv * G + G; head++) forward_head<DH>(tile, q, k, v, o, lse, head, work);
-        }
     });
 }
 
 template <int DH>
 void backward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv) {
+    const auto tiles = tiles_of<DH>(t);
     share(t.HKV, threads, [&](i64 kv) {
         const i64 G = t.H / t.HKV;
         std::vector<float> work;
-        for (i64 first = 0; first < t.N; first += W) {
-            Tile<DH> tile(t, first);
+        for (const auto& tile : tiles)
             for (i64 head = kv * G; head < kv * G + G; head++)
                 backward_head<DH>(tile, q, k, v, o, lse, d_o, dq, dk, dv, head, work);
-        }
     });
 }
 

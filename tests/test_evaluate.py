@@ -446,6 +446,8 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
         ([f"x={TINY}", "--scenario", "conflict", "--num-personas", "1"], "two personas"),
         ([f"x={TINY}", "--personas", "absent.jsonl"], "absent.jsonl"),
         ([f"x={TINY}", "--method", "magic"], "magic"),
+        ([f"x={TINY}", "--world", "third"], "third"),
+        ([f"x={TINY}", "--perplexity", "absent.txt"], "absent.txt"),
         ([f"x={TINY}", "--subject-key-env", "NOT_SET_ANYWHERE", "y=http://127.0.0.1:1#m"], "NOT_SET_ANYWHERE"),
     ],
 )

@@ -16,6 +16,7 @@ import memory
 import train_rlpa
 from benchmarks.measure import allocations, extra_peak
 from dialogue import TokenTree
+from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
 from memory import Plan, advice, peak, phases, row_work, tree_blocks, tree_work
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
@@ -79,8 +80,10 @@ def measured_step(
             del on_device
         for learner in learners:
             train_rlpa.optimizer_step(learner, 1.0, 1.0)
+    in_cpp = use_cpu(policy.head_weight) and policy.config.head_dim in HEAD_DIMS
+    blocks = () if in_cpp else tuple(packed.blocks)
     plan = Plan(
-        tokens=len(tree), actions=len(packed.targets), blocks=tuple(packed.blocks), several_microbatches=micro > 1,
+        tokens=len(tree), actions=len(packed.targets), blocks=blocks, several_microbatches=micro > 1,
         cache_tokens=0, workspace=WORKSPACE, compute_bytes=dtype.itemsize, reference=False, separate_critic=not shared,
         gradients_in_rollout=False, fused=False, checkpointing=checkpointing,
     )  # fmt: skip

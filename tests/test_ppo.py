@@ -7,6 +7,7 @@ Most dialogues here are random ids: packing, advantages and losses never look at
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 from dataclasses import replace
@@ -22,7 +23,7 @@ from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo
 from make_tiny import render_turn, scripted_dialogue, train_tokenizer
-from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy, save_pretrained
 from simulator import Persona
 from train_rlpa import (
     Config,
@@ -31,6 +32,7 @@ from train_rlpa import (
     State,
     World,
     add_advantages,
+    add_group_advantages,
     add_statistics,
     critic_values,
     gae,
@@ -303,6 +305,188 @@ def test_unjudged_candidates_and_dropped_dialogues_are_not_trained_on():
     assert pack(dialogue, config) is None
 
 
+# ------------------------------------------------------------------------------------------ advantages without a critic
+
+
+def critic_free(advantage: str, **changes) -> Config:
+    return settings(advantage=advantage, **changes)
+
+
+def compared(rewards: list[float], kl: list[list[float]], config: Config) -> list[list[float]]:
+    """Advantages of one turn whose candidates earned `rewards` and whose tokens have these log-ratios."""
+    dialogue = random_dialogue(0, [[len(part) for part in kl]])
+    for candidate, reward in zip(dialogue.turns[0].candidates, rewards, strict=True):
+        candidate.profile_reward, candidate.response_reward = reward / 2, reward / 2
+    p = with_values(pack(dialogue, config))
+    p.old_logprobs = p.ref_logprobs + torch.tensor([x for part in kl for x in part])
+    p.values = None
+    add_group_advantages(p, config)
+    return [p.advantages[span.start : span.stop].tolist() for span in p.spans]
+
+
+KL = [[0.25, 0.15], [0.1], [-0.1, 0.0, 0.2]]  # sums 0.4, 0.1 and 0.1
+
+
+def test_rloo_by_hand():
+    """Guards baseline and KL: R − β K = 1.8, 0.95, −0.05 for R = 2, 1, 0, each minus the mean of the other two."""
+    found = compared([2.0, 1.0, 0.0], KL, critic_free("rloo", kl_coef=0.5))
+    expected = [[1.8 - 0.45] * 2, [0.95 - 0.875], [-0.05 - 1.375] * 3]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_grpo_by_hand():
+    """Guards mean, deviation and KL: (R − 1) / (√⅔ + 1e-4) for R = 2, 1, 0, less β K = 0.2, 0.05, 0.05 centred."""
+    found = compared([2.0, 1.0, 0.0], KL, critic_free("grpo", kl_coef=0.5))
+    unit = 1 / (math.sqrt(2 / 3) + 1e-4)
+    expected = [[unit - 0.15] * 2, [0.075], [-unit + 0.075] * 3]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_a_kl_in_the_loss_is_not_in_the_group_advantage(advantage, estimator):
+    """Guards against counting the KL twice: with k3 and exact the advantages are those without any."""
+    with_kl = compared([2.0, 1.0, 0.0], KL, critic_free(advantage, kl_coef=0.5, kl_estimator=estimator))
+    assert with_kl == compared([2.0, 1.0, 0.0], KL, critic_free(advantage, kl_coef=0.0))
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_equal_candidates_teach_nothing(advantage):
+    """Guards a tiny KL blown up by grpo's deviation, and whitening that gives a turn of equals a direction."""
+    (a, b, c) = compared([1.0] * 3, [[1e-6], [0.0], [-1e-6]], critic_free(advantage))
+    assert max(abs(x) for part in (a, b, c) for x in part) < 1e-6
+    assert compared([1.0] * 3, KL, critic_free(advantage, kl_coef=0.0)) == [[0.0] * 2, [0.0], [0.0] * 3]
+    packed = [with_values(pack(random_dialogue(i, [[3, 2]]), settings())) for i in range(2)]
+    packed[0].advantages, packed[1].advantages = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0]), torch.zeros(5)
+    mean, std = whiten_advantages(packed, advantage)
+    assert (mean, std) == pytest.approx((0.4, math.sqrt(1.4 - 0.16)))
+    assert torch.equal(packed[1].advantages, torch.zeros(5))
+    assert packed[0].advantages[0].item() == pytest.approx(2.0 if advantage == "grpo" else 2 / std)
+
+
+def test_a_candidate_alone_has_no_advantage():
+    """Guards a division by n − 1 = 0: where the others' verdicts were lost, there is nothing to compare with."""
+    dialogue = random_dialogue(0, [[3, 5], [2, 4]])
+    dialogue.turns[0].chosen, dialogue.turns[0].candidates[1].judged = 0, False
+    for advantage in ("rloo", "grpo"):
+        p = with_values(pack(dialogue, settings()))
+        add_group_advantages(p, critic_free(advantage))
+        assert p.advantages[:3].tolist() == [0.0] * 3 and p.advantages[3:].abs().min() > 0
+
+
+def without_critic(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, config: Config) -> tuple[list[Packed], list]:
+    """Pack dialogues and fill in statistics and advantages, as an iteration without a critic does."""
+    packed = [pack(d, config) for d in dialogues]
+    batches = make_batches(packed, config)
+    add_statistics(batches, policy, lively(policy.config, 5), None, config)
+    for p in packed:
+        add_group_advantages(p, config)
+    whiten_advantages(packed, config.advantage)
+    return packed, batches
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_a_critic_the_gradient_does_not_depend_on_the_microbatches(chat, policy, advantage):
+    """Guards means per micro-batch or per candidate: gradients for 4, 2 and 1 micro-batches, and no value anywhere."""
+    results = []
+    for tokens in (1, 600, 100_000):
+        config = critic_free(
+            advantage, rollout_batch_size=4, minibatch_size=4, microbatch_tokens=tokens, max_grad_norm=1e9
+        )
+        model = copy.deepcopy(policy)
+        dialogues = [scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)]
+        packed, (minibatch,) = without_critic(dialogues, model, config)
+        assert all(p.values is None and p.returns is None for p in packed)
+        sums = minibatch_update(
+            make_learner(model, 1e-3, config), None, minibatch, sum(len(p.targets) for p in packed), 1.0, config, True
+        )
+        assert not any("value" in name or "critic" in name for name in sums) and sums["updates_skipped"] == 0
+        results.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
+    for gradient in results[1:]:
+        assert ((gradient - results[0]).norm() / results[0].norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_the_policys_step_is_the_same_without_a_critic(policy, critic, advantage):
+    """Guards a policy step that goes another way than with a critic: the same advantages give the same weights."""
+    moved = []
+    for other in (None, critic):
+        config, model = critic_free(advantage), copy.deepcopy(policy)
+        _, batches = without_critic([random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)], model, config)
+        for p in (p for minibatch in batches for batch in minibatch for p in batch.dialogues):
+            p.values = p.returns = torch.zeros(len(p.targets))
+        learners = make_learner(model, 1e-3, config), other and make_learner(other, 1e-3, config)
+        metrics = update(*learners, batches, config, (0, 2), True)
+        assert ("value_loss" in metrics) == ("critic_grad_norm" in metrics) == (other is not None)
+        moved.append(weights_of(model))
+    assert same(*moved) and not same(moved[0], weights_of(policy))
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_candidates": 1},
+    {"credit": "dialogue"},
+    {"critic": "shared"},
+    {"critic_ckpt": "somewhere"},
+    {"critic_warmup": 2},
+])  # fmt: skip
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_what_makes_no_sense_without_a_critic_is_refused(advantage, changes):
+    """Guards flags that would be ignored in silence: the message names value, flag and --advantage."""
+    with pytest.raises(ValueError, match="--advantage") as error:
+        critic_free(advantage, **changes)
+    ((name, value),) = changes.items()
+    assert f"{train_rlpa.flag(name)} {value}" in str(error.value) and "\n" not in str(error.value)
+    assert settings(**changes).advantage == "gae"
+
+
+def test_a_run_without_a_critic_has_none(chat, shape, tmp_path, monkeypatch):
+    """Guards a critic that is built, saved, restored or logged after all, from the first line to a resumed end."""
+    monkeypatch.setattr(train_rlpa, "load_or_make_critic", lambda *_: pytest.fail("a critic was made"))
+    save_pretrained(lively(shape, 0), tmp_path / "ckpt")
+    chat.tokenizer.save(str(tmp_path / "ckpt" / "tokenizer.json"))
+    run = tmp_path / "run"
+    small = {
+        "num-iterations": 1, "rollout-batch-size": 2, "minibatch-size": 1, "num-personas": 4, "max-turns": 2,
+        "num-candidates": 2, "max-new-tokens": 6, "eval-dialogues": 1, "eval-every": 0, "lr": 1e-3,
+    }  # fmt: skip
+    flags = [text for name, value in small.items() for text in (f"--{name}", str(value))]
+    arguments = ["--ckpt", str(tmp_path / "ckpt"), "--run-dir", str(run), "--advantage", "rloo", "--no-tensorboard"]
+    assert train_rlpa.main([*arguments, *flags]) == 0
+    assert train_rlpa.main(["--resume", str(run), "--num-iterations", "2"]) == 0
+    folders = sorted((run / "checkpoints").iterdir())
+    assert len(folders) == 2 and not [path for folder in folders for path in folder.glob("*critic*")]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["iteration"] for record in trained] == [1, 2]
+    assert not {"value_loss", "critic_grad_norm", "explained_variance"} & set().union(*trained)
+    assert all(record["policy_grad_norm"] >= 0 and "advantage_std" in record for record in trained)
+
+
+def test_memory_without_a_critic(shape):
+    """Guards --dry-run: nothing of a critic is counted, and what is left is what the models and AdamW hold."""
+    plan = memory.Plan(tokens=100, actions=80, workspace=1 << 20, critic=False, separate_critic=False)
+    learner = make_learner(lively(shape, 0), 1e-3, settings())
+    train_rlpa.optimizer_step(learner, 1.0, 1.0)
+    moments = [m for state in learner.optimizer.state.values() for m in state.values() if m.dim()]
+    resident = plan.resident(shape)
+    assert resident["critic"] == 0 and resident["optimizer"] == sum(m.nbytes for m in moments)
+    assert not any("critic" in name for name in memory.phases(shape, plan))
+    shared = replace(plan, critic=True)
+    assert 0 < memory.peak(shape, shared)[1] - memory.peak(shape, plan)[1] < 100 * shape.hidden_size * 4
+    reports = {}
+    for advantage in ("gae", "rloo"):
+        config = settings(
+            ckpt=str(train_rlpa.TINY_CHECKPOINT), advantage=advantage, dry_run=True, num_personas=4, max_new_tokens=16,
+            max_user_tokens=16,
+        )  # fmt: skip
+        header, *lines = train_rlpa.dry_run(config).splitlines()
+        assert header.split()[-9:] == "critic reference optimizer gradients activations head KV cache total".split()
+        reports[advantage] = [float(line.split()[-8]) for line in lines[:5]]
+    assert reports["rloo"] == [0.0] * 5 and min(reports["gae"]) > 0
+
+
 # -------------------------------------------------------------------------------------------------------- token rewards
 
 
@@ -456,7 +640,7 @@ def test_a_tree_stores_each_token_once(chat):
 class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
-    counts = {"requests": 0, "retries": 0, "errors": {}}
+    counts = {**dict.fromkeys(train_rlpa.COUNTED, 0), "errors": {}}
 
     def ask(self, messages, seed):
         return f"I am {seed % 90} years old. <|im_end|>"
@@ -1106,9 +1290,10 @@ def test_a_shared_trunk_learns_values_and_policy():
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
-def test_ppo_learns_a_bandit(chat, shape, monkeypatch):
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_ppo_learns_a_bandit(chat, shape, monkeypatch, advantage):
     """Guards the sign of everything together: sampled ids that are rewarded become likely, from ½ to above 0.8."""
-    config = settings(rollout_batch_size=8, minibatch_size=4, max_turns=1, num_candidates=8,
+    config = settings(advantage=advantage, rollout_batch_size=8, minibatch_size=4, max_turns=1, num_candidates=8,
                       max_new_tokens=1, num_iterations=16, lr=1.5e-2, critic_lr=1.5e-2, kl_coef=0.0)  # fmt: skip
 
     def judge(candidate, *args):
@@ -1119,12 +1304,10 @@ def test_ppo_learns_a_bandit(chat, shape, monkeypatch):
 
     monkeypatch.setattr(train_rlpa, "judge", judge)
     policy = random_policy(shape, 0)
-    learners = (
-        make_learner(policy, config.lr, config),
-        make_learner(Critic.from_policy(policy), config.critic_lr, config),
-    )
+    critic = make_learner(Critic.from_policy(policy), config.critic_lr, config) if advantage == "gae" else None
     personas = [Persona(str(i), FACTS) for i in range(8)]
-    state = State(config, chat, *learners, None, personas, {}, World(Talker(), None))
+    learner = make_learner(policy, config.lr, config)
+    state = State(config, chat, learner, critic, None, personas, {}, World(Talker(), None))
     prompt = open_turn(Dialogue(0, "p", FACTS), config.first_user_message, chat).prompt_ids
 
     def even() -> float:

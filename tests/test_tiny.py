@@ -18,7 +18,7 @@ def test_the_checkpoint_is_small_and_holds_nothing_to_unpickle():
     """Guards: a repository that grows by every rebuild, and weights that run code when loaded."""
     files = [path for path in TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 5_000_000
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
 
 
 def test_the_checkpoint_loads_in_transformers_with_equal_logits():

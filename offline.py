@@ -1,0 +1,373 @@
+"""SFT and DPO on dialogues with the simulated user: what RLPA's data is worth when it is collected once, beforehand.
+
+    python offline.py --method sft --ckpt                      collects, then fine-tunes the tiny checkpoint
+    python offline.py --method dpo --ckpt --data runs/NAME     learns from the same dialogues
+
+collect   The starting policy plays what a run of `train_rlpa.py` of so many --num-iterations plays: the same personas
+          in the same order, turns, candidates, rewards, and the best candidate goes on. The budget is printed and kept.
+sft       Best-of-n fine-tuning (RAFT, arXiv 2304.06767): cross-entropy on the tokens of each turn's best candidate.
+          With --min-reward only on those that earned as much, which is rejection sampling.
+dpo       arXiv 2305.18290: of each turn whose candidates earned differently, best and worst are a pair w, l with the
+          same prefix. Loss −log σ(β (log π(w)/π_ref(w) − log π(l)/π_ref(l))), π_ref the starting policy.
+
+Both learn from the trainer's token trees, so that each prefix is computed once for all turns and both of a pair, and
+both sums are divided by the mini-batch's count, of tokens or of pairs. Written to --run-dir: dialogues.jsonl (token ids
+too), collection.json (settings and budget), metrics.jsonl, and policy/, a checkpoint in Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+
+import train_rlpa
+from dialogue import Candidate, Dialogue, Turn
+from kernels import linear_logprob
+from model import Qwen2ForCausalLM, resolve_checkpoint
+from runlog import RunLog
+from train_rlpa import (
+    Batch,
+    Config,
+    Learner,
+    Packed,
+    Play,
+    State,
+    World,
+    collate,
+    flag,
+    lr_share,
+    microbatches,
+    optimizer_step,
+    pack,
+    policy_hidden,
+    stream_seed,
+    turn_reward,
+)
+
+METHODS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
+COLLECTED = (  # settings that decide what the dialogues are and earn; with --data they are those of its collection
+    "ckpt", "personas", "num_personas", "num_iterations", "rollout_batch_size", "max_turns", "num_candidates",
+    "max_new_tokens", "max_user_tokens", "temperature", "first_user_message", "history_profile", "profile_weight",
+    "response_weight", "profile_target", "profile_judge",
+)  # fmt: skip
+ENDPOINTS = (
+    "simulator_url", "simulator_model", "judge_url", "judge_model", "api_key_env", "request_timeout", "max_retries",
+    "max_concurrency", "record", "replay", "price_in", "price_out", "reply_steps", "decode_batch_size", "kv_gib",
+)  # fmt: skip
+LEARNING = (
+    "method", "data", "run_dir", "seed", "num_epochs", "minibatch_size", "microbatch_tokens", "lr", "warmup_share",
+    "min_lr_share", "max_grad_norm", "min_reward", "beta", "eval_personas", "eval_dialogues", "eval_every", "dtype",
+    "checkpointing", "kernels", "threads",
+)  # fmt: skip
+
+
+@dataclass
+class Offline(Config):
+    """The trainer's settings, of which those named above are flags here, and what offline learning adds."""
+
+    method: str = ""  # sft: cross-entropy on each turn's best candidate; dpo: its best against its worst
+    data: str = ""  # run folder of this program whose dialogues are learned from again; empty: they are collected
+    num_epochs: int = 2  # passes over the dialogues
+    lr: float = 5e-7  # peak learning rate; not given: 3 times the checkpoint's with sft, a third of it with dpo
+    min_reward: float = 0.0  # sft: a turn's best candidate is learned from if it earned so much
+    beta: float = 0.5  # dpo: weight of log-ratios; with 0.1 the tiny checkpoint unlearned the format
+    eval_every: int = 1  # epochs between held-out evaluations; 0: only before and after
+    advantage: str = "rloo"  # so that the trainer's setup loads no critic
+    kl_coef: float = 0.0  # nor a reference: its log-probs are computed before the first step
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"--method is {self.method!r}; it takes {' or '.join(METHODS)}")
+        if self.num_candidates == 1:
+            raise ValueError("--num-candidates 1 leaves nothing to choose from; offline learning needs 2 or more")
+        super().__post_init__()
+        if self.min_reward and self.method != "sft":
+            raise ValueError(f"--min-reward {self.min_reward} needs --method sft: dpo learns from differences")
+        if self.beta != Offline.beta and self.method != "dpo":
+            raise ValueError(f"--beta {self.beta} needs --method dpo")
+        if self.beta <= 0:
+            raise ValueError(f"--beta is {self.beta}; it must be above 0")
+        if self.min_reward > self.profile_weight + self.response_weight:
+            raise ValueError(
+                f"--min-reward is {self.min_reward}; a turn earns at most --profile-weight + --response-weight,"
+                f" {self.profile_weight + self.response_weight}"
+            )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Offline:
+    """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
+    parser = train_rlpa.make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
+    given = vars(parser.parse_args(argv))
+    for name in ("personas", "eval_personas", "data"):
+        if given.get(name):
+            given[name] = str(Path(given[name]).resolve())
+    if given.get("ckpt"):
+        given["ckpt"] = str(resolve_checkpoint(given["ckpt"]).resolve())
+    saved = read_collection(given["data"])["settings"] if given.get("data") else {}
+    for name in saved.keys() & given.keys():
+        if saved[name] != given[name]:
+            raise ValueError(
+                f"{flag(name)} {given[name]} differs from {saved[name]}, with which --data {given['data']} was"
+                f" collected; drop it, or collect anew"
+            )
+    chosen = {**saved, **given}
+    if not chosen.get("ckpt"):
+        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
+    own = {"lr": Config.lr} | train_rlpa.checkpoint_defaults(Path(chosen["ckpt"]))
+    own = {name: own[name] for name in (*COLLECTED, "minibatch_size", "eval_dialogues", "lr") if name in own}
+    own["lr"] *= METHODS.get(chosen.get("method"), 1.0)
+    config = Offline(**{**own, **chosen})
+    config.run_dir = config.run_dir or f"runs/{config.method}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    if (Path(config.run_dir) / "metrics.jsonl").exists():
+        raise ValueError(f"--run-dir {config.run_dir} holds a run already; choose another folder")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The collection
+
+
+def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float]]:
+    """Play RLPA's dialogues with the starting policy; returns them and what they cost, and writes both down."""
+    config, env, collected = state.config, state.env, []
+    start, calls_before = time.perf_counter(), train_rlpa.endpoint_counts(env)
+    with (folder / "dialogues.jsonl").open("w") as file:
+        for i in tqdm(range(state.num_iterations), desc="collecting", unit="it"):
+            dialogues = train_rlpa.persona_batch(replace(state, iteration=i))
+            play = Play(config.num_candidates, config.temperature, (config.seed, "train", i))
+            train_rlpa.rollout(state.policy.model, state.chat, dialogues, play, config, env)
+            file.writelines(json.dumps(asdict(dialogue)) + "\n" for dialogue in dialogues)
+            collected += dialogues
+    budget = budget_of(collected) | (train_rlpa.endpoint_counts(env) - calls_before)
+    budget["seconds"] = round(time.perf_counter() - start, 1)
+    collection = {"settings": {name: getattr(config, name) for name in COLLECTED}, "budget": budget}
+    (folder / "collection.json").write_text(json.dumps(collection, indent=1) + "\n")  # last: the dialogues are whole
+    return collected, budget
+
+
+def budget_of(dialogues: list[Dialogue]) -> dict[str, float]:
+    """Count what was sampled, dropped dialogues included."""
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    candidates = [candidate for turn in turns for candidate in turn.candidates]
+    return {
+        "dialogues": len(dialogues),
+        "dialogues_dropped": sum(dialogue.dropped is not None for dialogue in dialogues),
+        "turns": len(turns),
+        "candidates": len(candidates),
+        "sampled_tokens": sum(len(candidate.token_ids) for candidate in candidates),
+    }
+
+
+def read_collection(folder: str) -> dict:
+    """Return settings and budget of a collection; ValueError if the folder holds none, or one that is not whole."""
+    path = Path(folder) / "collection.json"
+    if not path.is_file():
+        raise ValueError(f"--data {folder}: {path.name} does not exist; give the run folder that collected dialogues")
+    return json.loads(path.read_text())
+
+
+def load_dialogues(folder: str) -> list[Dialogue]:
+    """Read the dialogues of a collection; ValueError that names the line if one is not whole."""
+    dialogues, path = [], Path(folder) / "dialogues.jsonl"
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            dialogues.append(dialogue_of(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--data {folder}: line {number} of {path.name} is no dialogue: {error}") from None
+    return dialogues
+
+
+def dialogue_of(record: dict) -> Dialogue:
+    """Return the dialogue that `asdict` made this record of."""
+    turns = [Turn(**{**turn, "candidates": [Candidate(**c) for c in turn["candidates"]]}) for turn in record["turns"]]
+    return Dialogue(**{**record, "turns": turns, "persona_facts": tuple(record["persona_facts"])})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learned from it
+
+
+def teachers(turn: Turn, config: Offline) -> list[Candidate]:
+    """Return the candidates of a turn to learn from: [best] or, with dpo, [best, worst]; none if they teach nothing."""
+    rewards = [turn_reward(c, config) if c.judged else math.inf for c in turn.candidates]
+    best, worst = rewards[turn.chosen], min(rewards)
+    if config.method == "sft":
+        return [turn.winner] if best >= config.min_reward else []
+    return [turn.winner, turn.candidates[rewards.index(worst)]] if worst < best else []
+
+
+def pack_teachers(dialogue: Dialogue, config: Offline) -> Packed | None:
+    """Return the token tree of a dialogue and its teachers; None if it was dropped or has none.
+
+    The winners are the tree's trunk: with sft a dialogue is one row, with dpo the losers branch off.
+    """
+    if dialogue.dropped is not None:
+        return None
+    turns = [replace(turn, candidates=teachers(turn, config), chosen=0) for turn in dialogue.turns]
+    return pack(replace(dialogue, turns=turns), config)
+
+
+def epoch_batches(packed: list[Packed], config: Offline, epoch: int) -> list[list[Batch]]:
+    """Return the micro-batches of each mini-batch of an epoch, whose order is its own."""
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, "offline", epoch))
+    order = torch.randperm(len(packed), generator=generator).tolist()
+    shuffled, size = [packed[i] for i in order], config.minibatch_size
+    minibatches = [shuffled[first : first + size] for first in range(0, len(shuffled), size)]
+    return [[collate(part) for part in microbatches(m, config.microbatch_tokens)] for m in minibatches]
+
+
+def action_logprobs(policy: Qwen2ForCausalLM, batch: Batch, config: Offline) -> Tensor:
+    """Return the log-probs (N,) of a micro-batch's action tokens, at the temperature that sampled them."""
+    return linear_logprob(policy_hidden(policy, batch), policy.head_weight, batch.targets, config.temperature)[0]
+
+
+@torch.no_grad()
+def add_reference(packed: list[Packed], policy: Qwen2ForCausalLM, config: Offline) -> None:
+    """Fill in the log-probs of the policy as it is now: the reference, whose weights nobody needs any more."""
+    for part in microbatches(packed, config.microbatch_tokens):
+        logprobs = action_logprobs(policy, collate(part).to(policy.head_weight), config).cpu()
+        for p, own in zip(part, logprobs.split([len(p.targets) for p in part]), strict=True):
+            p.ref_logprobs = own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and epochs: sums, for the caller divides by the mini-batch's count
+
+
+def sft_sums(logprobs: Tensor) -> dict[str, Tensor | int]:
+    """Return the summed cross-entropy of action tokens and their count."""
+    return {"loss": -logprobs.sum(), "count": len(logprobs)}
+
+
+def dpo_sums(logprobs: Tensor, batch: Batch, config: Offline) -> dict[str, Tensor | int]:
+    """Return the summed DPO loss of a micro-batch's pairs, their count, and sums of what a curve shows of them."""
+    sizes = [span.stop - span.start for p in batch.dialogues for span in p.spans]
+    logratios = (logprobs - batch.gather("ref_logprobs")).split(sizes)
+    winner, loser = torch.stack([part.sum() for part in logratios]).view(-1, 2).unbind(1)  # (P,) each
+    margin = config.beta * (winner - loser)
+    return {
+        "loss": -logsigmoid(margin).sum(),
+        "count": len(margin),
+        "margin": margin.sum(),
+        "accuracy": (margin > 0).sum(),
+        "winner_logratio": winner.sum(),
+        "loser_logratio": loser.sum(),
+    }
+
+
+def units(batch: Batch, config: Offline) -> int:
+    """Count what a micro-batch's loss is a sum over: action tokens, or pairs."""
+    return len(batch.targets) if config.method == "sft" else sum(len(p.spans) for p in batch.dialogues) // 2
+
+
+def minibatch_step(learner: Learner, minibatch: list[Batch], config: Offline, share: float) -> dict[str, float]:
+    """Take one optimizer step on the mean loss of a mini-batch; returns its sums."""
+    learner.optimizer.zero_grad()
+    count, sums = sum(units(batch, config) for batch in minibatch), Counter()
+    for batch in (batch.to(learner.model.head_weight) for batch in minibatch):
+        logprobs = action_logprobs(learner.model, batch, config)
+        parts = sft_sums(logprobs) if config.method == "sft" else dpo_sums(logprobs, batch, config)
+        (parts["loss"] / count).backward()
+        sums.update({name: torch.as_tensor(value).item() for name, value in parts.items()})
+    norm, taken = optimizer_step(learner, share, config.max_grad_norm)
+    sums.update({"grad_norm": norm, "steps": 1, "updates_skipped": not taken})
+    return sums
+
+
+def run_epoch(state: State, packed: list[Packed], epoch: int) -> dict[str, float]:
+    """Go through all dialogues once; returns means over tokens or pairs."""
+    config, sums = state.config, Counter()
+    batches, start = epoch_batches(packed, config, epoch), time.perf_counter()
+    num_updates = config.num_epochs * len(batches)
+    for minibatch in tqdm(batches, desc=f"epoch {epoch + 1}", unit="step", leave=False):
+        sums.update(minibatch_step(state.policy, minibatch, config, lr_share(state.updates, num_updates, config)))
+        state.updates += 1
+    count, steps, skipped = (sums.pop(name) for name in ("count", "steps", "updates_skipped"))
+    metrics = {"grad_norm": sums.pop("grad_norm") / steps} | {name: value / count for name, value in sums.items()}
+    return metrics | {"updates_skipped": skipped, "steps": steps, "seconds": time.perf_counter() - start}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def learn(config: Offline, env: World) -> None:
+    """Collect or read dialogues, learn from them, evaluate, and write the policy."""
+    dialogues = load_dialogues(config.data) if config.data else []
+    state = train_rlpa.setup(config, env)
+    log = RunLog(config.run_dir, -1, tensorboard=False)
+    (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    print(f"{config.method}: policy {config.ckpt} -> {config.run_dir}")
+    if config.data:
+        budget = read_collection(config.data)["budget"]
+    else:
+        dialogues, budget = collect(state, log.folder)
+    log.metrics(0, "collection", budget)
+    packed = [p for p in (pack_teachers(dialogue, config) for dialogue in dialogues) if p is not None]
+    print(budget_line(budget, packed, config))
+    if not packed:
+        raise ValueError("no turn to learn from; lower --min-reward, or collect more (--num-iterations)")
+    if config.method == "dpo":
+        add_reference(packed, state.policy.model, config)
+    train_rlpa.run_evaluation(state, log, ends=True)
+    for epoch in range(config.num_epochs):
+        metrics = run_epoch(state, packed, epoch)
+        state.iteration = epoch + 1
+        log.metrics(state.iteration, config.method, metrics)
+        print(epoch_line(state, metrics))
+        last = state.iteration == config.num_epochs
+        if last or config.eval_every and state.iteration % config.eval_every == 0:
+            train_rlpa.run_evaluation(state, log, ends=last)
+    train_rlpa.save_policy(state, log.folder / "policy")
+    print(f"policy: {log.folder / 'policy'}")
+
+
+def budget_line(budget: dict[str, float], packed: list[Packed], config: Offline) -> str:
+    """Say what the dialogues cost and what is learned from them."""
+    spans, tokens = sum(len(p.spans) for p in packed), sum(len(p.targets) for p in packed)
+    taught = f"{spans:,} best candidates" if config.method == "sft" else f"{spans // 2:,} pairs"
+    return (
+        f"{'collected' if not config.data else 'reused'} {budget['dialogues']:,} dialogues"
+        f" ({budget['dialogues_dropped']} dropped), {budget['candidates']:,} candidates,"
+        f" {budget['sampled_tokens']:,} sampled tokens, {budget['seconds']:.0f} s;"
+        f" {train_rlpa.calls_note(budget, config)}\nlearning from {taught}, {tokens:,} tokens"
+    )
+
+
+def epoch_line(state: State, m: dict[str, float]) -> str:
+    """Write an epoch in one readable line."""
+    dpo = f" accuracy {m['accuracy']:.3f} margin {m['margin']:.3f}" if "margin" in m else ""
+    return (
+        f"{state.iteration:4d}/{state.config.num_epochs} {state.config.method} loss {m['loss']:.4f}{dpo} | gradient"
+        f" {m['grad_norm']:.2f}, {m['steps']:.0f} steps in {m['seconds']:.1f} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; what a user can mend is one line on stderr and exit code 2."""
+    try:
+        if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"WORLD_SIZE is {processes}; offline.py runs in one process: start it with python")
+        config = parse_args(argv)
+        with train_rlpa.open_world(config) as env:
+            learn(config, env)
+    except ValueError as error:
+        print(f"offline.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
