@@ -1,8 +1,8 @@
 // The decode step of a small model, whole, on one CPU core: cpu.py says what it computes and why it is here.
 //
-// A block is up to 32 tokens ("lanes"), each the newest of some row of the KV cache. Activations lie feature by feature,
-// x[feature][lane], so that every operation but attention is vertical: one vector instruction serves 16 lanes, weights
-// are read as they are stored, and nothing is ever summed across a vector. A block's activations fit in the L2 cache.
+// A block is up to 32 tokens ("lanes"), each the newest of some row of the KV cache. Activations lie feature by
+// feature, x[feature][lane], so that every operation but attention is vertical: one vector instruction serves 16 lanes,
+// weights are read as they are stored, and nothing is summed across a vector. A block's activations fit in the cache.
 
 #include "cpu_vectors.h"
 
@@ -67,7 +67,7 @@ void gate(const float* up, float* a, i64 count) {  // a = a σ(a) up
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ attention
+// ---------------------------------------------------------------------------------------------------------- attention
 
 inline Vec4 fold(Vec x) {  // 16 partial sums to 4
     Vec8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -81,12 +81,19 @@ inline Vec4 sums_of(Vec4 a, Vec4 b, Vec4 c, Vec4 d) {  // of each of four
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-// Slots of one row and KV head: count of them, `step` floats apart.
+// Slots of one row and KV head: count of them, `step` floats apart. Keys and values are read once a step, from memory,
+// which is faster with two streams under way than with one: while keys are read, the same slots' values are fetched, and
+// while these are weighed, the keys of the head that comes next.
 struct Slots {
     const float *keys, *values;
     i64 step;
     int count;
+    const float* next;  // keys that are read afterwards; null: nothing is fetched
 };
+
+inline void fetch(const float* x, int floats) {
+    for (int i = 0; i < floats; i += W) __builtin_prefetch(x + i);
+}
 
 // z[query][slot] = q · k, for Q queries (each DH floats) at once.
 template <int DH, int Q>
@@ -103,6 +110,7 @@ void scores(const float* const* q, Slots s, float* const* z) {
     int i = 0;
     for (; i + 4 <= s.count; i += 4) {
         const float* key = s.keys + i * s.step;
+        if (s.next) fetch(s.values + i * s.step, 4 * DH);
         for (int j = 0; j < Q; j++)
             *(Vec4*)(z[j] + i) = sums_of(dot(j, key), dot(j, key + s.step), dot(j, key + 2 * s.step),
                                          dot(j, key + 3 * s.step));
@@ -122,6 +130,7 @@ void weigh(float* const* p, Slots s, float* const* out) {
         Vec sum[Q][NV] = {};
         for (int i = start; i < std::min(s.count, start + PART); i++) {
             const float* value = s.values + i * s.step;
+            if (s.next) fetch(s.next + i * s.step, DH);
             for (int v = 0; v < NV; v++) {
                 Vec x = load(value + v * W);
                 for (int j = 0; j < Q; j++) sum[j][v] += p[j][i] * x;
@@ -156,8 +165,8 @@ struct Sight {
 
 // Attend with Q queries of one row and KV head: what all see is read once for all.
 template <int DH, int Q>
-void attend(const float* const* q, const Sight* sight, const float* keys, const float* values, int n, float scale,
-            float* work, i64 width, float* const* out) {
+void attend(const float* const* q, const Sight* sight, const float* keys, const float* values, i64 capacity, int n,
+            float scale, float* work, i64 width, float* const* out) {
     int common = sight[0].shared;
     for (int j = 1; j < Q; j++) common = std::min(common, sight[j].shared);
     float* z[Q];
@@ -166,9 +175,10 @@ void attend(const float* const* q, const Sight* sight, const float* keys, const 
         z[j] = work + j * width;
         bool more = sight[j].shared > common;  // a prompt's own tokens: each sees one more than the one before it
         i64 first = more ? common : sight[j].first, step = more ? DH : (i64)n * DH;
-        rest[j] = {keys + first * DH, values + first * DH, step, more ? sight[j].shared - common : sight[j].own};
+        rest[j] = {keys + first * DH, values + first * DH, step, more ? sight[j].shared - common : sight[j].own,
+                   nullptr};
     }
-    Slots prefix = {keys, values, DH, common};
+    Slots prefix = {keys, values, DH, common, keys + capacity * DH};  // the next head's, or the next row's
     scores<DH, Q>(q, prefix, z);
     for (int j = 0; j < Q; j++) {
         float* own[1] = {z[j] + common};
@@ -185,7 +195,7 @@ void attend(const float* const* q, const Sight* sight, const float* keys, const 
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------------------ the model
+// ---------------------------------------------------------------------------------------------------------- the model
 
 struct Layer {  // weights as Hugging Face stores them: (out, in)
     const float *norm1, *q, *q_bias, *k, *k_bias, *v, *v_bias, *o, *norm2, *gate, *up, *down;
@@ -313,8 +323,9 @@ struct Step {
                     sight[i] = sight_of(t, first + lane);
                 }
                 const float *keys = w.keys + at, *values = w.values + at, scale = 1.0f / std::sqrt((float)DH);
-                auto call = some == 4 ? attend<DH, 4> : some == 3 ? attend<DH, 3> : some == 2 ? attend<DH, 2> : attend<DH, 1>;
-                call(queries, sight, keys, values, t.n, scale, z, width, found);
+                auto call = some == 4 ? attend<DH, 4> : some == 3 ? attend<DH, 3>
+                            : some == 2 ? attend<DH, 2> : attend<DH, 1>;
+                call(queries, sight, keys, values, t.capacity, t.n, scale, z, width, found);
             }
         }
     }
@@ -341,7 +352,8 @@ i64 forward(const Model* m, const Layer* layers, const Tokens* t, i64 head_dim) 
         if (!inside || t->positions[i] < 0 || t->positions[i] >= m->positions || t->ids[i] < 0 || t->ids[i] >= m->V)
             return i;
     }
-    auto run = head_dim == 16 ? compute<16> : head_dim == 32 ? compute<32> : head_dim == 64 ? compute<64> : compute<128>;
+    auto run = head_dim == 16 ? compute<16> : head_dim == 32 ? compute<32>
+               : head_dim == 64 ? compute<64> : compute<128>;
     run(*m, layers, *t);
     return -1;
 }

@@ -1,12 +1,12 @@
 // Attention over token trees on a CPU, forward and backward: the rule of tree_attention.py, tile by tile.
 //
-// A tile is 16 queries, one to a lane of a vector: scores, exponentials, and what they weigh are vertical. Of all tokens
-// a tile visits those that one of its queries may see; whom each lane sees is two comparisons.
+// A tile is 16 queries, one to a lane of a vector: scores, exponentials, and what they weigh are vertical. Of all
+// tokens a tile visits those that one of its queries may see; whom each lane sees is two comparisons.
 //
-// Trees lie one after another, and the first token of each is its root: enter and leave of a root are where it begins and
-// where the next one does.
+// Trees lie one after another, and the first token of each is its root: enter and leave of a root are where it begins
+// and where the next one does.
 //
-// q, o and their gradients are (N, H, DH), k, v and theirs (N, HKV, DH); lse (H, N) is the logarithm of each softmax's sum.
+// q, o and their gradients are (N, H, DH), k, v and theirs (N, HKV, DH); lse (H, N) is log Σ exp of each softmax.
 
 #include <thread>
 
@@ -165,8 +165,9 @@ void forward_head(const Tile<DH>& tile, const float* q, const float* k, const fl
 
 // p = exp(q·k - lse),  ds = p (do·v - do·o) / √DH,  dq = Σ ds k,  dk = Σ ds q,  dv = Σ p do
 template <int DH>
-void backward_head(const Tile<DH>& tile, const float* q, const float* k, const float* v, const float* o, const float* lse,
-                   const float* d_o, float* dq, float* dk, float* dv, i64 head, std::vector<float>& work) {
+void backward_head(const Tile<DH>& tile, const float* q, const float* k, const float* v, const float* o,
+                   const float* lse, const float* d_o, float* dq, float* dk, float* dv, i64 head,
+                   std::vector<float>& work) {
     const TreeTokens& t = tile.t;
     const i64 S = tile.seen.size(), kv = head / (t.H / t.HKV) * DH, stride = t.HKV * DH;
     const float scale = 1.0f / std::sqrt((float)DH);
@@ -211,7 +212,8 @@ void share(i64 heads, i64 threads, Work work) {
 }
 
 template <int DH>
-void forward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, float* o, float* lse) {
+void forward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, float* o,
+                  float* lse) {
     const auto tiles = tiles_of<DH>(t);
     share(t.HKV, threads, [&](i64 kv) {
         const i64 G = t.H / t.HKV;
@@ -239,8 +241,8 @@ void backward_tree(const TreeTokens& t, i64 threads, const float* q, const float
 extern "C" {  // head_dim is 16, 32, 64 or 128
 
 // o and lse of q, k and v.
-void tree_forward(const TreeTokens* t, i64 head_dim, i64 threads, const float* q, const float* k, const float* v, float* o,
-                  float* lse) {
+void tree_forward(const TreeTokens* t, i64 head_dim, i64 threads, const float* q, const float* k, const float* v,
+                  float* o, float* lse) {
     auto run = head_dim == 16 ? forward_tree<16> : head_dim == 32 ? forward_tree<32>
                : head_dim == 64 ? forward_tree<64> : forward_tree<128>;
     run(*t, threads, q, k, v, o, lse);

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, in the vectors of GCC and Clang themselves: the compiler cuts them into what the machine has.
+// Sixteen floats at a time, in the vectors of GCC and Clang themselves, which the compiler cuts into what there is.
 #pragma once
 
 #include <algorithm>

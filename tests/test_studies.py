@@ -1,0 +1,101 @@
+"""Studies: what is run for which row, means over seeds, and what is written."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import studies
+from studies import (
+    OFFLINE,
+    PROMPTED,
+    ROOT,
+    RUNS,
+    STUDIES,
+    command_of,
+    over_seeds,
+    policy_of,
+    run_study,
+    train,
+    train_all,
+)
+
+TINY = ROOT / "tiny"
+
+
+def arguments(folder, *more: str):
+    where = ["--runs", str(folder / "runs"), "--out", str(folder / "out")]
+    return studies.parse_args(["credit", *where, "--seeds", "0", "1", "--num-iterations", "2", *more])
+
+
+def test_every_row_can_be_made():
+    """Guards a study that names a run which nobody trains, and flags that the programs do not know."""
+    import offline
+    import train_rlpa
+
+    args = studies.parse_args(["all"])
+    known = {studies.BASE, *RUNS, *OFFLINE, *PROMPTED}
+    for study in STUDIES.values():
+        assert set(study.rows) <= known
+    for run in RUNS:
+        train_rlpa.parse_args(command_of(run, 0, args)[2:])
+    offline.parse_args(command_of("sft", 0, args)[2:])
+
+
+def test_a_run_is_made_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
+    """Guards hours that are spent twice, a half-made run that counts as made, and a failure that nobody sees."""
+    args, calls = arguments(tmp_path), []
+
+    def run(command, **_):
+        calls.append(command)
+        policy_of("rlpa", 0, args).mkdir(parents=True)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(studies.subprocess, "run", run)
+    half = studies.folder_of("rlpa", 0, args)
+    half.mkdir(parents=True)
+    (half / "metrics.jsonl").write_text("{}\n")
+    train("rlpa", 0, args)
+    train("rlpa", 0, args)
+    assert len(calls) == 1 and not (half / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(studies, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(ValueError, match=r"rloo, seed 1, ended with exit code 3; see .*rloo_1.log"):
+        train("rloo", 1, args)
+
+
+def test_dpo_learns_from_sft_dialogues(tmp_path, monkeypatch):
+    """Guards DPO that starts before its data are there, or on a budget of its own."""
+    args, made = arguments(tmp_path), []
+    monkeypatch.setattr(studies, "train", lambda run, seed, args: made.append((run, seed)))
+    train_all(["methods"], args)
+    assert made[-2:] == [("dpo", 0), ("dpo", 1)]
+    assert set(made) == {(row, seed) for row in ("sft", "rlpa", "dpo") for seed in (0, 1)}
+    assert command_of("dpo", 1, args)[command_of("dpo", 1, args).index("--data") + 1].endswith("runs/sft_1")
+
+
+def test_means_over_seeds_leave_out_what_is_absent():
+    """Guards a dialogue that one seed dropped and that would count as 0, or drop the persona for all seeds."""
+    nan = float("nan")
+    measured = [[0.0, 50.0], [nan, nan]], [[100.0, nan], [nan, nan]]
+    seeds = [SimpleNamespace(measurements={"AL": np.array(x)}) for x in measured]
+    np.testing.assert_array_equal(over_seeds(seeds)["AL"], [[50.0, 50.0], [nan, nan]])
+
+
+def test_a_study_is_written(tmp_path):
+    """Guards table, figure and record, end to end, on untrained policies: rows that are equal differ by nothing."""
+    args = arguments(tmp_path, "--evaluate", "--num-personas", "3")
+    for row in STUDIES["credit"].rows:
+        for seed in args.seeds:
+            shutil.copytree(TINY, policy_of(row, seed, args))
+    run_study("credit", args)
+    text = (args.out / "credit.md").read_text()
+    assert "3 held-out personas, 6 turns, seeds 0, 1, 2 iterations" in text
+    assert "| AVG − rlpa's |  | 0.000 [0.000, 0.000] |" in text and "| perplexity | 1.4" in text
+    record = json.loads((args.out / "credit.json").read_text())
+    assert record["rlpa"]["figures"] == record["credit dialogue"]["figures"]
+    assert len(set(record["rlpa"]["AVG of seeds"])) == 1
+    assert (args.out / "credit.png").stat().st_size > 10_000
