@@ -34,8 +34,7 @@ from threading import Thread
 import rewards
 import train_rlpa
 import world
-from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn
-from make_tiny import render_turn
+from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from model import Qwen2ForCausalLM, resolve_checkpoint
 from sampler import Draw, Sampler
 from simulator import Message, RequestError, clean_text, make_server, parse_request, read_key

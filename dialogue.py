@@ -33,6 +33,16 @@ your reply
 HISTORY_PROFILES = ("all", "latest")
 
 
+def render_turn(lines: Sequence[str], response: str) -> str:
+    """Write a turn as the system prompt asks for it.
+
+    >>> render_turn(["Age: 7"], "Hi!")
+    '<profile>\\n- Age: 7\\n</profile>\\n\\n<response>\\nHi!\\n</response>'
+    """
+    block = "".join(f"- {line}\n" for line in lines)
+    return f"<profile>\n{block}</profile>\n\n<response>\n{response}\n</response>"
+
+
 class ChatTokenizer:
     """Encode text that may hold anything into ids that hold no control token, and lay ChatML seams around it.
 

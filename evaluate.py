@@ -64,6 +64,7 @@ PASSED = (  # flags that go to the rollout as they are; their help stands in tra
     "threads",
     "seed",
 )
+OWN_FILES = ("results.json", "metrics.jsonl", "episodes.jsonl")  # a folder that holds one is not written to
 LABELS = {
     "AVG": "AVG",
     "IR": "IR",
@@ -469,8 +470,8 @@ def check_args(args: argparse.Namespace) -> None:
     names = [name for name, _ in map(split_subject, args.subjects)]
     if repeated := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"subject name {repeated[0]!r} is used more than once")
-    if (args.out / "results.json").exists():
-        raise ValueError(f"--out {args.out} holds results already; choose another folder")
+    if taken := next((name for name in OWN_FILES if (args.out / name).exists()), None):
+        raise ValueError(f"--out {args.out} holds {taken} of an earlier run already; choose another folder")
 
 
 def split_subject(text: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 import world
-from dialogue import SYSTEM_PROMPT, ChatTokenizer
+from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
 from perplexity import HELDOUT_FILE
@@ -195,12 +195,6 @@ def scripted_question(facts: list[str], history: list[tuple[str, str]], habits: 
         round_trip = world.SLOTS[at + 1 :] + world.SLOTS[: at + 1]
         slot = next((s for s in round_trip if s not in known), slot)
     return rng.choice(QUESTION_PHRASES[slot])
-
-
-def render_turn(lines: list[str], response: str) -> str:
-    """Write a turn in the output format."""
-    block = "".join(f"- {line}\n" for line in lines)
-    return f"<profile>\n{block}</profile>\n\n<response>\n{response}\n</response>"
 
 
 def scripted_dialogue(rng: random.Random, n_turns: int, habits: Habits = FORGETFUL) -> list[tuple[str, str]]:

@@ -28,8 +28,7 @@ import chat
 import evaluate
 import train_rlpa
 from chat import HELP, Service, Talk, harmless, respond, show_turn
-from dialogue import SYSTEM_PROMPT, ChatTokenizer
-from make_tiny import render_turn
+from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from model import Qwen2ForCausalLM
 from sampler import Sampler, generate
 from simulator import make_server

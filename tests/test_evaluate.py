@@ -459,11 +459,12 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(argv, says, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_are_not_overwritten(tmp_path, capsys):
-    """Guards an hour's results from the next command."""
-    (tmp_path / "results.json").write_text("{}")
+@pytest.mark.parametrize("name", evaluate.OWN_FILES)
+def test_results_are_not_overwritten(tmp_path, capsys, name):
+    """Guards an hour's results from the next command, and a training run's dialogues."""
+    (tmp_path / name).write_text("{}")
     assert evaluate.main([f"x={TINY}", "--out", str(tmp_path)]) == 2
-    assert "holds results already" in capsys.readouterr().err
+    assert "of an earlier run already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [metrics, prompting, scenarios, evaluate])

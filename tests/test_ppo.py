@@ -18,11 +18,11 @@ from torch import Tensor
 
 import memory
 import train_rlpa
-from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn
+from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo
-from make_tiny import render_turn, scripted_dialogue, train_tokenizer
+from make_tiny import scripted_dialogue, train_tokenizer
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy, save_pretrained
 from simulator import Persona
 from train_rlpa import (

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 
 import train_rlpa
-from dialogue import ChatTokenizer, Dialogue
-from make_tiny import render_turn, scripted_dialogue, train_tokenizer
+from dialogue import ChatTokenizer, Dialogue, render_turn
+from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, load_critic, load_policy, random_policy, save_pretrained
 from sampler import Draw
 from simulator import ChatClient, make_server
