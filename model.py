@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -507,20 +506,28 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Read one safetensors file; raise ValueError for a tensor that `shapes` lacks, of another shape, or not floats."""
+def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
+
+    Raises ValueError for a tensor that `shapes` lacks, of another shape, or not floats. The file is opened anew for
+    each: what was read through one mapping stays in memory until that is closed, and would double the peak.
+    """
     try:
-        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            if name not in shapes:
+                raise ValueError(f"{file}: tensor {name} is not part of the model")
+            with safe_open(file, "pt") as opened:
+                tensor = opened.get_tensor(name)
+            if tensor.shape != shapes[name]:
+                raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, not {list(shapes[name])}")
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, not float32, bfloat16 or float16")
+            yield name, tensor
+            del tensor
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if name not in shapes:
-            raise ValueError(f"{file}: tensor {name} is not part of the model")
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, not {list(shapes[name])}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{file}: {name} is {tensor.dtype}, not float32, bfloat16 or float16")
-    return tensors
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -533,11 +540,12 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str
     files = weight_files(folder)
     weights: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in read_tensors(file, allowed).items():
+        for name, tensor in read_tensors(file, allowed):
             if name in weights:
                 raise ValueError(f"{file}: {name} is also in another file")
             # A copy: what the file's reader gives is a view of the file, which a later save may replace.
             weights[name] = tensor.to(device, dtype, copy=True)
+            del tensor
     for name in shapes:
         if name not in weights:
             raise ValueError(f"{files[0] if len(files) == 1 else folder / INDEX}: tensor {name} is missing")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+from benchmarks.throughput import forget_peak, in_child, memory_status
 from kernels.tree_attention import Block, make_tree
 from model import (
     INDEX,
@@ -358,6 +359,21 @@ def test_loaded_weights_survive_their_file(tmp_path):
         file.seek(size // 2)
         file.write(b"\0" * (size - size // 2))
     assert all(torch.equal(tensor, policy.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def loading_peak(folder: str) -> tuple[float, float]:
+    """Load a policy; return the MiB that the process grew by at its peak, and those of the weights."""
+    before = memory_status("VmRSS")
+    forget_peak()
+    policy = load_policy(folder)
+    return memory_status("VmHWM") - before, sum(p.nbytes for p in policy.parameters()) / 2**20
+
+
+def test_loading_holds_one_set_of_weights(tmp_path):
+    """Guards a peak of twice the weights: the file's pages and their copy, which a large model does not fit in."""
+    save_pretrained(random_policy(Qwen2Config(5_000, 512, 2048, 12, 8, 2), seed=0), tmp_path)
+    peak, weights = in_child(loading_peak, str(tmp_path))
+    assert 150 < weights < peak < 1.5 * weights
 
 
 def test_a_save_replaces_the_older_one(tmp_path):
