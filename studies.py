@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -156,7 +157,11 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         out = args.runs / "evaluated" / name / row.replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
         flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *study.flags, *args.evaluate]
-        found[row] = evaluate.evaluate(evaluate.parse_args([*subjects, "--method", PROMPTED.get(row, "rlpa"), *flags]))
+        print(f"{name}: evaluating {row}", flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.with_suffix(".log").open("w") as log, redirect_stdout(log):  # its own tables
+            chosen = [*subjects, "--method", PROMPTED.get(row, "rlpa"), *flags]
+            found[row] = evaluate.evaluate(evaluate.parse_args(chosen))
     return found
 
 
