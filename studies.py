@@ -109,10 +109,16 @@ def policy_of(run: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def train(run: str, seed: int, args: argparse.Namespace) -> None:
-    """Make a run unless it is there; one that was cut off is made anew. Raises ValueError if it fails."""
-    if policy_of(run, seed, args).is_dir():
-        return
+    """Make a run unless it is there; one that was cut off is made anew.
+
+    Raises ValueError if it fails, or if the folder holds a run that another command made.
+    """
     folder, start = folder_of(run, seed, args), time.perf_counter()
+    made, command = folder.with_suffix(".json"), command_of(run, seed, args)[1:]
+    if made.is_file() and folder.is_dir():
+        if json.loads(made.read_text()) != command:
+            raise ValueError(f"{folder} was made with other settings ({made}); choose another --runs")
+        return
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log")
@@ -121,6 +127,7 @@ def train(run: str, seed: int, args: argparse.Namespace) -> None:
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     if done.returncode:
         raise ValueError(f"{run}, seed {seed}, ended with exit code {done.returncode}; see {log}")
+    made.write_text(json.dumps(command) + "\n")
     print(f"{run}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -287,7 +294,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/studies", help="folder of the runs [runs/studies]")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/studies", help="[docs/results/studies]")
     parser.add_argument("--evaluate", nargs=argparse.REMAINDER, default=[], help="further flags of evaluate.py, last")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.jobs < 1 or min(args.seeds) < 0 or args.num_iterations < 1:
+        parser.error(
+            f"--jobs {args.jobs} and --num-iterations {args.num_iterations} must be at least 1,"
+            f" --seeds {args.seeds} 0 or more"
+        )
+    if not Path(args.ckpt).is_dir():
+        parser.error(f"--ckpt {args.ckpt} is no folder")
+    args.ckpt = str(Path(args.ckpt).resolve())
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

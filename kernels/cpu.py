@@ -20,9 +20,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_float, c_int64
 from ctypes import c_void_p as Pointer
@@ -89,32 +91,46 @@ def processor() -> str:
 
 
 def compile_library(compiler: str) -> Path:
-    """Build the sources unless that was done before; return the library. Raises OSError or CalledProcessError."""
+    """Build the sources unless that was done before; return the library. Raises OSError or CalledProcessError.
+
+    Its SHA-256 stands beside it: a library that was cut short, as on a full disk, would end the process when loaded.
+    """
     texts = [file.read_text() for file in (HEADER, *SOURCES)]
     key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, processor()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlpa"
-    library = folder / f"cpu-{key}.so"
-    if not library.is_file():
+    library, checksum = folder / f"cpu-{key}.so", folder / f"cpu-{key}.sha256"
+    if not is_whole(library, checksum):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes that build at once do not see each other
-            built = Path(scratch) / library.name
-            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)]
+            built, digest = Path(scratch) / library.name, Path(scratch) / checksum.name
+            command = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
+            digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
             built.replace(library)
+            digest.replace(checksum)
     return library
+
+
+def is_whole(library: Path, checksum: Path) -> bool:
+    """Say whether a library is there as it was built."""
+    if not (library.is_file() and checksum.is_file()):
+        return False
+    return checksum.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 @cache
 def load_library() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, or None and the reason why there is none."""
+    """Return the library, or None and the reason why there is none, of which a warning tells, too."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None, "no C++ compiler (g++ or clang++, or CXX)"
     try:
+        if compiler is None:
+            raise OSError("no C++ compiler: g++, clang++ or CXX")
         library = ctypes.CDLL(str(compile_library(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
-        return None, f"{compiler} cannot build the CPU kernels: {said.strip().splitlines()[-1]}"
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+        said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip() or "no message"
+        reason = f"{compiler or 'nothing'} cannot build the CPU kernels: {said.splitlines()[-1]}"
+        warnings.warn(f"{reason}; torch serves, at half the speed", RuntimeWarning, stacklevel=2)
+        return None, reason
     library.forward.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Tokens), c_int64]
     library.forward.restype = c_int64
     library.sample.argtypes = [Pointer, Pointer, Pointer, c_float, c_int64, c_int64, c_int64, Pointer, Pointer]

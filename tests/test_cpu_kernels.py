@@ -221,8 +221,21 @@ def test_without_a_compiler_torch_serves(compiler, words, monkeypatch, tmp_path)
     """Guards a machine without a working compiler: a reason, not a crash."""
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library, reason = cpu.load_library.__wrapped__()
+    with pytest.warns(RuntimeWarning, match="torch serves"):
+        library, reason = cpu.load_library.__wrapped__()
     assert library is None and words in reason
+
+
+def test_without_a_home_torch_serves(monkeypatch):
+    """Guards a container whose user has no home: the cache folder is then nowhere."""
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cpu.Path, "home", nowhere)
+    with pytest.warns(RuntimeWarning, match="home directory"):
+        assert cpu.load_library.__wrapped__()[0] is None
 
 
 def test_a_library_is_built_once(monkeypatch, tmp_path):
@@ -232,10 +245,13 @@ def test_a_library_is_built_once(monkeypatch, tmp_path):
 
     def build(command, **_):
         calls.append(command)
-        open(command[-1], "w").close()
+        with open(command[-1], "w") as file:
+            file.write("whole")
 
     monkeypatch.setattr(subprocess, "run", build)
     first = cpu.compile_library("g++")
     assert cpu.compile_library("g++") == first and len(calls) == 1
-    assert [*first.parent.iterdir()] == [first]
-    assert cpu.compile_library("clang++") != first
+    assert sorted(first.parent.iterdir()) == [first.with_suffix(".sha256"), first]
+    first.write_text("who")  # cut short: loading it would end the process
+    assert cpu.compile_library("g++") == first and first.read_text() == "whole" and len(calls) == 2
+    assert cpu.compile_library("ccache g++ -O2") != first and calls[-1][:3] == ["ccache", "g++", "-O2"]

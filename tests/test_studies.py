@@ -61,6 +61,8 @@ def test_a_run_is_made_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
     train("rlpa", 0, args)
     train("rlpa", 0, args)
     assert len(calls) == 1 and not (half / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="rlpa_0 was made with other settings"):
+        train("rlpa", 0, arguments(tmp_path, "--num-iterations", "3"))
     monkeypatch.undo()
     monkeypatch.setattr(studies, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(ValueError, match=r"rloo, seed 1, ended with exit code 3; see .*rloo_1.log"):
