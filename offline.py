@@ -307,7 +307,7 @@ def learn(config: Offline, env: World) -> None:
     """Collect or read dialogues, learn from them, evaluate, and write the policy."""
     dialogues = load_dialogues(config.data) if config.data else []
     state = train_rlpa.setup(config, env)
-    log = RunLog(config.run_dir, -1, tensorboard=False)
+    log = RunLog(config.run_dir, {}, tensorboard=False)
     (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     print(f"{config.method}: policy {config.ckpt} -> {config.run_dir}")
     if config.data:

@@ -2,20 +2,27 @@
 
 `tally` counts what happened in dialogues, `rates` turns the counts of all ranks into the metrics of the README's
 glossary.
-`RunLog` writes metrics.jsonl, TensorBoard events and episodes.jsonl and draws the learning curve.
+`claim_folder` keeps other runs out of the run folder; `RunLog` writes metrics.jsonl, TensorBoard events and
+episodes.jsonl there, cuts them back to where a resumed run goes on, and draws the learning curve.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import shutil
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import rewards
 import world
+from checkpoints import fsync
 from dialogue import Candidate, Dialogue
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,23 +201,95 @@ def sum_counters(counters: Sequence[Counter]) -> Counter:
 # The run folder
 
 
+RECORDS = ("metrics.jsonl", "episodes.jsonl")
+FINISHED = "timeline.png"  # a run draws it last of all: without it, it has been killed
+RUN_FILES = ("checkpoints", "tensorboard", *RECORDS, "curve.png", FINISHED, "config.json")
+
+
+@contextmanager
+def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Make a run folder and keep every other run out of it while the block runs; if it stays empty, remove it again.
+
+    Raises ValueError if another process is writing there, or, unless `resume`, if the folder holds anything; with
+    `overwrite` a run that it holds is removed.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run-dir {folder} cannot be made a folder: {error.strerror}") from None
+    lock = os.open(folder, os.O_RDONLY)  # the kernel opens the lock when this process ends, killed or not
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--run-dir {folder} is in use: another process is writing there") from None
+        if not resume:
+            clear_folder(folder, overwrite)
+        yield
+    finally:
+        os.close(lock)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def clear_folder(folder: Path, overwrite: bool) -> None:
+    """Remove a run from its folder, if that is wanted; ValueError if not, or if the folder holds something else."""
+    if not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--run-dir {folder} is not empty, and holds no run; choose another folder")
+    if not overwrite:
+        raise ValueError(
+            f"--run-dir {folder} holds a run already; --resume or --overwrite it, or choose another folder"
+        )
+    for name in RUN_FILES:  # config.json last: killed in between, this is still a run
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def log_files(folder: Path) -> list[Path]:
+    """List the files that a run appends to."""
+    files = (*(folder / name for name in RECORDS), *sorted((folder / "tensorboard").glob("*")))
+    return [file for file in files if file.is_file()]
+
+
+def cut_back(folder: Path, position: dict[str, int]) -> None:
+    """Cut a run's records back to what `RunLog.position` returned; what is missing there is a warning."""
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in log_files(folder)}
+    for name, size in position.items():
+        if sizes.get(name, 0) < size:
+            print(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes", file=sys.stderr)
+    for name, size in sizes.items():
+        if name in position:
+            os.truncate(folder / name, min(size, position[name]))
+        else:
+            (folder / name).unlink()
+
+
 class RunLog:
     """Rank 0's records of a run: metrics.jsonl, TensorBoard events, episodes.jsonl and the learning curve."""
 
-    def __init__(self, folder: str, last_iteration: int, tensorboard: bool):
+    def __init__(self, folder: str, position: dict[str, int], tensorboard: bool):
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--run-dir {folder} cannot be made a folder: {error.strerror}") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.writer = None
         self.intervals: list[tuple[str, float, float]] = []  # of the last iteration: phase, start, end
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            forget_after(self.folder / name, last_iteration)
+        cut_back(self.folder, position)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_iteration + 1)
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def position(self) -> dict[str, int]:
+        """Return the size in bytes of each file of records, once all of them are on disk."""
+        if self.writer:
+            self.writer.flush()
+        for file in log_files(self.folder):
+            fsync(file)
+        return {str(file.relative_to(self.folder)): file.stat().st_size for file in log_files(self.folder)}
 
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
@@ -228,19 +307,14 @@ class RunLog:
                 file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
 
     def close(self) -> None:
-        """Draw the learning curve and the last iteration's timeline, and close the event file."""
+        """Close the event file."""
         if self.writer:
             self.writer.close()
+
+    def draw(self) -> None:
+        """Draw the learning curve and the last iteration's timeline."""
         plot_curve(self.folder)
-        plot_timeline(self.folder / "timeline.png", self.intervals)
-
-
-def forget_after(path: Path, last_iteration: int) -> None:
-    """Drop the records that a run will write again: all after `last_iteration`, and a line that a kill cut short."""
-    if path.exists():
-        whole = path.read_text().split("\n")[:-1]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
-        path.write_text("".join(line + "\n" for line in kept))
+        plot_timeline(self.folder / FINISHED, self.intervals)
 
 
 def episode_record(dialogue: Dialogue) -> dict:

@@ -28,17 +28,20 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import sys
 import time
+import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +49,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import memory
 import rewards
 import world
@@ -66,11 +70,12 @@ from model import (
     save_pretrained,
 )
 from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
-from runlog import RunLog, episode_record, rates, show_transcripts, sum_counters, tally
+from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
+Result = TypeVar("Result")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -83,7 +88,8 @@ class Config:
     ckpt: str = ""  # policy to start from: a Hugging Face folder or hub id; bare --ckpt is the tiny checkpoint
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
     run_dir: str = ""  # where everything is written; empty: runs/<date-time>
-    resume: str = ""  # a run folder to go on with from its newest checkpoint; all other settings come from it
+    overwrite: bool = False  # remove the run that --run-dir holds already
+    resume: str = ""  # a run folder to go on with from its newest whole checkpoint; all other settings come from it
     seed: int = 0  # every random stream is derived from it and from what the stream is for
     # personas, user and judge
     personas: str = ""  # JSONL file of personas; empty: synthetic ones of the embedded world
@@ -153,10 +159,12 @@ class Config:
     eval_dialogues: int = 32  # held-out personas per evaluation, over all processes
     episodes_every: int = 10  # iterations between full records in episodes.jsonl
     save_every: int = 10  # iterations between checkpoints; 0: only the last
+    keep_last: int = 3  # newest checkpoints that are kept, beside the best by held-out reward; 0: all
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
     dry_run: bool = False  # print memory per device, tokens and calls of the run, and stop before anything is loaded
     dry_run_gb: float = 0.0  # --dry-run plans for a CUDA device of so many GB (1e9 bytes); 0: for this machine
     kernels: str = "auto"  # triton, torch, or auto: triton on CUDA, torch on a CPU
+    collective_timeout: float = 1800.0  # seconds that a process waits for the others; longer than any rollout
     threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
 
     def __post_init__(self):
@@ -249,6 +257,7 @@ LIMITS = {
             "eval_every",
             "episodes_every",
             "save_every",
+            "keep_last",
             "threads",
             "profile_weight",
             "response_weight",
@@ -269,6 +278,7 @@ LIMITS = {
     ),
     "reply_steps": (-1, MANY),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
+    "collective_timeout": (1, 10**7),
 }
 
 
@@ -292,8 +302,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         if getattr(config, name):
             setattr(config, name, str(Path(getattr(config, name)).resolve()))
     config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    if (Path(config.run_dir) / "metrics.jsonl").exists():
-        raise ValueError(f"--run-dir {config.run_dir} holds a run already; --resume it, or choose another folder")
     return config
 
 
@@ -344,12 +352,23 @@ def read_settings(path: Path) -> dict:
     return settings
 
 
+RESUMED = (
+    "num_iterations",
+    "threads",
+    "eval_every",
+    "save_every",
+    "episodes_every",
+    "keep_last",
+    "collective_timeout",
+)
+
+
 def resumed_config(given: dict) -> Config:
     """Return the config of the run to resume; only the flags that leave the result alone may be given beside it."""
     path = Path(given["resume"]) / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {given['resume']}: {path} does not exist; give a run folder")
-    others = set(given) - {"resume", "num_iterations", "threads", "eval_every", "save_every", "episodes_every"}
+    others = set(given) - {"resume", *RESUMED}
     if others:
         raise ValueError(
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
@@ -381,17 +400,33 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+class LostProcess(Exception):
+    """Another process of the run has ended or does not answer."""
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Say what it means when processes cannot talk to one another."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"\[\S*\.cc:\d+\] ", "", str(error)).partition(". ")[0]
+        raise LostProcess(f"another process is lost, or has not answered in time ({reason})") from error
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with collective():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def all_max(values: Tensor) -> Tensor:
     """Return the elementwise maximum of `values` over all ranks."""
     if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        with collective():
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
@@ -400,8 +435,35 @@ def gather(item: object) -> list:
     if not dist.is_initialized():
         return [item]
     items: list = [None] * world_size()
-    dist.all_gather_object(items, item)
+    with collective():
+        dist.all_gather_object(items, item)
     return items
+
+
+class AgreedError(ValueError):
+    """A ValueError of one rank, raised on all: rank 0 tells of it."""
+
+
+def attempt(action: Callable[[], Result]) -> Result | AgreedError:
+    """Return what `action` returns, or its ValueError."""
+    try:
+        return action()
+    except ValueError as error:
+        return AgreedError(str(error))
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Call `action`, which must not talk to other ranks, on every rank; a ValueError of any is raised on all."""
+    outcome = attempt(action)
+    for failure in gather(outcome if isinstance(outcome, AgreedError) else None):
+        if failure:
+            raise failure
+    return outcome
+
+
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """Call `action` on rank 0 alone; what it returns or raises, all ranks return or raise."""
+    return gather(together(lambda: action() if rank() == 0 else None))[0]
 
 
 def all_sum_gradients(parameters: Iterable[Tensor]) -> None:
@@ -449,6 +511,16 @@ class World:
     rule_verdicts: Callable[..., dict[str, bool]] = rewards.rule_verdicts  # the rule judge
     counts: Counter = field(default_factory=Counter)
     timers: Timers = field(default_factory=Timers)
+    signals: list[int] = field(default_factory=list)  # those that have asked this process to stop
+
+    def hang_up(self) -> None:
+        """Cut off all requests under way; nobody can be asked afterwards."""
+        for client in filter(None, (self.user, self.judge)):
+            client.close()
+
+
+class Stopped(Exception):
+    """A signal has ended a rollout, on all ranks alike; its number is the argument."""
 
 
 @dataclass
@@ -465,6 +537,18 @@ def rollout(
 ) -> None:
     """Play dialogues, if any, to their end; fills in `turns` and `dropped`.
 
+    Raises Stopped on every rank if a signal has come to any: what was played is discarded, and no weight has changed.
+    """
+    together(lambda: play_dialogues(policy, chat, dialogues, play, config, env))
+    if number := max(gather(max(env.signals, default=0))):
+        raise Stopped(number)
+
+
+def play_dialogues(
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, dialogues: list[Dialogue], play: Play, config: Config, env: World
+) -> None:
+    """Play this rank's dialogues, unless a signal comes.
+
     Each goes round by itself: user message (HTTP) → prompt prefilled, n candidates decoded → each scored as it ends
     (HTTP) → the best adopted. Whoever waits for a reply is parked with its KV cache, and the others decode meanwhile.
     """
@@ -474,7 +558,7 @@ def rollout(
         stage = Stage(policy, chat, play, config, env, replies, len(dialogues))
         for dialogue in dialogues:
             stage.next_turn(dialogue)
-        while stage.ready or stage.sampler.running or replies.waiting:
+        while not env.signals and (stage.ready or stage.sampler.running or replies.waiting):
             replies.hand_out(idle=not stage.sampler.running and not stage.ready)
             with env.timers("sampling"):
                 if replies.clock % JOIN_EVERY == 0 or not stage.sampler.running:
@@ -501,7 +585,7 @@ class Replies:
     def __init__(self, config: Config, env: World):
         as_they_come = bool(config.simulator_url or config.judge_url) and not (config.record or config.replay)
         self.steps = config.reply_steps if config.reply_steps >= 0 else 0 if as_they_come else 16
-        self.timers = env.timers
+        self.env, self.timers = env, env.timers
         self.pool = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="reply")
         self.waiting: deque[tuple[int, Future, Callable]] = deque()  # due at this step; reply; what takes it
         self.clock = 0  # decode steps so far
@@ -510,6 +594,8 @@ class Replies:
         return self
 
     def __exit__(self, *error) -> None:
+        if self.env.signals:
+            self.env.hang_up()  # else the pool's threads would wait for their replies
         self.pool.shutdown(cancel_futures=True)
 
     def request(self, ask: Callable[[], object], then: Callable[[object], None]) -> None:
@@ -518,7 +604,10 @@ class Replies:
 
     def hand_out(self, idle: bool) -> None:
         """Hand out the replies that are due; when nothing else can be done (idle), wait for the next one."""
-        for _, future, then in self.arrived(idle) if self.steps == 0 else self.due(idle):
+        found = self.arrived(idle) if self.steps == 0 else self.due(idle)
+        if self.env.signals:  # some replies may not be there, and none is needed any more
+            return
+        for _, future, then in found:
             reply, start, end = future.result()
             self.timers.note("requests", start, end)
             then(reply)
@@ -531,18 +620,24 @@ class Replies:
         while self.waiting and self.waiting[0][0] <= self.clock:
             found.append(self.waiting.popleft())
         if late := [future for _, future, _ in found if not future.done()]:
-            with self.timers("waiting"):
-                wait(late)
+            self.wait_for(late, ALL_COMPLETED)
         return found
 
     def arrived(self, idle: bool) -> list[tuple[int, Future, Callable]]:
         """Take out the requests whose replies are there."""
         if idle:
-            with self.timers("waiting"):
-                wait([future for _, future, _ in self.waiting], return_when=FIRST_COMPLETED)
+            self.wait_for([future for _, future, _ in self.waiting], FIRST_COMPLETED)
         found = [item for item in self.waiting if item[1].done()]
         self.waiting = deque(item for item in self.waiting if item not in found)
         return found
+
+    def wait_for(self, futures: list[Future], how: str) -> None:
+        """Wait for all futures or the first one, but no longer once a signal has come."""
+        with self.timers("waiting"):
+            while not self.env.signals:
+                done, missing = wait(futures, timeout=0.2, return_when=how)  # seconds between looks at the signals
+                if not missing or done and how == FIRST_COMPLETED:
+                    return
 
 
 def timed(ask: Callable[[], object]) -> tuple[object, float, float]:
@@ -1324,22 +1419,50 @@ def evaluate(
 # Run folder: metrics, episodes, curve, checkpoints
 
 
-def save_checkpoint(state: State) -> Path:
-    """Write models in Hugging Face layout and the trainer's state, in a temporary folder that is renamed last."""
-    folder = Path(state.config.run_dir) / "checkpoints" / f"iteration_{state.iteration:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_policy(state, temporary / "policy")
+def save_checkpoint(state: State) -> None:
+    """Write models in Hugging Face layout and the trainer's state, such that a kill anywhere leaves it whole or absent.
+
+    Every rank calls it and rank 0 writes: `prepare` and `publish` are apart so that ranks can write shards in between.
+    Raises ValueError on every rank if that fails.
+    """
+    if state.evaluated and math.isfinite(state.reward) and all(state.reward > reward for reward in state.best.values()):
+        state.best = {checkpoint_name(state): state.reward}
+    folder = Path(state.config.run_dir) / "checkpoints" / checkpoint_name(state)
+
+    def write() -> None:
+        try:
+            temporary = checkpoints.prepare(folder)
+            write_checkpoint(state, temporary)
+            checkpoints.publish(temporary, folder)
+            checkpoints.prune(folder, state.config.keep_last, *state.best)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written: {error.strerror}; those before it are kept") from error
+
+    on_rank_0(write)
+    state.saved = folder.name
+
+
+def checkpoint_name(state: State) -> str:
+    """Return the name of the checkpoint of this state; `.stopped` if the iteration's evaluation is still to come."""
+    return f"iteration_{state.iteration:06d}" + ("" if state.evaluated else ".stopped")
+
+
+PROGRESS = ("iteration", "updates", "evaluated", "best", "logs")  # what trainer.json holds of a State
+
+
+def write_checkpoint(state: State, folder: Path) -> None:
+    """Write all that a run is continued from: models, optimizers and the place where it stands.
+
+    Random streams need no state: each is derived from the seed and from what it is for (`stream_seed`).
+    """
+    save_policy(state, folder / "policy")
     if state.critic:
-        save_pretrained(state.critic.model, temporary / "critic", weights=state.critic.masters)
+        save_pretrained(state.critic.model, folder / "critic", weights=state.critic.masters)
     for name, learner in (("policy", state.policy), ("critic", state.critic)):
         if learner:
-            save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
-    (temporary / "trainer.json").write_text(json.dumps({"iteration": state.iteration, "updates": state.updates}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    return folder
+            save_file(optimizer_tensors(learner), folder / f"{name}_optimizer.safetensors")
+    progress = {name: getattr(state, name) for name in PROGRESS}
+    (folder / "trainer.json").write_text(json.dumps(progress) + "\n")
 
 
 def save_policy(state: State, folder: Path) -> None:
@@ -1369,19 +1492,16 @@ def load_optimizer(learner: Learner, path: Path) -> None:
         learner.optimizer.state[master][moment] = value.to(master.device, copy=True)
 
 
-def newest_checkpoint(run_dir: str, critic: bool = True) -> Path:
-    """Return the newest checkpoint of a run with or without a critic; ValueError if there is none."""
-    found = sorted((Path(run_dir) / "checkpoints").glob("iteration_[0-9]*"))
-    if not found:
-        raise ValueError(f"--resume {run_dir}: no checkpoint in {Path(run_dir) / 'checkpoints'}; start the run anew")
-    learners = ("policy", "critic") if critic else ("policy",)
-    parts = (*learners, *(f"{name}_optimizer.safetensors" for name in learners), "trainer.json")
-    missing = [name for name in parts if not (found[-1] / name).exists()]
-    if missing:
-        raise ValueError(
-            f"--resume {run_dir}: {found[-1]} lacks {', '.join(missing)}; remove it to resume from the one before"
-        )
-    return found[-1]
+def newest_checkpoint(run_dir: str) -> Path:
+    """Return a run's newest whole checkpoint, warning of damaged ones in one line each; ValueError if there is none."""
+
+    def warn(line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr)
+
+    try:
+        return checkpoints.newest(Path(run_dir) / "checkpoints", warn)
+    except ValueError as error:
+        raise ValueError(f"--resume {run_dir}: {error}; start the run anew with --run-dir and --overwrite") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1402,6 +1522,11 @@ class State:
     env: World
     iteration: int = 0  # iterations done
     updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+    evaluated: bool = False  # what is due after the last iteration done has been evaluated
+    reward: float = math.nan  # held-out reward of this iteration's policy, if it has been measured
+    best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
+    logs: dict[str, int] = field(default_factory=dict)  # sizes of the run's records at this point
+    saved: str = ""  # name of the checkpoint that this process loaded or wrote last
 
     @property
     def num_iterations(self) -> int:
@@ -1409,10 +1534,9 @@ class State:
         return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
 
 
-def setup(config: Config, env: World) -> State:
-    """Load personas, tokenizer and models, fresh or from the newest checkpoint of the run to resume."""
+def setup(config: Config, env: World, folder: Path | None = None) -> State:
+    """Load personas, tokenizer and models, fresh or from a checkpoint's folder."""
     personas, eval_sets = load_all_personas(config)
-    folder = newest_checkpoint(config.run_dir, config.advantage == "gae") if config.resume else None
     policy, critic, ref_policy = load_models(config, folder)
     set_threads(policy.model, config)
     keep_freed_memory()
@@ -1425,9 +1549,9 @@ def setup(config: Config, env: World) -> State:
         )
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
     if folder:
-        saved = json.loads((folder / "trainer.json").read_text())
-        state.iteration, state.updates = saved["iteration"], saved["updates"]
-        if state.iteration >= state.num_iterations:
+        progress = json.loads((folder / "trainer.json").read_text())
+        state = replace(state, saved=folder.name, **{name: progress[name] for name in PROGRESS})
+        if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
@@ -1707,6 +1831,8 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
                 state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature
             )
             played[f"{name}/{how}"] = dialogues
+            if (name, how) == ("heldout", "sampled"):
+                state.reward = metrics["reward"]
             if log:
                 log.metrics(state.iteration, f"{name}/{how}", metrics | (retained if name == "heldout" else {}))
                 tqdm.write(
@@ -1717,42 +1843,110 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
     return played
 
 
-def train(config: Config, env: World) -> None:
-    """Run the whole training: evaluation, iterations, checkpoints, final evaluation, transcripts and curve."""
-    state = setup(config, env)
-    log = RunLog(config.run_dir, state.iteration if config.resume else -1, config.tensorboard) if rank() == 0 else None
-    if log:
-        announce(state)
-        (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    before = run_evaluation(state, log, ends=True) if not config.resume else {}
-    record_episodes(state, log, before)
-    bar = tqdm(total=state.num_iterations, initial=state.iteration, desc="iterations", disable=rank() != 0, unit="it")
-    while state.iteration < state.num_iterations:
-        metrics, dialogues = run_iteration(state)
-        if log:
-            log.metrics(state.iteration, "train", metrics)
-            log.intervals = list(state.env.timers.intervals)
-            tqdm.write(progress_line(state, metrics))
-        bar.update()
-        last = state.iteration == state.num_iterations
-        if config.episodes_every and state.iteration % config.episodes_every == 0:
-            record_episodes(state, log, {"train": dialogues})
-        if last or config.eval_every and state.iteration % config.eval_every == 0:
-            after = run_evaluation(state, log, ends=last)
-            record_episodes(state, log, after if last else {})
-        if log and (last or config.save_every and state.iteration % config.save_every == 0):
+def train(config: Config, env: World) -> int:
+    """Run the whole training, fresh or from a checkpoint on; returns the exit code.
+
+    A signal discards the rollout under way; an update that has begun is finished. Then the state is saved.
+    """
+    folder = on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
+    state = together(lambda: setup(config, env, folder))
+    log = together(lambda: start_log(state) if rank() == 0 else None)
+    try:
+        before, after = run(state, log)
+    except Stopped as stopped:
+        if state.saved != checkpoint_name(state):
             save_checkpoint(state)
-    bar.close()
+        if log:
+            log.close()
+            print(f"stopped after {state.iteration} iterations; to go on: {resume_command(config)}")
+        return 0 if stopped.args[0] == signal.SIGTERM else 128 + stopped.args[0]
     if log:
-        log.close()
-        show_transcripts(before, after)
-        print(
-            f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}"
-            f"   policy: {newest_checkpoint(config.run_dir, bool(state.critic)) / 'policy'}"
-        )
-        records = map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())
-        calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
-        print(f"calls of the run: {calls_note(calls, config)}")
+        finish(state, log, before, after)
+    return 0
+
+
+def start_log(state: State) -> RunLog:
+    """Say what is about to run, write its settings, and open its records."""
+    announce(state)
+    settings = asdict(replace(state.config, resume="", overwrite=False))  # as if it had never been interrupted
+    (Path(state.config.run_dir) / FINISHED).unlink(missing_ok=True)
+    checkpoints.write_text(Path(state.config.run_dir) / "config.json", json.dumps(settings, indent=1) + "\n")
+    return RunLog(state.config.run_dir, state.logs, state.config.tensorboard)
+
+
+Played = dict[str, list[Dialogue]]
+
+
+def run(state: State, log: RunLog | None) -> tuple[Played, Played]:
+    """Run iterations up to the last one; returns the evaluations before the first and after it.
+
+    At the head of the loop, and between its two steps, a checkpoint can be taken.
+    """
+    before, played = {}, {}
+    with tqdm(
+        total=state.num_iterations, initial=state.iteration, desc="iterations", disable=rank() != 0, unit="it"
+    ) as bar:
+        while True:
+            if not state.evaluated:
+                played = conclude_iteration(state, log)
+                before = before if state.iteration else played
+            if state.iteration == state.num_iterations:
+                return before, played
+            next_iteration(state, log)
+            bar.update()
+
+
+def next_iteration(state: State, log: RunLog | None) -> None:
+    """Run one iteration and write its records."""
+    metrics, dialogues = run_iteration(state)
+    if log:
+        log.metrics(state.iteration, "train", metrics)
+        log.intervals = list(state.env.timers.intervals)
+        tqdm.write(progress_line(state, metrics))
+    if state.config.episodes_every and state.iteration % state.config.episodes_every == 0:
+        record_episodes(state, log, {"train": dialogues})
+    settle(state, log, evaluated=False)
+
+
+def conclude_iteration(state: State, log: RunLog | None) -> Played:
+    """Evaluate and save, if that is due after an iteration or before the first; returns what a run's ends play."""
+    i, config = state.iteration, state.config
+    last, ends = i == state.num_iterations, i in (0, state.num_iterations)
+    played, state.reward = {}, math.nan
+    if ends or config.eval_every and i % config.eval_every == 0:
+        played = run_evaluation(state, log, ends)
+    played = played if ends else {}
+    record_episodes(state, log, played)
+    settle(state, log, evaluated=True)
+    if last or i and config.save_every and i % config.save_every == 0:
+        save_checkpoint(state)
+    return played
+
+
+def settle(state: State, log: RunLog | None, evaluated: bool) -> None:
+    """Mark a point that a run can be continued from: the records up to here belong to it."""
+    state.evaluated = evaluated
+    if log:
+        state.logs = log.position()
+
+
+def finish(state: State, log: RunLog, before: Played, after: Played) -> None:
+    """Draw the curves of a finished run, and show what it has come to."""
+    log.close()
+    log.draw()
+    show_transcripts(before, after)
+    policy = log.folder / "checkpoints" / state.saved / "policy"
+    print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {policy}")
+    records = map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())
+    calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
+    print(f"calls of the run: {calls_note(calls, state.config)}")
+
+
+def resume_command(config: Config) -> str:
+    """Write the command that goes on with a run."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    several = ["--nproc-per-node", str(processes)] if processes > 1 else []
+    return shlex.join(["torchrun", *several, sys.argv[0], "--resume", config.run_dir])
 
 
 def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
@@ -1863,37 +2057,135 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
     server = None if config.simulator_url or config.replay else start_embedded_server()
     user = client(config.simulator_url or (server.url if server else REPLAYED), config.simulator_model, "simulator")
     judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
+    env = World(user, judge)
     try:
-        yield World(user, judge)
+        yield env
     finally:
-        for closable in filter(None, (user, judge)):
-            closable.close()
+        env.hang_up()
         if server:
             server.stop()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; a bad flag, file or checkpoint is one line on stderr and exit code 2."""
-    distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+@contextmanager
+def catch_signals(received: list[int]) -> Iterator[None]:
+    """Note SIGTERM and SIGINT (Ctrl-C) in a list while the block runs; a second Ctrl-C ends the process at once."""
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT in received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not received:  # print is not safe here
+            os.write(2, b"\nstopping: a checkpoint is saved first (a second Ctrl-C stops at once)\n")
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        config = parse_args(argv)
-        if distributed:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
-            )
-            config.run_dir = gather(config.run_dir)[0]  # the time in a default name may differ between ranks
-        if config.dry_run:
-            print(dry_run(config))
-            return 0
-        with open_tape(config) as tape, open_world(config, tape) as env:
-            train(config, env)
-    except ValueError as error:
-        print(f"train_rlpa.py: {error}", file=sys.stderr)
-        return 2
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def join_processes(store: dist.Store | None, timeout: float) -> None:
+    """Join the processes that torchrun has started, if there are several; `timeout` in seconds bounds every wait."""
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with collective():
+        place = {}
+        if store:
+            number = int(os.environ["RANK"])
+            place = {"store": fresh_store(store, number, size, timeout), "rank": number, "world_size": size}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **place)
+
+
+def launcher_store(timeout: float) -> dist.Store | None:
+    """Return torchrun's key-value store, which outlives the processes that it restarts; None where there is none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
+    return dist.PrefixStore(f"rlpa/{os.environ['TORCHELASTIC_RUN_ID']}", store)
+
+
+def fresh_store(store: dist.Store, number: int, size: int, timeout: float) -> dist.Store:
+    """Return a part of the launcher's store that processes which ended before a restart have not written into.
+
+    In torch 2.13 restarted processes find the addresses of the dead ones and wait for them. Machines count restarts
+    each for itself, so rank 0 draws a name; the others cannot tell it from that of an earlier start until it has
+    answered what they have just drawn themselves.
+    """
+    mine = uuid.uuid4().hex
+    if number == 0:
+        store.set("start", mine)
+        store.set(f"{mine}/answer", b" ".join(store.get(f"{mine}/{other}") for other in range(1, size)))
+        return dist.PrefixStore(mine, store)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{number}", mine)
+        if store.check([f"{start}/answer"]) and mine.encode() in store.get(f"{start}/answer"):
+            return dist.PrefixStore(start, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"rank 0 did not start within {timeout:g} s")
+
+
+def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:
+    """Return the settings with which processes go on that torchrun has restarted: in the run folder that they had.
+
+    From its newest checkpoint, or, as long as there was none, from the start.
+    """
+    if store is None or not store.check(["run_dir"]):
+        return config
+    run_dir = store.get("run_dir").decode()
+    begun = bool(checkpoints.published(Path(run_dir) / "checkpoints"))
+    return replace(config, run_dir=run_dir, resume=run_dir if begun else "", overwrite=not begun)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line. Exit codes: 0 done, or saved after SIGTERM; 130 saved after Ctrl-C; 1 a process of
+    the run is lost; 2 a bad flag, file or checkpoint. The last two are one line on stderr.
+    """
+    received: list[int] = []
+    parsed = attempt(lambda: parse_args(argv))
+    try:
+        with catch_signals(received):
+            timeout = getattr(parsed, "collective_timeout", Config.collective_timeout)
+            store = launcher_store(timeout)
+            join_processes(store, timeout)
+            return launch(together(lambda: parsed), store if rank() == 0 else None, received)
+    except (ValueError, LostProcess) as error:
+        if not isinstance(error, AgreedError) or os.environ.get("RANK", "0") == "0":
+            tell(str(error))
+        return 1 if isinstance(error, LostProcess) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+
+
+def launch(config: Config, store: dist.Store | None, received: list[int]) -> int:
+    """Open what a run needs and train; returns the exit code. Rank 0 has the launcher's store, if there is one."""
+    config = on_rank_0(lambda: go_on_after_restart(config, store))
+    if config.dry_run:
+        print(dry_run(config))
+        return 0
+    with ExitStack() as stack:
+        claim = claim_folder(config.run_dir, bool(config.resume), config.overwrite)
+        together(lambda: stack.enter_context(claim) if rank() == 0 else None)
+        if store:
+            store.set("run_dir", config.run_dir)
+        tape = together(lambda: stack.enter_context(open_tape(config)))
+        env = together(lambda: stack.enter_context(open_world(config, tape)))
+        env.signals = received
+        return train(config, env)
+
+
+def tell(error: str) -> None:
+    """Print an error as one line, and leave it for the report that torchrun ends with."""
+    print(f"train_rlpa.py: {error}", file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        shown = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": shown}))
 
 
 if __name__ == "__main__":

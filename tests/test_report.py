@@ -51,7 +51,7 @@ def played(index: int = 0, texts: tuple[str, ...] = ("Hello", "I moved to Oslo."
 
 def write_training(folder: Path, dialogues: dict[tuple[int, str], list[Dialogue]], iterations: int = 3) -> Path:
     """Write a training run's folder with the trainer's own log."""
-    log = RunLog(str(folder), -1, tensorboard=False)
+    log = RunLog(str(folder), {}, tensorboard=False)
     for i in range(iterations):
         for kind in ("train", "heldout/sampled"):
             log.metrics(i, kind, {"recall": i / iterations, "response_reward": 0.5, "entropy": 1.0 / (i + 1)})

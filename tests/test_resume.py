@@ -1,0 +1,447 @@
+"""A run that is killed, stopped or damaged anywhere goes on and ends as if nothing had happened.
+
+The policy is two random layers; the processes of `torchrun` run on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import checkpoints
+import train_rlpa
+from make_tiny import scripted_dialogue, train_tokenizer
+from model import Qwen2Config, random_policy, save_pretrained
+from runlog import claim_folder
+from simulator import make_server
+
+ROOT = Path(train_rlpa.__file__).parent
+SETTINGS = {
+    "rollout_batch_size": 4, "minibatch_size": 2, "microbatch_tokens": 1000, "max_turns": 2, "num_candidates": 2,
+    "max_new_tokens": 10, "num_personas": 20, "num_iterations": 3, "eval_every": 1, "eval_dialogues": 2,
+    "episodes_every": 1, "save_every": 1, "lr": 1e-3, "critic_lr": 1e-3, "reply_steps": 4, "tensorboard": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> Iterator[list[str]]:
+    """A checkpoint that carries SETTINGS, and a running user that all processes share."""
+    folder = tmp_path_factory.mktemp("random-policy")
+    rng = random.Random(0)
+    tokenizer = train_tokenizer([text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn], 400)
+    shape = Qwen2Config(tokenizer.get_vocab_size(), 32, 48, 2, num_attention_heads=2, num_key_value_heads=1)
+    save_pretrained(random_policy(shape, seed=0), folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "rlpa.json").write_text(json.dumps(SETTINGS))
+    server = make_server(port=0)
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    yield ["--ckpt", str(folder), "--simulator-url", f"http://127.0.0.1:{server.server_address[1]}"]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory) -> Path:
+    """The undisturbed run, of one process, with its three checkpoints."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train_rlpa.main([*arguments, "--tensorboard", "--run-dir", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """A copy of the undisturbed run, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Read a run's records, without what a clock says."""
+    found = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in found]
+
+
+def tensors(run: Path, iteration: int = 3) -> dict[str, list]:
+    folder = run / "checkpoints" / f"iteration_{iteration:06d}"
+    found = {f"{f.relative_to(folder)}:{k}": v for f in folder.rglob("*.safetensors") for k, v in load_file(f).items()}
+    return {name: tensor.tolist() for name, tensor in sorted(found.items())}
+
+
+def assert_identical(run: Path, whole: Path) -> None:
+    """Same records and same last checkpoint, bit for bit."""
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        assert records(run, name) == records(whole, name)
+    assert len(tensors(run)) > 50 and tensors(run) == tensors(whole)
+
+
+def assert_close(run: Path, whole: Path) -> None:
+    """Same episodes, and metrics and weights that differ by the order of sums only."""
+    key = lambda e: (e["iteration"], e["kind"], e["index"])  # noqa: E731 - ranks write theirs one after another
+    texts = [[(key(e), [c["text"] for t in e["turns"] for c in t["candidates"]])
+              for e in sorted(records(r, "episodes.jsonl"), key=key)] for r in (run, whole)]  # fmt: skip
+    assert texts[0] == texts[1]
+    for ours, theirs in zip(records(run), records(whole), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind") and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    ours, theirs = (sum(v, []) for v in (list(flat(tensors(run))), list(flat(tensors(whole)))))
+    assert math.dist(ours, theirs) / math.hypot(*theirs) < 1e-4
+
+
+def flat(found: dict[str, list]) -> Iterator[list[float]]:
+    """Give the numbers of the policy's weights."""
+    for name, values in found.items():
+        if name.startswith("policy/"):
+            yield [x for row in values for x in (row if isinstance(row, list) else [row])]
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {"truncated": cut, "emptied": lambda f: f.write_bytes(b""), "flipped": flip, "removed": Path.unlink}
+
+
+def test_every_damage_to_the_newest_checkpoint_falls_back(copy, capsys):
+    """Guards a resume from garbage, or none at all: each file, SHA256SUMS too, truncated, emptied, flipped, removed."""
+    newest = copy / "checkpoints" / "iteration_000003"
+    files = sorted(file for file in newest.rglob("*") if file.is_file())
+    assert len(files) >= 10 and newest / checkpoints.SUMS in files
+    for file in files:
+        content = file.read_bytes()
+        for how, damage in DAMAGES.items():
+            damage(file)
+            assert train_rlpa.newest_checkpoint(str(copy)).name == "iteration_000002", (file, how)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("warning: ") and (file.name in line or file.name == checkpoints.SUMS), line
+            file.write_bytes(content)
+    assert train_rlpa.newest_checkpoint(str(copy)) == newest and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["policy/pytorch_model.bin", "optimizer.pt", "state.pkl", "notes.txt"])
+def test_pickles_are_refused_by_name(copy, name, capsys):
+    """Guards code that runs when a stranger's checkpoint is read, even one whose SHA256SUMS vouches for it."""
+    newest = copy / "checkpoints" / "iteration_000003"
+    (newest / name).write_bytes(b"\x80\x04.")
+    with (newest / checkpoints.SUMS).open("a") as sums:
+        sums.write(f"{checkpoints.sha256(newest / name)}  {name}\n")
+    assert train_rlpa.newest_checkpoint(str(copy)).name == "iteration_000002"
+    assert f"{name} is refused" in capsys.readouterr().err
+    (newest / name).rename(newest / "extra.json")
+    assert "not listed" in checkpoints.damage(newest) or "missing" in checkpoints.damage(newest)
+
+
+def test_a_run_without_a_whole_checkpoint_is_one_error(copy, capsys):
+    """Guards a silent new start over a damaged run: it says that none is whole, and what can be done."""
+    for folder in checkpoints.published(copy / "checkpoints"):
+        flip(folder / "trainer.json")
+    before = (copy / "metrics.jsonl").read_bytes()
+    assert train_rlpa.main(["--resume", str(copy)]) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and "none of 3 checkpoints" in error and "--overwrite" in error
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def events(run: Path) -> list[tuple]:
+    """Read what TensorBoard shows, without what a clock says."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader").EventFileLoader
+    found = [e for f in sorted((run / "tensorboard").glob("*")) for e in loader(str(f)).Load()]
+    values = [(e.step, v.tag, repr(v.tensor.float_val[0])) for e in found for v in e.summary.value]
+    return [v for v in values if "seconds" not in v[1] and "per_second" not in v[1]]
+
+
+def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
+    """Guards records that stay behind the weights: all that came after the older checkpoint is cut off, and is made
+    again bit for bit, in TensorBoard's files too; the damaged folder is replaced."""
+    cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
+    (copy / "timeline.png").unlink()
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        with (copy / name).open("a") as file:
+            file.write('{"iteration": 3, "kind": "tr')  # a kill cut it short
+    (copy / "tensorboard" / "events.out.tfevents.9").write_bytes(b"of a process that saved nothing")
+    assert train_rlpa.main(["--resume", str(copy)]) == 0
+    assert_identical(copy, whole)
+    assert len(events(whole)) > 100 and events(copy) == events(whole)
+    ours, theirs = (json.loads((run / "config.json").read_text()) for run in (copy, whole))
+    assert ours == theirs | {"run_dir": str(copy)}
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL."""
+
+
+def test_a_save_killed_at_any_step_leaves_whole_checkpoints(tmp_path, monkeypatch):
+    """Guards every gap between writing, publishing and removing: what is found is the old checkpoint or the new one,
+    never neither, and the next save cleans up. One of them stands where a damaged one stood."""
+    steps = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir", "mkdir")}
+    countdown = math.inf
+
+    def counted(name: str) -> Callable:
+        def step(*args, **kwargs):
+            nonlocal countdown
+            countdown -= 1
+            if countdown < 0:
+                raise Killed
+            return steps[name](*args, **kwargs)
+
+        return step
+
+    def save(root: Path, number: int) -> None:
+        temporary = checkpoints.prepare(root / f"iteration_{number:06d}")
+        (temporary / "policy").mkdir()
+        (temporary / "policy" / "model.safetensors").write_text(f"weights {number}")
+        (temporary / "trainer.json").write_text(str(number))
+        checkpoints.publish(temporary, root / f"iteration_{number:06d}")
+        checkpoints.prune(root / f"iteration_{number:06d}", 1)
+
+    for name in steps:
+        monkeypatch.setattr(os, name, counted(name))
+    found, kills = [], 0
+    while len(found) == kills:  # until a save is through
+        root, countdown = tmp_path / f"killed{kills}", math.inf
+        save(root, 1)
+        (root / "iteration_000002").mkdir()  # damaged
+        countdown = kills
+        try:
+            save(root, 2)
+        except Killed:
+            found.append(checkpoints.newest(root, lambda line: None).name)
+        kills, countdown = kills + 1, math.inf
+        save(root, 3)
+        assert [folder.name for folder in root.iterdir()] == ["iteration_000003"]
+    assert len(found) > 15 and found == sorted(found) and set(found) == {"iteration_000001", "iteration_000002"}
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
+    """Guards --keep-last: off by one, the best removed, or a later, damaged one kept in place of a whole one."""
+    for number in range(1, 7):
+        (tmp_path / f"iteration_{number:06d}").mkdir()
+    (tmp_path / "iteration_000005.stopped").mkdir()
+    names = lambda: [folder.name.removeprefix("iteration_00000") for folder in checkpoints.published(tmp_path)]  # noqa: E731
+    assert names() == ["1", "2", "3", "4", "5.stopped", "5", "6"]
+    checkpoints.prune(tmp_path / "iteration_000005", 0)
+    assert names() == ["1", "2", "3", "4", "5.stopped", "5"]
+    checkpoints.prune(tmp_path / "iteration_000005", 2, "iteration_000002")
+    assert names() == ["2", "5.stopped", "5"]
+
+
+def test_the_best_checkpoint_is_the_one_with_most_held_out_reward(whole):
+    """Guards a best one that is never noted, or is that of another iteration."""
+    rewards = {r["iteration"]: r["reward"] for r in records(whole) if r["kind"] == "heldout/sampled" and r["iteration"]}
+    best = max(rewards, key=rewards.get)  # the first of equals
+    (noted,) = json.loads((whole / "checkpoints" / "iteration_000003" / "trainer.json").read_text())["best"].items()
+    assert noted == (f"iteration_{best:06d}", pytest.approx(rewards[best], abs=1e-6))
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def send_in(monkeypatch, where: str, number: int) -> None:
+    """Send this process a signal in the middle of iteration 2: in its rollout, in its update or in its evaluation."""
+    score, update = train_rlpa.Stage.score, train_rlpa.update
+    stream = {"rollout": (0, "train", 1), "evaluation": (0, "eval", 2, 0.0)}.get(where)
+
+    def scored(stage, draw):
+        score(stage, draw)
+        if stage.play.stream == stream and draw.candidate == 0:
+            os.kill(os.getpid(), number)
+
+    def updated(*args):
+        if where == "update" and args[4][0] == 2:
+            os.kill(os.getpid(), number)
+        return update(*args)
+
+    monkeypatch.setattr(train_rlpa.Stage, "score", scored)
+    monkeypatch.setattr(train_rlpa, "update", updated)
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "code", "saved"),
+    [
+        ("rollout", signal.SIGTERM, 0, "iteration_000001"),
+        ("update", signal.SIGINT, 130, "iteration_000002.stopped"),
+        ("evaluation", signal.SIGTERM, 0, "iteration_000002.stopped"),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on(arguments, whole, tmp_path, monkeypatch, capfd, where, number, code, saved):
+    """Guards lost work, tracebacks, records of what was discarded, and an evaluation that is skipped or done twice."""
+    run, before = tmp_path / "run", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        send_in(patch, where, number)
+        assert train_rlpa.main([*arguments, "--run-dir", str(run), "--save-every", "0"]) == code
+    assert [folder.name for folder in checkpoints.published(run / "checkpoints")] == [saved]
+    assert signal.getsignal(number) == before
+    said = capfd.readouterr()
+    assert f"--resume {run}" in said.out.splitlines()[-1] and "Traceback" not in said.err
+    assert train_rlpa.main(["--resume", str(run)]) == 0
+    assert_identical(run, whole)
+
+
+def test_a_hanging_user_does_not_delay_the_end(arguments, tmp_path):
+    """Guards threads that wait for a reply: the signal comes while everything waits, and the reply never does."""
+    done, waited = threading.Event(), []
+
+    class Hanging(BaseHTTPRequestHandler):
+        def do_POST(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            waited.append(done.wait(60))
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hanging)
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    assert train_rlpa.main([*arguments[:2], "--simulator-url", url, "--run-dir", str(tmp_path / "run")]) == 0
+    assert not waited  # no request had ended, in one way or another
+    done.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_second_interrupt_ends_at_once_and_a_second_sigterm_does_not():
+    """Guards both: Ctrl-C twice in a run that saves for minutes, SIGTERM from the launcher and from its own boss."""
+    code = (
+        "import os, signal, train_rlpa\nreceived = []\nwith train_rlpa.catch_signals(received):\n"
+        "    for s in (15, 15, 2):\n        os.kill(os.getpid(), s)\n    print(received, flush=True)\n"
+        "    os.kill(os.getpid(), 2)\n    print('still here', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGINT and done.stdout == "[15, 15, 2]\n" and "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+
+def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
+    """Guards runs that died before their first metrics, and folders that hold something else, --overwrite or not."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    one = [*arguments, "--num-iterations", "1", "--eval-every", "0"]
+    assert train_rlpa.main([*one, "--run-dir", str(run), "--personas", "absent.jsonl"]) == 2
+    assert not run.exists()  # a run that did not begin does not take the folder
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert train_rlpa.main([*one, "--run-dir", str(run)]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert train_rlpa.main([*one, "--run-dir", str(run), "--overwrite"]) == 0
+    other.mkdir()
+    (other / "thesis.tex").write_text("years")
+    assert train_rlpa.main([*one, "--run-dir", str(other), "--overwrite"]) == 2
+    assert "holds no run" in capsys.readouterr().err and (other / "thesis.tex").read_text() == "years"
+    with claim_folder(str(run), resume=True, overwrite=False):
+        assert train_rlpa.main(["--resume", str(run), "--num-iterations", "2"]) == 2
+    assert "in use" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+CHILD = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_rlpa
+score = train_rlpa.Stage.score
+def scored(stage, draw):
+    if stage.play.stream == (0, "train", 1) and os.environ["RANK"] == "1":
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), {number})
+    score(stage, draw)
+train_rlpa.Stage.score = scored
+sys.exit(train_rlpa.main())
+"""
+
+
+def torchrun(tmp_path: Path, number: int, *argv: str) -> subprocess.CompletedProcess:
+    """Run two processes, of which rank 1 sends itself a signal (0: none) in the rollout of iteration 2."""
+    program = tmp_path / "child.py"
+    program.write_text(CHILD.format(root=str(ROOT), number=int(number)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launcher, "--max-restarts", "3", str(program), *argv],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def test_a_killed_process_restarts_them_all(arguments, whole, tmp_path):
+    """Guards elastic restarts: the run goes on by itself, in the folder of an automatic name that it had, from its
+    checkpoint, and is not held up by what the dead processes left in the launcher's store."""
+    done = torchrun(tmp_path, signal.SIGKILL, *arguments, "--keep-last", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.count("RLPA: policy") == 2 and done.stdout.count("run folder:") == 1
+    assert_close(run, whole)
+
+
+def test_one_process_gets_sigterm_and_one_process_goes_on(arguments, whole, tmp_path):
+    """Guards ranks that stop alone: rank 1 gets SIGTERM, both end with 0; then one process resumes what two began."""
+    run = tmp_path / "run"
+    done = torchrun(tmp_path, signal.SIGTERM, *arguments, "--run-dir", str(run))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "stopped after 1 iterations" in done.stdout and "--nproc-per-node 2" in done.stdout
+    assert train_rlpa.main(["--resume", str(run)]) == 0
+    assert_close(run, whole)
+
+
+def test_two_processes_go_on_with_what_one_began(arguments, whole, tmp_path, monkeypatch):
+    """Guards state that belongs to a rank: nothing in a checkpoint knows how many there were."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        send_in(patch, "rollout", signal.SIGTERM)
+        assert train_rlpa.main([*arguments, "--run-dir", str(run)]) == 0
+    done = torchrun(tmp_path, 0, "--resume", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(run, whole)
+
+
+def test_an_error_of_the_user_is_told_once(arguments, whole, tmp_path):
+    """Guards a line per process, ranks that wait for one that has given up, torchrun's report without the reason."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "train_rlpa.py", *arguments, "--run-dir", str(whole)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("train_rlpa.py: --run-dir") == 1
+    assert "traceback : --run-dir" in done.stderr.splitlines()[-2]
+
+
+def test_a_silent_process_is_not_waited_for_without_end(tmp_path):
+    """Guards collectives without a limit: a process that hangs ends the others with one line, not never."""
+    code = (
+        "import os, time, train_rlpa\n"
+        "train_rlpa.join_processes(None, 3.0)\n"
+        "if os.environ['RANK'] == '1':\n    input()\n"
+        "try:\n    train_rlpa.gather(1)\nexcept train_rlpa.LostProcess as error:\n    print(error, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    with make_server(port=0) as free:
+        port = free.server_address[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    start = lambda rank: subprocess.Popen(  # noqa: E731
+        [sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": rank}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    patient, silent = start("0"), start("1")
+    assert "another process is lost, or has not answered in time" in patient.communicate(timeout=120)[0]
+    silent.kill()
+    silent.communicate()
