@@ -17,6 +17,7 @@ from pathlib import Path
 import rewards
 import world
 from dialogue import Candidate, Dialogue
+from plain_text import clean_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of dialogues
@@ -206,6 +207,7 @@ class RunLog:
         self.writer = None
         self.intervals: list[tuple[str, float, float]] = []  # of the last iteration: phase, start, end
         for name in ("metrics.jsonl", "episodes.jsonl"):
+            (self.folder / name).touch()
             forget_after(self.folder / name, last_iteration)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
@@ -237,10 +239,9 @@ class RunLog:
 
 def forget_after(path: Path, last_iteration: int) -> None:
     """Drop the records that a run will write again: all after `last_iteration`, and a line that a kill cut short."""
-    if path.exists():
-        whole = path.read_text().split("\n")[:-1]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
-        path.write_text("".join(line + "\n" for line in kept))
+    whole = path.read_text().split("\n")[:-1]
+    kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
+    path.write_text("".join(line + "\n" for line in kept))
 
 
 def episode_record(dialogue: Dialogue) -> dict:
@@ -334,11 +335,17 @@ def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Di
     """Print one held-out dialogue as the policy led it before and after training."""
     for when, played in (("before", before), ("after", after)):
         for dialogue in played.get("heldout/sampled", [])[:1]:
-            print(f"\n===== {when}: persona {dialogue.persona_id} ({'; '.join(dialogue.persona_facts)})")
-            for turn in dialogue.turns:
-                scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
-                print(
-                    f"  user      {turn.user_text}\n  profile   {'; '.join(turn.winner.profile) or '-'}   [{scores}]"
-                    f"\n  assistant {turn.winner.response}"
-                )
+            print("\n" + "\n".join(transcript(dialogue, when)))
     print()
+
+
+def transcript(dialogue: Dialogue, when: str) -> list[str]:
+    """Write a dialogue in lines, three per turn; nothing that was said begins a line or acts on a terminal."""
+    facts = clean_text("; ".join(dialogue.persona_facts))
+    lines = [f"===== {when}: persona {clean_text(dialogue.persona_id)} ({facts})"]
+    for turn in dialogue.turns:
+        scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
+        lines.append(f"  user      {clean_text(turn.user_text)}")
+        lines.append(f"  profile   {clean_text('; '.join(turn.winner.profile)) or '-'}   [{scores}]")
+        lines.append(f"  assistant {clean_text(turn.winner.response)}")
+    return lines

@@ -12,6 +12,9 @@ One iteration, in the order of this file:
                  or, without a critic, each candidate against the others of its turn (advantage "rloo", "grpo")
     update       clipped PPO loss for the policy, clipped value loss for the critic, normalised by global token counts
 
+Exit codes: 0 done; 2 a bad flag, file or checkpoint; 75 user or judge stayed away, or lost too many dialogues: what was
+finished is saved, and --resume goes on from there (under torchrun this is the code of its processes; its own is 1).
+
 Changed against the published code: README, "What differs from the paper". Letters: T tree tokens in a micro-batch, N
 action tokens (sampled ids), D hidden, V vocabulary.
 """
@@ -69,6 +72,7 @@ from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from runlog import RunLog, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
+from throttle import Quota
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
 
@@ -89,15 +93,21 @@ class Config:
     personas: str = ""  # JSONL file of personas; empty: synthetic ones of the embedded world
     eval_personas: str = ""  # JSONL file for evaluation; empty: every tenth of --personas, or synthetic held-out ones
     num_personas: int = 4096  # how many synthetic training personas to make when --personas is not given
-    simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user; empty: the embedded one is started
+    simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user, or several: URL,URL; empty: the embedded
     simulator_model: str = "rule-user"  # model name to ask it for
-    judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts; empty: by rule
+    judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
     profile_judge: str = "rule"  # who counts matching profile lines: rule (deterministic) or http (the judge endpoint)
     api_key_env: str = ""  # environment variable that holds the endpoints' key; empty: none is sent
-    request_timeout: float = 120.0  # seconds for one request, retries included
+    request_timeout: float = 120.0  # seconds for one request, retries included; a third of it may pass in silence
     max_retries: int = 10  # tries after the first, for connection errors, 408, 409, 429 and 5xx
     max_concurrency: int = 64  # requests in flight per process
+    requests_per_minute: float = 0.0  # most of them, to user and judge together, of all processes; 0: any number
+    tokens_per_minute: float = 0.0  # most tokens of prompts and replies, likewise; 0: any number
+    breaker_failures: int = 5  # failures in a row after which an endpoint is left alone, but for one probe at a time
+    outage_budget: float = 1800.0  # seconds to wait for endpoints that all fail; then save, exit 75; 0: never wait
+    quorum: float = 0.5  # share of a batch's dialogues that must survive; else the batch is discarded and played anew
+    quorum_retries: int = 2  # times that a batch is played anew; then save, exit 75
     record: str = ""  # file that every reply of user and judge is written to, to be replayed; goes on if it exists
     replay: str = ""  # such a file, which gives the replies instead of user and judge: nothing is asked or paid
     price_in: float = 0.0  # dollars per million prompt tokens of the endpoints; with --price-out, costs are shown
@@ -237,6 +247,7 @@ LIMITS = {
             "num_epochs",
             "eval_dialogues",
             "max_concurrency",
+            "breaker_failures",
         ),
         (1, MANY),
     ),
@@ -245,6 +256,10 @@ LIMITS = {
             "seed",
             "num_iterations",
             "max_retries",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "outage_budget",
+            "quorum_retries",
             "critic_warmup",
             "eval_every",
             "episodes_every",
@@ -265,7 +280,8 @@ LIMITS = {
         (0, MANY),
     ),
     **dict.fromkeys(
-        ("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)
+        ("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share", "quorum"),
+        (0, 1),
     ),
     "reply_steps": (-1, MANY),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
@@ -349,7 +365,9 @@ def resumed_config(given: dict) -> Config:
     path = Path(given["resume"]) / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {given['resume']}: {path} does not exist; give a run folder")
-    others = set(given) - {"resume", "num_iterations", "threads", "eval_every", "save_every", "episodes_every"}
+    lengths = {"num_iterations", "threads", "eval_every", "save_every", "episodes_every"}
+    endpoints = {"simulator_url", "judge_url", "outage_budget", "requests_per_minute", "tokens_per_minute"}
+    others = set(given) - {"resume"} - lengths - endpoints
     if others:
         raise ValueError(
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
@@ -369,6 +387,9 @@ def stream_seed(*key: object) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes: plain data parallelism. Each rank plays and packs its own dialogues; gradients and counts are summed.
+
+
+COLLECTIVE_SECONDS = 1800  # until a collective gives a rank up
 
 
 def rank() -> int:
@@ -402,6 +423,20 @@ def gather(item: object) -> list:
     items: list = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def wait_for_ranks(seconds: float) -> None:
+    """Wait until every rank is here: at a key of the store, since no collective shall wait for somebody's HTTP.
+
+    Raises torch.distributed.DistStoreError if that takes longer: a rank is lost.
+    """
+    if not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    number = store.add(f"arrivals of {rank()}", 1)
+    if store.add(f"arrived {number}", 1) == world_size():
+        store.set(f"all arrived {number}", "")
+    store.wait([f"all arrived {number}"], timedelta(seconds=seconds))
 
 
 def all_sum_gradients(parameters: Iterable[Tensor]) -> None:
@@ -485,6 +520,48 @@ def rollout(
                 for draw in ended:
                     stage.score(draw)
         env.counts.update(stage.sampler.counts)
+
+
+class Unavailable(RuntimeError):
+    """User or judge are away, or lost too many dialogues. Raised on all ranks at once; the run can go on later."""
+
+
+def play_batch(
+    policy: Qwen2ForCausalLM,
+    chat: ChatTokenizer,
+    batch: Callable[[], list[Dialogue]],
+    play: Play,
+    config: Config,
+    env: World,
+) -> list[Dialogue]:
+    """Play this rank's dialogues of a batch, anew while too few of all survive; Unavailable if that does not help."""
+    for attempt in range(config.quorum_retries + 1):
+        dialogues = batch()
+        stream = (*play.stream, "again", attempt) if attempt else play.stream  # else replies on tape fail once more
+        rollout(policy, chat, dialogues, replace(play, stream=stream), config, env)
+        wait_for_ranks(config.outage_budget + COLLECTIVE_SECONDS)
+        outage, complaint = check_batch(dialogues, config, env)
+        if outage or not complaint:
+            break
+        env.counts["batches_discarded"] += rank() == 0
+    if complaint:
+        raise Unavailable(complaint)
+    return dialogues
+
+
+def check_batch(dialogues: list[Dialogue], config: Config, env: World) -> tuple[bool, str]:
+    """Return whether there is an outage, and what speaks against a batch, "" if nothing does: the same on all ranks."""
+    clients = {"--simulator-url": env.user, "--judge-url": env.judge}
+    outages = [f"{flag_}: {client.outage}" for flag_, client in clients.items() if client and client.outage]
+    parts = gather((len(dialogues), Counter(d.dropped for d in dialogues if d.dropped), outages))
+    outages = [outage for _, _, found in parts for outage in found]
+    if outages:
+        return True, f"{outages[0]} (--outage-budget)"
+    size, lost = sum(n for n, _, _ in parts), sum_counters([causes for _, causes, _ in parts])
+    if size - lost.total() >= config.quorum * size:
+        return False, ""
+    causes = ", ".join(f"{cause} {n}" for cause, n in lost.most_common())
+    return False, f"{lost.total()} of {size} dialogues were lost ({causes}); --quorum {config.quorum:g} wants more"
 
 
 JOIN_EVERY = 8  # decode steps: a prefill for several dialogues costs little more than for one
@@ -1312,10 +1389,13 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Dialogue]]:
     """Play held-out personas, one candidate per turn; returns metrics over all ranks and this rank's dialogues."""
     chosen = personas[: config.eval_dialogues]
-    dialogues = [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
+
+    def batch() -> list[Dialogue]:
+        return [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
+
     play = Play(1, temperature, (config.seed, "eval", iteration, temperature))
     calls_before = endpoint_counts(env)
-    rollout(policy, chat, dialogues, play, config, env)
+    dialogues = play_batch(policy, chat, batch, play, config, env)
     calls = sum_counters(gather(endpoint_counts(env) - calls_before))
     return rates(sum_counters(gather(tally(dialogues)))) | calls | cost(calls, config), dialogues
 
@@ -1336,7 +1416,8 @@ def save_checkpoint(state: State) -> Path:
     for name, learner in (("policy", state.policy), ("critic", state.critic)):
         if learner:
             save_file(optimizer_tensors(learner), temporary / f"{name}_optimizer.safetensors")
-    (temporary / "trainer.json").write_text(json.dumps({"iteration": state.iteration, "updates": state.updates}) + "\n")
+    done = {name: getattr(state, name) for name in ("iteration", "updates", "evaluated")}
+    (temporary / "trainer.json").write_text(json.dumps(done) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder
@@ -1402,6 +1483,7 @@ class State:
     env: World
     iteration: int = 0  # iterations done
     updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+    evaluated: int = -1  # the iteration that was evaluated last
 
     @property
     def num_iterations(self) -> int:
@@ -1427,7 +1509,8 @@ def setup(config: Config, env: World) -> State:
     if folder:
         saved = json.loads((folder / "trainer.json").read_text())
         state.iteration, state.updates = saved["iteration"], saved["updates"]
-        if state.iteration >= state.num_iterations:
+        state.evaluated = saved.get("evaluated", state.iteration)
+        if state.iteration >= state.num_iterations and state.evaluated == state.iteration:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
@@ -1547,9 +1630,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     env.counts.clear()
     calls_before = endpoint_counts(env)
     start = time.perf_counter()
-    dialogues = persona_batch(state)
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
-    rollout(state.policy.model, state.chat, dialogues, play, config, env)
+    dialogues = play_batch(state.policy.model, state.chat, lambda: persona_batch(state), play, config, env)
     with env.timers("statistics"):
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
@@ -1610,7 +1692,7 @@ def card_name() -> str:
 
 
 ENDPOINTS = ("simulator_", "judge_", "subject_")
-COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage")  # of an endpoint's calls
+COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")  # of its calls
 
 
 def endpoint_counts(env: World) -> Counter:
@@ -1696,56 +1778,80 @@ def retention(state: State) -> dict[str, float]:
     return {"perplexity_sft": perplexity(text_scores(state.policy.model, state.chat, read_texts(path)))}
 
 
+def evaluate_if_due(state: State, log: RunLog | None) -> dict[str, list[Dialogue]]:
+    """Evaluate before and after the run, and every `eval_every` iterations, unless that has been done."""
+    every, ends = state.config.eval_every, state.iteration in (0, state.num_iterations)
+    if state.evaluated == state.iteration or not (ends or every and state.iteration % every == 0):
+        return {}
+    played = run_evaluation(state, log, ends)
+    record_episodes(state, log, played if ends else {})
+    state.evaluated = state.iteration
+    return played
+
+
 def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, list[Dialogue]]:
-    """Evaluate on the held-out set, at temperature 1 and greedily; at both `ends` of a run on every set."""
-    played, retained = {}, retention(state) if log else {}
+    """Evaluate on the held-out set, at temperature 1 and greedily; at both `ends` of a run on every set.
+
+    Nothing is logged before all is played: an evaluation that an outage cuts off is repeated as a whole.
+    """
+    played, measured = {}, {}
+    retained = retention(state) if log else {}
     for name, personas in state.eval_sets.items():
         if name != "heldout" and not ends:
             continue
         for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            metrics, dialogues = evaluate(
+            measured[f"{name}/{how}"], played[f"{name}/{how}"] = evaluate(
                 state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature
             )
-            played[f"{name}/{how}"] = dialogues
-            if log:
-                log.metrics(state.iteration, f"{name}/{how}", metrics | (retained if name == "heldout" else {}))
-                tqdm.write(
-                    f"     {name + '/' + how:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
-                    f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
-                    f" valid {metrics['format_valid']:.3f}{lost_note(metrics)}"
-                )
+    for kind, metrics in measured.items() if log else ():
+        log.metrics(state.iteration, kind, metrics | (retained if kind.startswith("heldout/") else {}))
+        tqdm.write(
+            f"     {kind:16s} recall {metrics['recall']:.3f} f1/max {metrics['f1_over_max']:.3f}"
+            f" unsupported {metrics['unsupported_lines']:.2f} response {metrics['response_reward']:.3f}"
+            f" valid {metrics['format_valid']:.3f}{lost_note(metrics)}"
+        )
     return played
 
 
 def train(config: Config, env: World) -> None:
-    """Run the whole training: evaluation, iterations, checkpoints, final evaluation, transcripts and curve."""
+    """Run the whole training; what is finished is saved when user or judge stay away (Unavailable)."""
     state = setup(config, env)
     log = RunLog(config.run_dir, state.iteration if config.resume else -1, config.tensorboard) if rank() == 0 else None
     if log:
         announce(state)
         (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    before = run_evaluation(state, log, ends=True) if not config.resume else {}
-    record_episodes(state, log, before)
-    bar = tqdm(total=state.num_iterations, initial=state.iteration, desc="iterations", disable=rank() != 0, unit="it")
-    while state.iteration < state.num_iterations:
-        metrics, dialogues = run_iteration(state)
+    try:
+        iterate(state, log)
+    except Unavailable as error:
         if log:
-            log.metrics(state.iteration, "train", metrics)
-            log.intervals = list(state.env.timers.intervals)
-            tqdm.write(progress_line(state, metrics))
-        bar.update()
-        last = state.iteration == state.num_iterations
-        if config.episodes_every and state.iteration % config.episodes_every == 0:
-            record_episodes(state, log, {"train": dialogues})
-        if last or config.eval_every and state.iteration % config.eval_every == 0:
-            after = run_evaluation(state, log, ends=last)
-            record_episodes(state, log, after if last else {})
-        if log and (last or config.save_every and state.iteration % config.save_every == 0):
             save_checkpoint(state)
-    bar.close()
+            log.close()
+        hint = f"saved after iteration {state.iteration}; go on with: train_rlpa.py --resume {config.run_dir}"
+        raise Unavailable(f"{error}; {hint}") from None
+
+
+def iterate(state: State, log: RunLog | None) -> None:
+    """Go through the run: evaluation, iterations, checkpoints, final evaluation, transcripts and curve."""
+    config, fresh = state.config, state.iteration == 0
+    before = after = evaluate_if_due(state, log)
+    bar = tqdm(total=state.num_iterations, initial=state.iteration, desc="iterations", disable=rank() != 0, unit="it")
+    with bar:  # closed whatever happens, so that the last word has a line of its own
+        while state.iteration < state.num_iterations:
+            metrics, dialogues = run_iteration(state)
+            if log:
+                log.metrics(state.iteration, "train", metrics)
+                log.intervals = list(state.env.timers.intervals)
+                tqdm.write(progress_line(state, metrics))
+            bar.update()
+            last = state.iteration == state.num_iterations
+            if config.episodes_every and state.iteration % config.episodes_every == 0:
+                record_episodes(state, log, {"train": dialogues})
+            after = evaluate_if_due(state, log)
+            if log and (last or config.save_every and state.iteration % config.save_every == 0):
+                save_checkpoint(state)
     if log:
         log.close()
-        show_transcripts(before, after)
+        show_transcripts(before if fresh else {}, after)
         print(
             f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}"
             f"   policy: {newest_checkpoint(config.run_dir, bool(state.critic)) / 'policy'}"
@@ -1853,13 +1959,18 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
             url,
             model,
             config.api_key_env or None,
+            read_timeout=config.request_timeout / 3,
             total_timeout=config.request_timeout,
             max_retries=config.max_retries,
             max_concurrency=config.max_concurrency,
             tape=tape,
             name=name,
+            outage_budget=config.outage_budget,
+            breaker_failures=config.breaker_failures,
+            quota=quota,
         )
 
+    quota = Quota(config.requests_per_minute / world_size(), config.tokens_per_minute / world_size())
     server = None if config.simulator_url or config.replay else start_embedded_server()
     user = client(config.simulator_url or (server.url if server else REPLAYED), config.simulator_model, "simulator")
     judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
@@ -1873,14 +1984,13 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; a bad flag, file or checkpoint is one line on stderr and exit code 2."""
+    """Run from the command line and return the exit code; what ends the run is one line on stderr."""
     distributed = "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     try:
         config = parse_args(argv)
         if distributed:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
-            )
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_SECONDS))
             config.run_dir = gather(config.run_dir)[0]  # the time in a default name may differ between ranks
         if config.dry_run:
             print(dry_run(config))
@@ -1890,6 +2000,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"train_rlpa.py: {error}", file=sys.stderr)
         return 2
+    except Unavailable as error:
+        if rank() == 0:
+            print(f"train_rlpa.py: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
