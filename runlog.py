@@ -207,8 +207,8 @@ class RunLog:
         self.writer = None
         self.intervals: list[tuple[str, float, float]] = []  # of the last iteration: phase, start, end
         for name in ("metrics.jsonl", "episodes.jsonl"):
-            (self.folder / name).touch()
             forget_after(self.folder / name, last_iteration)
+        (self.folder / "metrics.jsonl").touch()  # a run is here, even if user or judge end it before its first record
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
@@ -239,9 +239,10 @@ class RunLog:
 
 def forget_after(path: Path, last_iteration: int) -> None:
     """Drop the records that a run will write again: all after `last_iteration`, and a line that a kill cut short."""
-    whole = path.read_text().split("\n")[:-1]
-    kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
-    path.write_text("".join(line + "\n" for line in kept))
+    if path.exists():
+        whole = path.read_text().split("\n")[:-1]
+        kept = [line for line in whole if json.loads(line)["iteration"] <= last_iteration]
+        path.write_text("".join(line + "\n" for line in kept))
 
 
 def episode_record(dialogue: Dialogue) -> dict:
