@@ -36,8 +36,9 @@ import train_rlpa
 import world
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from model import Qwen2ForCausalLM, resolve_checkpoint
+from plain_text import clean_text
 from sampler import Draw, Sampler
-from simulator import Message, RequestError, clean_text, make_server, parse_request, read_key
+from simulator import Message, RequestError, make_server, parse_request, read_key
 from subjects import load_checkpoint
 from train_rlpa import Config, stream_seed
 

@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ COLLECTED = (  # settings that decide what the dialogues are and earn; with --da
 )  # fmt: skip
 ENDPOINTS = (
     "simulator_url", "simulator_model", "judge_url", "judge_model", "api_key_env", "request_timeout", "max_retries",
-    "max_concurrency", "record", "replay", "price_in", "price_out", "reply_steps", "decode_batch_size", "kv_gib",
+    "max_concurrency", "requests_per_minute", "tokens_per_minute", "outage_budget", "record", "replay", "price_in",
+    "price_out", "reply_steps", "decode_batch_size", "kv_gib",
 )  # fmt: skip
 LEARNING = (
     "method", "data", "run_dir", "seed", "num_epochs", "minibatch_size", "microbatch_tokens", "lr", "warmup_share",
@@ -145,9 +147,9 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     start, calls_before = time.perf_counter(), train_rlpa.endpoint_counts(env)
     with (folder / "dialogues.jsonl").open("w") as file:
         for i in tqdm(range(state.num_iterations), desc="collecting", unit="it"):
-            dialogues = train_rlpa.persona_batch(replace(state, iteration=i))
+            batch = partial(train_rlpa.persona_batch, replace(state, iteration=i))
             play = Play(config.num_candidates, config.temperature, (config.seed, "train", i))
-            train_rlpa.rollout(state.policy.model, state.chat, dialogues, play, config, env)
+            dialogues = train_rlpa.play_batch(state.policy.model, state.chat, batch, play, config, env)
             file.writelines(json.dumps(asdict(dialogue)) + "\n" for dialogue in dialogues)
             collected += dialogues
     budget = budget_of(collected) | (train_rlpa.endpoint_counts(env) - calls_before)
@@ -366,6 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"offline.py: {error}", file=sys.stderr)
         return 2
+    except train_rlpa.Unavailable as error:
+        print(f"offline.py: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     return 0
 
 

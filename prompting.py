@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 import world
+from plain_text import indented
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Method = Callable[[world.History], Generator[list[Message], str, str]]
@@ -72,7 +73,7 @@ def rag(history: world.History) -> Generator[list[Message], str, str]:
     """Ask once, reminded of the five earlier exchanges that are most like the user's newest message."""
     earlier, newest = history[:-1], history[-1][1]
     exchanges = [
-        f"User: {said}\nAssistant: {reply}"
+        f"User: {indented(said)}\nAssistant: {indented(reply)}"
         for (_, said), (_, reply) in zip(earlier[::2], earlier[1::2], strict=True)
     ]
     found = "\n\n".join(exchanges[i] for i in retrieve(newest, exchanges, TOP_EXCHANGES))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import world
+from plain_text import indented
 
 VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
 PARSE_FAILURES = (
@@ -328,8 +329,8 @@ Answer with one JSON object and nothing else, for example {{"covered": 2}}"""
 
 def response_judge_messages(response: str, history: world.History, profile: Sequence[str]) -> list[dict]:
     """Build the judge's messages: roles by their names, and without the policy's system prompt."""
-    dialogue = "\n".join(f"{'User' if who == 'user' else 'Assistant'}: {text}" for who, text in history)
-    prompt = RESPONSE_JUDGE_PROMPT.format(profile=_bullets(profile), history=dialogue, response=response)
+    dialogue = "\n".join(f"{'User' if who == 'user' else 'Assistant'}: {indented(text)}" for who, text in history)
+    prompt = RESPONSE_JUDGE_PROMPT.format(profile=_bullets(profile), history=dialogue, response=indented(response))
     return [{"role": "user", "content": prompt}]
 
 
@@ -339,7 +340,7 @@ def profile_judge_messages(lines: Sequence[str], facts: Sequence[str]) -> list[d
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines) or "(nothing)"
+    return "\n".join(f"- {indented(line)}" for line in lines) or "(nothing)"
 
 
 def parse_verdicts(text: str) -> dict[str, bool]:

@@ -24,6 +24,7 @@ import rewards
 import world
 from checkpoints import fsync
 from dialogue import Candidate, Dialogue
+from plain_text import clean_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of dialogues
@@ -408,11 +409,17 @@ def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Di
     """Print one held-out dialogue as the policy led it before and after training."""
     for when, played in (("before", before), ("after", after)):
         for dialogue in played.get("heldout/sampled", [])[:1]:
-            print(f"\n===== {when}: persona {dialogue.persona_id} ({'; '.join(dialogue.persona_facts)})")
-            for turn in dialogue.turns:
-                scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
-                print(
-                    f"  user      {turn.user_text}\n  profile   {'; '.join(turn.winner.profile) or '-'}   [{scores}]"
-                    f"\n  assistant {turn.winner.response}"
-                )
+            print("\n" + "\n".join(transcript(dialogue, when)))
     print()
+
+
+def transcript(dialogue: Dialogue, when: str) -> list[str]:
+    """Write a dialogue in lines, three per turn; nothing that was said begins a line or acts on a terminal."""
+    facts = clean_text("; ".join(dialogue.persona_facts))
+    lines = [f"===== {when}: persona {clean_text(dialogue.persona_id)} ({facts})"]
+    for turn in dialogue.turns:
+        scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
+        lines.append(f"  user      {clean_text(turn.user_text)}")
+        lines.append(f"  profile   {clean_text('; '.join(turn.winner.profile)) or '-'}   [{scores}]")
+        lines.append(f"  assistant {clean_text(turn.winner.response)}")
+    return lines

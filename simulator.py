@@ -17,10 +17,10 @@ import fcntl
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import math
 import os
-import random
 import re
 import socket
 import subprocess
@@ -28,11 +28,10 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC
@@ -48,6 +47,8 @@ from requests.adapters import HTTPAdapter
 
 import second_world
 import world
+from plain_text import clean_text, plain_text
+from throttle import Breaker, Quota, backoff
 
 Message = dict[str, str]  # {"role": ..., "content": ...}, as in the OpenAI chat format
 
@@ -179,15 +180,6 @@ def usable_facts(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(kept.values())
 
 
-def clean_text(text: str) -> str:
-    """Put a text on one line: control characters, line breaks and lone surrogates become single spaces.
-
-    >>> clean_text(" two\\tcats\\x00\\n and  a dog ")
-    'two cats and a dog'
-    """
-    return " ".join("".join(" " if unicodedata.category(ch) in {"Cc", "Cs", "Zl", "Zp"} else ch for ch in text).split())
-
-
 _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*\s+|[。！？]+[”’」）]*\s*""")
 _TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|Sr|Jr|Rev|Gen|vs|No|approx|e\.g|i\.e)\.$", re.IGNORECASE)
 _ABBREVIATION = re.compile(r"(?:\b[A-Za-z]\.|\bPh\.D\.|\betc\.)$")  # an initial, U.S., a.m., Ph.D.
@@ -293,7 +285,10 @@ def parse_simulator_messages(messages: Sequence[Message]) -> tuple[tuple[str, ..
 
 # -------------------------------------------------------------------------------------------------------- HTTP client
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
-BACKOFF_FIRST, BACKOFF_CAP = 0.25, 8.0  # seconds: 0.25, 0.5, 1, … 8, times a jitter of 0.5 to 1
+OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
+CLOSED = "the client was closed"
+PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
+POLL = 0.1  # seconds between two looks at a breaker
 
 
 class ChatReply(str):
@@ -306,7 +301,7 @@ class ChatReply(str):
 class ChatError(Exception):
     """A chat call that failed; the message is one line and never holds the key.
 
-    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty or too_large.
+    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large or outage.
     retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
     """
 
@@ -437,6 +432,12 @@ class ChatClient:
     Retried are connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies; any other status fails at
     once. The key is read from the environment variable `api_key_env` and shows in no message.
 
+    `base_url` may hold several, with commas between: they are asked in turn, and one that fails is left out until it
+    answers a probe (`Breaker`, after `breaker_failures` in a row). While none is left, calls wait, and that time is not
+    theirs; after `outage_budget` seconds of it they fail with reason "outage", and `outage` says so. So no call is lost
+    to an outage that is shorter; one whose attempts fail while others are answered is. A budget of 0: no breaker.
+    `quota`: requests and tokens per minute, perhaps shared with other clients; waiting for it is not the call's time.
+
     With a `tape`, calls are recorded or replayed under `name`; a replay needs no key and opens no connection.
 
     Raises ValueError for a bad URL, a variable that is not set, and a limit below its minimum.
@@ -457,23 +458,31 @@ class ChatClient:
         max_tokens: int = 300,
         tape: Tape | None = None,
         name: str = "",
+        outage_budget: float = 0.0,
+        breaker_failures: int = 5,
+        quota: Quota | None = None,
     ):
         _check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
-                      max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens)
-        _check_limits(zero=True, max_retries=max_retries, temperature=temperature)
-        self.url = completions_url(base_url)
+                      max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens,
+                      breaker_failures=breaker_failures)
+        _check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
+        urls = dict.fromkeys(completions_url(url.strip()) for url in base_url.split(","))  # each once, in order
+        self.breakers = {url: Breaker(breaker_failures) for url in urls}
+        self._turns = itertools.count()
+        self.outage_budget, self.quota = outage_budget, quota or Quota()
+        self.outage = ""  # why calls were given up for an outage; empty: none was
         self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
         self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self.tape, self.name = tape, name
+        self.tape, self.name, self._last_failure = tape, name, ""
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._jitter = random.Random()  # its own, so that no retry disturbs a seeded global generator
-        self._thread = threading.local()  # .session, .adapter: one pair per worker, for sessions are not thread-safe
+        self._thread = threading.local()  # .sessions: a pair per worker and URL, for sessions are not thread-safe
         self._in_flight: dict[int, tuple[_Adapter, float]] = {}  # thread id → its adapter and its deadline
         self._closed = threading.Event()
         self._workers = ThreadPoolExecutor(max_concurrency, thread_name_prefix="chat")
+        self._probers = ThreadPoolExecutor(len(urls), thread_name_prefix="probe")
         threading.Thread(target=self._cut_off_late_replies, daemon=True).start()
 
     def chat(self, messages: list[Message], seed: int | None = None) -> str:
@@ -497,19 +506,20 @@ class ChatClient:
     def counts(self) -> dict[str, Any]:
         """Return totals: calls (requests), those of them answered from the tape (replayed), repeated attempts
         (retries), failed attempts (errors) and failed calls (failures) by reason, tokens of prompts and replies
-        (prompt_tokens, completion_tokens; words, where the endpoint does not say: calls without_usage), and the seconds
-        that callers spent in `chat` and `chat_many` (wait_seconds)."""
+        (prompt_tokens, completion_tokens; words, where the endpoint does not say: calls without_usage), how often a
+        breaker opened (breaks), and the seconds that callers spent in `chat` and `chat_many` (wait_seconds)."""
         with self._lock:
             tally = dict(self._tally)
         by_reason = {kind: {key.partition(" ")[2]: n for key, n in tally.items() if key.startswith(f"{kind} ")}
                      for kind in ("errors", "failures")}
-        totals = ("requests", "replayed", "retries", "prompt_tokens", "completion_tokens", "without_usage")
+        totals = ("requests", "replayed", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
         return {key: tally.get(key, 0) for key in (*totals, "wait_seconds")} | by_reason
 
     def close(self) -> None:
         """Cut off what is in flight and end the workers; the client cannot be used afterwards."""
         self._closed.set()
-        self._workers.shutdown(cancel_futures=True)
+        for pool in (self._workers, self._probers):
+            pool.shutdown(cancel_futures=True)
 
     def ask(self, messages: list[Message], seed: int | None = None) -> ChatReply | ChatError:
         """Return the reply's text, or the ChatError that ended the call; in the caller's own thread."""
@@ -518,31 +528,103 @@ class ChatClient:
         replayed = call is not None
         if call is None:
             call = self._call(request)
-            if self.tape and not self._closed.is_set():  # closing fails calls that the endpoint would have answered
+            lost = self._closed.is_set() or getattr(call.reply, "reason", "") == "outage"
+            if self.tape and not lost:  # these fail calls that the endpoint would have answered
                 call = self.tape.keep(self.name, request, call)
         self._count_call(messages, call, replayed)
         return call.reply
 
     def _call(self, request: dict[str, Any]) -> Call:
         """Ask until there is a reply, or no further attempt is allowed or of use."""
-        deadline, failed = time.monotonic() + self.total_timeout, []
-        for attempt in range(self.max_retries + 1):
+        failed: list[str] = []
+        deadline, first, spared = time.monotonic() + self.total_timeout, 0, False  # first: of the attempts that count
+        while True:
+            start = time.monotonic()
             try:
-                return Call(self._attempt(json.dumps(request).encode(), deadline), tuple(failed))
+                url = self._admit(request)
+                sent = time.monotonic()
+                deadline += sent - start  # others' waiting time: an outage, a rate limit
+                return Call(self._send(url, request, deadline), tuple(failed))
             except ChatError as error:
                 failure = error
-            failure.args = (self._redact(str(failure)),)  # the server may have quoted the key, in JSON escapes even
             failed.append(failure.reason)
-            pause = min(BACKOFF_CAP, BACKOFF_FIRST * 2**attempt) * self._jitter.uniform(0.5, 1.0)
-            pause = max(pause, failure.retry_after)
+            pause = max(backoff(len(failed) - first - 1), failure.retry_after * (not self.outage_budget))
             # A pause that outlasts the deadline is not begun: the call has failed already.
-            if attempt == self.max_retries or not failure.retryable or time.monotonic() + pause >= deadline:
+            exhausted = len(failed) - first > self.max_retries or time.monotonic() + pause >= deadline
+            if not failure.retryable:
                 break
-            if self._closed.wait(pause):
+            if exhausted and (spared or not self._may_be_out(failure, sent)):
+                break
+            if exhausted:  # nobody was answered meanwhile: wait as if for an outage, then try for a last time
+                self._trip()
+                deadline, first, spared = time.monotonic() + self.total_timeout, len(failed), True
+            elif self._closed.wait(pause):
                 break
             if failure.reason == "empty" and "seed" in request:  # a seeded server would say nothing again
                 request = request | {"seed": request["seed"] + 1}
         return Call(failure, tuple(failed))
+
+    def _may_be_out(self, failure: ChatError, since: float) -> bool:
+        """Say whether a failure may be that of all endpoints: none has answered anybody since then."""
+        unanswered = all(breaker.answered_at < since for breaker in self.breakers.values())
+        return bool(self.outage_budget) and failure.reason not in OWN_FAULT and unanswered
+
+    def _trip(self) -> None:
+        opened = sum(breaker.failed(trip=True) for breaker in self.breakers.values())
+        with self._lock:
+            self._tally["breaks"] += opened
+
+    def _admit(self, request: dict[str, Any]) -> str:
+        """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
+        while True:
+            for url, breaker in self.breakers.items():
+                if breaker.claim_probe() and not self._closed.is_set():
+                    self._probers.submit(self._probe, url)
+            usable = [url for url, breaker in self.breakers.items() if not breaker.is_open]
+            if usable:
+                break
+            down = time.monotonic() - max(breaker.failing_since for breaker in self.breakers.values())
+            if down >= self.outage_budget:
+                self.outage = f"no answer for {self.outage_budget:g} s; last: {self._last_failure}"
+                raise ChatError("outage", self.outage, retryable=False)
+            self._rest(POLL)
+        self._rest(self.quota.reserve(_most_tokens(request)))
+        return usable[next(self._turns) % len(usable)]
+
+    def _rest(self, seconds: float) -> None:
+        if self._closed.wait(seconds) if seconds else self._closed.is_set():
+            raise ChatError("connect", CLOSED, retryable=False)
+
+    def _send(self, url: str, request: dict[str, Any], deadline: float, probe: bool = False) -> ChatReply:
+        """Send a request, and let breaker and quota know what came of it."""
+        try:
+            reply = self._attempt(url, json.dumps(request).encode(), deadline)
+        except ChatError as error:
+            error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
+            self.quota.settle(-_most_tokens(request))
+            self._judge_failure(url, error, probe)
+            raise
+        self.breakers[url].answered()
+        if reply.tokens is not None and reply.prompt_tokens is not None:
+            self.quota.settle(reply.tokens + reply.prompt_tokens - _most_tokens(request))
+        return reply
+
+    def _judge_failure(self, url: str, error: ChatError, probe: bool) -> None:
+        """Tell the breaker of a failure that is the endpoint's, not the request's own."""
+        if error.reason in OWN_FAULT:
+            self.breakers[url].answered()
+        elif self.outage_budget and not self._closed.is_set():
+            opened = self.breakers[url].failed(error.retry_after, probe)
+            with self._lock:
+                self._tally["breaks"] += opened
+                self._last_failure = str(error)
+
+    def _probe(self, url: str) -> None:
+        """Send a short request to an endpoint that is out, to see whether it answers again."""
+        request = self._settings | {"messages": PING, "max_tokens": 1}
+        self.quota.reserve(_most_tokens(request))
+        with suppress(ChatError):  # counted by the breaker
+            self._send(url, request, time.monotonic() + min(self.read_timeout, self.total_timeout), probe=True)
 
     def _count_call(self, messages: list[Message], call: Call, replayed: bool) -> None:
         """Count a call, made or replayed; where the endpoint told no tokens, words stand in for them."""
@@ -560,26 +642,27 @@ class ChatClient:
         with self._lock:
             self._tally.update(counts)
 
-    def _attempt(self, body: bytes, deadline: float) -> ChatReply:
+    def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
-        session, adapter = self._session()
+        session, adapter = self._session(url)
+        adapter.deadline = deadline
         remaining = max(0.001, deadline - time.monotonic())
         timeouts = (min(self.connect_timeout, remaining), min(self.read_timeout, remaining))
         with self._lock:
             if self._closed.is_set():
-                raise ChatError("connect", "the client was closed", retryable=False)
+                raise ChatError("connect", CLOSED, retryable=False)
             self._in_flight[threading.get_ident()] = adapter, deadline
         try:
-            with session.post(self.url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
+            with session.post(url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
                 raw = self._read_body(response, deadline)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise self._transport_error(error, deadline) from None
+            raise self._transport_error(url, error, deadline) from None
         finally:
             with self._lock:
                 del self._in_flight[threading.get_ident()]
         if not 200 <= response.status_code < 300:
-            raise self._status_error(response, raw)
-        return parse_reply(raw)
+            raise self._status_error(url, response, raw)
+        return parse_reply(raw, self._redact)
 
     def _redact(self, text: str) -> str:
         """Blot out the key; to be done before a text is shortened, or half of the key may stay."""
@@ -596,37 +679,38 @@ class ChatClient:
             raise TimeoutError
         return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
 
-    def _transport_error(self, error: Exception, deadline: float) -> ChatError:
+    def _transport_error(self, url: str, error: Exception, deadline: float) -> ChatError:
         if self._closed.is_set():
-            return ChatError("connect", "the client was closed", retryable=False)
+            return ChatError("connect", CLOSED, retryable=False)
         if time.monotonic() >= deadline:
-            return ChatError("timeout", f"no whole reply from {self.url} within total_timeout={self.total_timeout:g} s")
+            return ChatError("timeout", f"no whole reply from {url} within total_timeout={self.total_timeout:g} s")
         if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-            return ChatError("timeout", f"{self.url} was silent for connect_timeout={self.connect_timeout:g} s or "
+            return ChatError("timeout", f"{url} was silent for connect_timeout={self.connect_timeout:g} s or "
                                         f"read_timeout={self.read_timeout:g} s")
         while error.__context__ is not None:
             error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
         cause = f"{type(error).__name__}: {_shorten(self._redact(str(error)))}"
-        return ChatError("connect", f"connection to {self.url} failed ({cause})")
+        return ChatError("connect", f"connection to {url} failed ({cause})")
 
-    def _status_error(self, response: requests.Response, raw: bytes) -> ChatError:
+    def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
         status = response.status_code
         reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
-        return ChatError(reason, f"HTTP {status} from {self.url}: {_servers_words(raw)}",
+        return ChatError(reason, f"HTTP {status} from {url}: {_servers_words(raw)}",
                          retryable=status >= 500 or status in RETRIED_4XX,
                          retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()))
 
-    def _session(self) -> tuple[requests.Session, _Adapter]:
-        """Return this thread's session, which keeps one connection open, and its adapter."""
-        if not hasattr(self._thread, "session"):
+    def _session(self, url: str) -> tuple[requests.Session, _Adapter]:
+        """Return this thread's session with an endpoint, which keeps one connection open, and its adapter."""
+        sessions = self._thread.__dict__.setdefault("sessions", {})
+        if url not in sessions:
             session, adapter = requests.Session(), _Adapter(pool_connections=1, pool_maxsize=1)
             session.mount("http://", adapter)
             session.mount("https://", adapter)
             session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
             session.auth = self._authorize  # also without a key: else requests looks for one in ~/.netrc
-            session.trust_env = not _is_loopback(urlsplit(self.url).hostname)  # no proxy between us and this machine
-            self._thread.session, self._thread.adapter = session, adapter
-        return self._thread.session, self._thread.adapter
+            session.trust_env = not _is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
+            sessions[url] = session, adapter
+        return sessions[url]
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._key:
@@ -650,6 +734,7 @@ class _Adapter(HTTPAdapter):
     """
 
     sock: socket.socket | None = None
+    deadline = math.inf  # of the request under way, time.monotonic()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -665,9 +750,24 @@ class _Adapter(HTTPAdapter):
 
         def tracked(pool_class: type) -> type:
             class Connection(pool_class.ConnectionCls):
+                def _new_conn(self) -> socket.socket:
+                    where = self._dns_host, self.port
+                    try:
+                        sock = _connect(*where, self.timeout, adapter.deadline, self.socket_options)
+                    except TimeoutError as error:
+                        raise urllib3.exceptions.ConnectTimeoutError(self, "timed out") from error
+                    except OSError as error:
+                        raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
+                    adapter.sock = sock.dup()  # TLS takes the socket itself away while it shakes hands
+                    return sock
+
                 def connect(self) -> None:
-                    super().connect()
-                    adapter.sock = self.sock
+                    try:
+                        super().connect()
+                    finally:
+                        if adapter.sock is not None:
+                            adapter.sock.close()
+                        adapter.sock = self.sock
 
             return type(pool_class.__name__, (pool_class,), {"ConnectionCls": Connection})
 
@@ -677,9 +777,46 @@ class _Adapter(HTTPAdapter):
 
     def abort(self) -> None:
         """Shut the socket down, which wakes the thread that waits for it."""
-        if self.sock is not None:
+        sock = self.sock
+        if sock is not None:
             with suppress(OSError):  # it may be closed already
-                self.sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _connect(host: str, port: int, timeout: float, deadline: float, options: Iterable[tuple]) -> socket.socket:
+    """Connect to the first of a host's addresses that answers: `timeout` seconds for each, `deadline` for all.
+
+    Names are looked up in a thread of their own: the system's resolver cannot be interrupted, and is left behind.
+    """
+    lookup: Future = Future()
+    threading.Thread(target=_look_up, args=[lookup, host.strip("[]"), port], daemon=True).start()
+    failure: OSError = OSError(f"no address of {host}")
+    for family, kind, protocol, _, address in lookup.result(max(0.0, deadline - time.monotonic())):
+        if (left := deadline - time.monotonic()) <= 0:
+            break
+        sock = socket.socket(family, kind, protocol)
+        try:
+            for option in options or ():
+                sock.setsockopt(*option)
+            sock.settimeout(min(timeout, left))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
+
+
+def _look_up(lookup: Future, host: str, port: int) -> None:
+    try:
+        lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError) as error:
+        lookup.set_exception(OSError(str(error)))
+
+
+def _most_tokens(request: dict[str, Any]) -> float:
+    """Return what a request is taken to cost until its usage is known: a token per four characters, and max_tokens."""
+    return sum(len(message["content"]) for message in request["messages"]) / 4 + request["max_tokens"]
 
 
 def completions_url(base_url: str) -> str:
@@ -704,13 +841,15 @@ def _split_url(base_url: str) -> SplitResult:
     if valid and (parts.username is not None or parts.password is not None):
         raise ValueError("the base URL holds a user name or password; put the key into an environment variable instead")
     if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
-        raise ValueError(f"base URL {_shorten(base_url)!r} is not of the form http://host:port or https://host/v1")
+        shown = re.sub("//.*@|[?#].*", "…", base_url)  # not what may be a password or a key
+        raise ValueError(f"base URL {_shorten(shown)!r} is not of the form http://host:port or https://host/v1")
     return parts
 
 
-def parse_reply(raw: bytes) -> ChatReply:
+def parse_reply(raw: bytes, redact: Callable[[str], str] = str) -> ChatReply:
     """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
 
+    The text is plain (`plain_text`), and `redact` has blotted out what nobody shall see.
     `tokens` is usage.completion_tokens, which counts what a reasoning model thought too, and `prompt_tokens` its twin.
 
     >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
@@ -730,7 +869,7 @@ def parse_reply(raw: bytes) -> ChatReply:
         raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {start}") from None
     if not isinstance(content, str):
         raise ChatError("bad_schema", f"choices[0].message.content is {_json_type(content)}, not a string")
-    text = content.encode("utf-8", "replace").decode().strip()  # a lone surrogate would crash the tokenizer
+    text = plain_text(redact(content.encode("utf-8", "replace").decode())).strip()  # a lone surrogate: tokenizers crash
     if not text:
         raise ChatError("empty", "choices[0].message.content is blank")
     reply = ChatReply(text)
@@ -773,10 +912,12 @@ def read_key(api_key_env: str | None) -> str:
     if api_key_env is None:
         return ""
     key = os.environ.get(api_key_env, "").strip()
+    looks_like_a_name = re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env)
+    shown = api_key_env if looks_like_a_name else "*** (not shown: give a variable's NAME, not the key)"
     if not key:
-        raise ValueError(f"the environment variable {api_key_env} is not set; export it with the endpoint's API key")
+        raise ValueError(f"the environment variable {shown} is not set; export it with the endpoint's API key")
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"the environment variable {api_key_env} holds characters that no HTTP header can carry")
+        raise ValueError(f"the environment variable {shown} holds characters that no HTTP header can carry")
     return key
 
 

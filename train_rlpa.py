@@ -12,6 +12,10 @@ One iteration, in the order of this file:
                  or, without a critic, each candidate against the others of its turn (advantage "rloo", "grpo")
     update       clipped PPO loss for the policy, clipped value loss for the critic, normalised by global token counts
 
+Exit codes: 0 done, or saved after SIGTERM; 1 a process of the run is lost; 2 a bad flag, file or checkpoint; 75 user or
+judge stayed away, or lost too many dialogues, and what was finished is saved; 130 saved after Ctrl-C. (torchrun turns
+those of its processes into 1.)
+
 Changed against the published code: README, "What differs from the paper". Letters: T tree tokens in a micro-batch, N
 action tokens (sampled ids), D hidden, V vocabulary.
 """
@@ -73,6 +77,7 @@ from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
+from throttle import Quota
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
 Result = TypeVar("Result")
@@ -95,15 +100,21 @@ class Config:
     personas: str = ""  # JSONL file of personas; empty: synthetic ones of the embedded world
     eval_personas: str = ""  # JSONL file for evaluation; empty: every tenth of --personas, or synthetic held-out ones
     num_personas: int = 4096  # how many synthetic training personas to make when --personas is not given
-    simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user; empty: the embedded one is started
+    simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user, or several: URL,URL; empty: the embedded
     simulator_model: str = "rule-user"  # model name to ask it for
-    judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts; empty: by rule
+    judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
     profile_judge: str = "rule"  # who counts matching profile lines: rule (deterministic) or http (the judge endpoint)
     api_key_env: str = ""  # environment variable that holds the endpoints' key; empty: none is sent
-    request_timeout: float = 120.0  # seconds for one request, retries included
+    request_timeout: float = 120.0  # seconds for one request, retries included; a third of it may pass in silence
     max_retries: int = 10  # tries after the first, for connection errors, 408, 409, 429 and 5xx
     max_concurrency: int = 64  # requests in flight per process
+    requests_per_minute: float = 0.0  # most of them, to user and judge together, of all processes; 0: any number
+    tokens_per_minute: float = 0.0  # most tokens of prompts and replies, likewise; 0: any number
+    breaker_failures: int = 5  # failures in a row after which an endpoint is left alone, but for one probe at a time
+    outage_budget: float = 1800.0  # seconds to wait for endpoints that all fail; then save, exit 75; 0: never wait
+    quorum: float = 0.5  # share of a batch's dialogues that must survive; else the batch is discarded and played anew
+    quorum_retries: int = 2  # times that a batch is played anew; then save, exit 75
     record: str = ""  # file that every reply of user and judge is written to, to be replayed; goes on if it exists
     replay: str = ""  # such a file, which gives the replies instead of user and judge: nothing is asked or paid
     price_in: float = 0.0  # dollars per million prompt tokens of the endpoints; with --price-out, costs are shown
@@ -245,6 +256,7 @@ LIMITS = {
             "num_epochs",
             "eval_dialogues",
             "max_concurrency",
+            "breaker_failures",
         ),
         (1, MANY),
     ),
@@ -253,6 +265,10 @@ LIMITS = {
             "seed",
             "num_iterations",
             "max_retries",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "outage_budget",
+            "quorum_retries",
             "critic_warmup",
             "eval_every",
             "episodes_every",
@@ -274,7 +290,8 @@ LIMITS = {
         (0, MANY),
     ),
     **dict.fromkeys(
-        ("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share"), (0, 1)
+        ("gamma", "gamma_turn", "gae_lambda", "adam_beta1", "adam_beta2", "warmup_share", "min_lr_share", "quorum"),
+        (0, 1),
     ),
     "reply_steps": (-1, MANY),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
@@ -360,6 +377,11 @@ RESUMED = (
     "episodes_every",
     "keep_last",
     "collective_timeout",
+    "simulator_url",
+    "judge_url",
+    "outage_budget",
+    "requests_per_minute",
+    "tokens_per_minute",
 )
 
 
@@ -452,18 +474,41 @@ def attempt(action: Callable[[], Result]) -> Result | AgreedError:
         return AgreedError(str(error))
 
 
-def together(action: Callable[[], Result]) -> Result:
-    """Call `action`, which must not talk to other ranks, on every rank; a ValueError of any is raised on all."""
-    outcome = attempt(action)
+def agree(outcome: Result | AgreedError) -> Result:
+    """Return the outcome of an `attempt`, unless that of any rank is an error, which is raised on all."""
     for failure in gather(outcome if isinstance(outcome, AgreedError) else None):
         if failure:
             raise failure
     return outcome
 
 
+def together(action: Callable[[], Result]) -> Result:
+    """Call `action`, which must not talk to other ranks, on every rank; a ValueError of any is raised on all."""
+    return agree(attempt(action))
+
+
 def on_rank_0(action: Callable[[], Result]) -> Result:
     """Call `action` on rank 0 alone; what it returns or raises, all ranks return or raise."""
     return gather(together(lambda: action() if rank() == 0 else None))[0]
+
+
+def wait_for_ranks(seconds: float, signals: list[int]) -> None:
+    """Wait until every rank is here, or a signal comes: no collective shall wait for somebody's HTTP.
+
+    It asks a key of the store, again and again, so that a signal is seen. Raises LostProcess after `seconds`.
+    """
+    if not dist.is_initialized():
+        return
+    with collective():
+        store = dist.distributed_c10d._get_default_store()
+        number = store.add(f"arrivals of {rank()}", 1)
+        here = store.add(f"arrived {number}", 1)
+        deadline = time.monotonic() + seconds
+        while here < world_size() and not signals:
+            if time.monotonic() > deadline:
+                raise LostProcess(f"after {seconds:g} s only {here} of {world_size()} processes have played their part")
+            time.sleep(0.02)
+            here = store.add(f"arrived {number}", 0)
 
 
 def all_sum_gradients(parameters: Iterable[Tensor]) -> None:
@@ -539,7 +584,9 @@ def rollout(
 
     Raises Stopped on every rank if a signal has come to any: what was played is discarded, and no weight has changed.
     """
-    together(lambda: play_dialogues(policy, chat, dialogues, play, config, env))
+    outcome = attempt(lambda: play_dialogues(policy, chat, dialogues, play, config, env))
+    wait_for_ranks(config.outage_budget + config.collective_timeout, env.signals)
+    agree(outcome)
     if number := max(gather(max(env.signals, default=0))):
         raise Stopped(number)
 
@@ -569,6 +616,47 @@ def play_dialogues(
                 for draw in ended:
                     stage.score(draw)
         env.counts.update(stage.sampler.counts)
+
+
+class Unavailable(RuntimeError):
+    """User or judge are away, or lost too many dialogues. Raised on all ranks at once; the run can go on later."""
+
+
+def play_batch(
+    policy: Qwen2ForCausalLM,
+    chat: ChatTokenizer,
+    batch: Callable[[], list[Dialogue]],
+    play: Play,
+    config: Config,
+    env: World,
+) -> list[Dialogue]:
+    """Play this rank's dialogues of a batch, anew while too few of all survive; Unavailable if that does not help."""
+    for trial in range(config.quorum_retries + 1):
+        dialogues = batch()
+        stream = (*play.stream, "again", trial) if trial else play.stream  # else replies on tape fail once more
+        rollout(policy, chat, dialogues, replace(play, stream=stream), config, env)
+        outage, complaint = check_batch(dialogues, config, env)
+        if outage or not complaint:
+            break
+        env.counts["batches_discarded"] += rank() == 0
+    if complaint:
+        raise Unavailable(complaint)
+    return dialogues
+
+
+def check_batch(dialogues: list[Dialogue], config: Config, env: World) -> tuple[bool, str]:
+    """Return whether there is an outage, and what speaks against a batch, "" if nothing does: the same on all ranks."""
+    clients = {"--simulator-url": env.user, "--judge-url": env.judge}
+    outages = [f"{flag_}: {client.outage}" for flag_, client in clients.items() if client and client.outage]
+    parts = gather((len(dialogues), Counter(d.dropped for d in dialogues if d.dropped), outages))
+    outages = [outage for _, _, found in parts for outage in found]
+    if outages:
+        return True, f"{outages[0]} (--outage-budget)"
+    size, lost = sum(n for n, _, _ in parts), sum_counters([causes for _, causes, _ in parts])
+    if size - lost.total() >= config.quorum * size:
+        return False, ""
+    causes = ", ".join(f"{cause} {n}" for cause, n in lost.most_common())
+    return False, f"{lost.total()} of {size} dialogues were lost ({causes}); --quorum {config.quorum:g} wants more"
 
 
 JOIN_EVERY = 8  # decode steps: a prefill for several dialogues costs little more than for one
@@ -1407,10 +1495,13 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Dialogue]]:
     """Play held-out personas, one candidate per turn; returns metrics over all ranks and this rank's dialogues."""
     chosen = personas[: config.eval_dialogues]
-    dialogues = [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
+
+    def batch() -> list[Dialogue]:
+        return [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
+
     play = Play(1, temperature, (config.seed, "eval", iteration, temperature))
     calls_before = endpoint_counts(env)
-    rollout(policy, chat, dialogues, play, config, env)
+    dialogues = play_batch(policy, chat, batch, play, config, env)
     calls = sum_counters(gather(endpoint_counts(env) - calls_before))
     return rates(sum_counters(gather(tally(dialogues)))) | calls | cost(calls, config), dialogues
 
@@ -1671,9 +1762,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     env.counts.clear()
     calls_before = endpoint_counts(env)
     start = time.perf_counter()
-    dialogues = persona_batch(state)
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
-    rollout(state.policy.model, state.chat, dialogues, play, config, env)
+    dialogues = play_batch(state.policy.model, state.chat, lambda: persona_batch(state), play, config, env)
     with env.timers("statistics"):
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
@@ -1734,7 +1824,7 @@ def card_name() -> str:
 
 
 ENDPOINTS = ("simulator_", "judge_", "subject_")
-COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage")  # of an endpoint's calls
+COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")  # of its calls
 
 
 def endpoint_counts(env: World) -> Counter:
@@ -1846,20 +1936,23 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
 def train(config: Config, env: World) -> int:
     """Run the whole training, fresh or from a checkpoint on; returns the exit code.
 
-    A signal discards the rollout under way; an update that has begun is finished. Then the state is saved.
+    A signal, or user and judge that stay away, discard the rollout under way; an update that has begun is finished.
+    Then the state is saved.
     """
     folder = on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
     state = together(lambda: setup(config, env, folder))
     log = together(lambda: start_log(state) if rank() == 0 else None)
     try:
         before, after = run(state, log)
-    except Stopped as stopped:
+    except (Stopped, Unavailable) as end:
         if state.saved != checkpoint_name(state):
             save_checkpoint(state)
         if log:
             log.close()
-            print(f"stopped after {state.iteration} iterations; to go on: {resume_command(config)}")
-        return 0 if stopped.args[0] == signal.SIGTERM else 128 + stopped.args[0]
+            print(f"stopped after {state.iteration} iterations; to go on: {resume_command(config)}", flush=True)
+        if isinstance(end, Unavailable):
+            raise
+        return 0 if end.args[0] == signal.SIGTERM else 128 + end.args[0]
     if log:
         finish(state, log, before, after)
     return 0
@@ -2047,13 +2140,18 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
             url,
             model,
             config.api_key_env or None,
+            read_timeout=config.request_timeout / 3,
             total_timeout=config.request_timeout,
             max_retries=config.max_retries,
             max_concurrency=config.max_concurrency,
             tape=tape,
             name=name,
+            outage_budget=config.outage_budget,
+            breaker_failures=config.breaker_failures,
+            quota=quota,
         )
 
+    quota = Quota(config.requests_per_minute / world_size(), config.tokens_per_minute / world_size())
     server = None if config.simulator_url or config.replay else start_embedded_server()
     user = client(config.simulator_url or (server.url if server else REPLAYED), config.simulator_model, "simulator")
     judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
@@ -2143,9 +2241,7 @@ def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line. Exit codes: 0 done, or saved after SIGTERM; 130 saved after Ctrl-C; 1 a process of
-    the run is lost; 2 a bad flag, file or checkpoint. The last two are one line on stderr.
-    """
+    """Run from the command line and return the exit code (see the top of the file); an error is one line on stderr."""
     received: list[int] = []
     parsed = attempt(lambda: parse_args(argv))
     try:
@@ -2154,10 +2250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             store = launcher_store(timeout)
             join_processes(store, timeout)
             return launch(together(lambda: parsed), store if rank() == 0 else None, received)
-    except (ValueError, LostProcess) as error:
-        if not isinstance(error, AgreedError) or os.environ.get("RANK", "0") == "0":
+    except (ValueError, LostProcess, Unavailable) as error:
+        if not isinstance(error, AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
             tell(str(error))
-        return 1 if isinstance(error, LostProcess) else 2
+        return {LostProcess: 1, Unavailable: os.EX_TEMPFAIL}.get(type(error), 2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -154,7 +154,8 @@ def refused(capsys, monkeypatch) -> Callable[..., str]:
         ("--simulator-url", "ftp://x"), ("--judge-url", "not a url"), ("--api-key-env", "NO_SUCH_KEY_IS_SET"),
         ("--critic-ckpt", "no-such-critic"), ("--run-dir", "/dev/null/run"), ("--old-logprobs", "none"),
         ("--critic", "both"), ("--dtype", "float16"), ("--value-coef", "-1"), ("--decode-batch-size", "0"),
-        ("--kv-gib", "-1"), ("--reply-steps", "-2"), ("--max-concurrency", "0"),
+        ("--kv-gib", "-1"), ("--reply-steps", "-2"), ("--max-concurrency", "0"), ("--quorum", "1.5"),
+        ("--outage-budget", "-1"), ("--requests-per-minute", "-1"), ("--breaker-failures", "0"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line(ckpt, user_url, tmp_path, refused, bad):
@@ -461,7 +462,10 @@ def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
 
 
 def test_an_iteration_without_any_dialogue(ckpt, tmp_path):
-    """Guards divisions by zero: a user that refuses everybody (4xx) leaves the weights alone, and is counted."""
+    """Guards divisions by zero: a user that refuses everybody (4xx) leaves the weights alone, and is counted.
+
+    That is so with --quorum 0 only: with any other the run ends (test_reliability.py).
+    """
     asked = []
 
     def refuse(text: str) -> tuple[int, str]:
@@ -470,7 +474,8 @@ def test_an_iteration_without_any_dialogue(ckpt, tmp_path):
 
     run = tmp_path / "run"
     with chat_server(refuse) as url:
-        go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--num-iterations", 2, "--eval-every", 0)
+        go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--num-iterations", 2, "--eval-every", 0,
+           "--quorum", 0)  # fmt: skip
     train = records(run, "train")
     assert [(r["dialogues"], r["dialogues_dropped"], r["dropped_simulator"]) for r in train] == [(4, 4, 4)] * 2
     assert all(r["action_tokens"] == 0 for r in train)
@@ -482,7 +487,8 @@ def test_an_iteration_without_any_dialogue(ckpt, tmp_path):
     assert (run / "curve.png").exists()
     saved = load_policy(run / "checkpoints" / "iteration_000002" / "policy")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), load_policy(ckpt).parameters(), strict=True))
-    go("--resume", run, "--num-iterations", 3)  # an optimizer that never stepped has no state to restore
+    # An optimizer that never stepped has no state to restore; nobody is there to be waited for.
+    go("--resume", run, "--num-iterations", 3, "--outage-budget", 0)
 
 
 def free_port() -> int:
@@ -686,7 +692,7 @@ def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path):
     run, judge = tmp_path / "run", chat_server(lambda text: (200, "well..." if "lovely" in text else GOOD))
     with judge as url, scripted(chat, ["How lovely.", "How dull."]):
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--judge-url", url, "--max-turns", 2,
-           "--num-iterations", 1, "--max-new-tokens", 100)  # fmt: skip
+           "--num-iterations", 1, "--max-new-tokens", 100, "--quorum", 0)  # fmt: skip
     (train,) = records(run, "train")
     assert (train["candidates_unjudged"], train["dialogues_dropped"]) == (8, 0)
     assert (train["response_reward"], train["format_valid"]) == (1, 1)
