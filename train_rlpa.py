@@ -1949,9 +1949,11 @@ def train(config: Config, env: World) -> int:
             save_checkpoint(state)
         if log:
             log.close()
-            print(f"stopped after {state.iteration} iterations; to go on: {resume_command(config)}", flush=True)
+        hint = f"saved after iteration {state.iteration}; go on with: {resume_command(config)}"
         if isinstance(end, Unavailable):
-            raise
+            raise Unavailable(f"{end}; {hint}") from None
+        if log:
+            print(hint)
         return 0 if end.args[0] == signal.SIGTERM else 128 + end.args[0]
     if log:
         finish(state, log, before, after)

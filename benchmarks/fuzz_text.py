@@ -132,7 +132,7 @@ def check_dialogue(dialogue: Dialogue, chat: ChatTokenizer) -> Counter:
 
 def check_log(dialogues: list[Dialogue], folder: Path) -> Counter:
     """Count lines of episodes.jsonl and of the transcripts that nobody wrote, and characters that act there."""
-    log, found, printed = runlog.RunLog(str(folder), -1, tensorboard=False), Counter(), StringIO()
+    log, found, printed = runlog.RunLog(str(folder), {}, tensorboard=False), Counter(), StringIO()
     log.metrics(1, "train", {"reward": 1.0})
     records = [runlog.episode_record(dialogue) for dialogue in dialogues]
     log.episodes(1, "train", records)

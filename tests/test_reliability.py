@@ -381,7 +381,9 @@ def test_an_outage_saves_what_is_finished(ckpt, user_url, whole, tmp_path, stopp
     with counted_user(lambda n: None if n <= last else BROKEN) as url:
         line = stopped(*flags, "--simulator-url", url, "--run-dir", broken, "--outage-budget", 0.3)
     assert f"saved after iteration {saved}" in line and f"--resume {broken}" in line and "--simulator-url" in line
-    assert [f.name for f in (broken / "checkpoints").iterdir()] == [f"iteration_{saved:06d}"]
+    assert [f.name for f in (broken / "checkpoints").iterdir()] == [
+        f"iteration_{saved:06d}" + ("" if when == "rollout" else ".stopped")  # whose evaluation is still to come
+    ]
     assert len(records(broken, "train")) == saved
     go("--resume", broken, "--simulator-url", user_url)
     assert identical(tensors(broken, 2), tensors(whole, 2))
@@ -394,10 +396,9 @@ def test_an_outage_in_the_last_evaluation_is_made_up_for(ckpt, user_url, tmp_pat
     flags = ("--ckpt", ckpt, "--num-iterations", 1, "--reply-steps", 4)
     with counted_user(lambda n: None if n <= 8 + 4 + 5 else BROKEN) as url:
         stopped(*flags, "--simulator-url", url, "--run-dir", tmp_path, "--outage-budget", 0.3)
-    assert {r["iteration"] for r in records(tmp_path, "heldout/greedy")} == {0}
     go("--resume", tmp_path, "--simulator-url", user_url)
-    assert [(r["iteration"], r["kind"]) for r in records(tmp_path)][-4:] == [
-        (1, f"{name}/{how}") for name in ("heldout", "unseen") for how in ("sampled", "greedy")
+    assert [r["kind"] for r in records(tmp_path) if r["iteration"] == 1] == [
+        "train", *(f"{name}/{how}" for name in ("heldout", "unseen") for how in ("sampled", "greedy"))
     ]
 
 
@@ -448,7 +449,7 @@ def test_two_ranks_stop_as_one(ckpt, tmp_path):  # noqa: F811
             cwd=Path(train_rlpa.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
             text=True, timeout=100,
         )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.count("dialogues were lost") == 1, done.stderr[-3000:]
+    assert done.returncode == 1 and done.stderr.count("train_rlpa.py: 1 of 2 dialogues were lost") == 1, done.stderr[-3000:]
     assert "exitcode  : 75" in done.stderr, done.stderr[-3000:]  # of whom torchrun saw end first
 
 

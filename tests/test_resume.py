@@ -398,7 +398,7 @@ def test_one_process_gets_sigterm_and_one_process_goes_on(arguments, whole, tmp_
     run = tmp_path / "run"
     done = torchrun(tmp_path, signal.SIGTERM, *arguments, "--run-dir", str(run))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert "stopped after 1 iterations" in done.stdout and "--nproc-per-node 2" in done.stdout
+    assert "saved after iteration 1" in done.stdout and "--nproc-per-node 2" in done.stdout
     assert train_rlpa.main(["--resume", str(run)]) == 0
     assert_close(run, whole)
 
