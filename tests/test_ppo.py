@@ -641,6 +641,7 @@ class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
     counts = {**dict.fromkeys(train_rlpa.COUNTED, 0), "errors": {}}
+    outage = ""
 
     def ask(self, messages, seed):
         return f"I am {seed % 90} years old. <|im_end|>"
