@@ -454,6 +454,23 @@ def test_two_ranks_stop_as_one(ckpt, tmp_path):  # noqa: F811
     assert "exitcode  : 75" in done.stderr, done.stderr[-3000:]  # of whom torchrun saw end first
 
 
+def test_connections_do_not_pile_up_with_threads_that_come_and_go():
+    """Guards a session per thread: each rollout has threads of its own, and theirs stayed open, 4 per iteration."""
+    connections = set()
+
+    def behave(sock, request, headers):
+        connections.add(sock.getpeername())
+        sock.sendall(OK)
+
+    with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
+        for _ in range(12):
+            asking = [threading.Thread(target=client.ask, args=[ASK, 1]) for _ in range(2)]
+            for step in (threading.Thread.start, threading.Thread.join):
+                for thread in asking:
+                    step(thread)
+        assert client.counts["requests"] == 24 and len(connections) <= 2
+
+
 def test_a_run_against_chaos_scores_nothing_wrongly(ckpt, tmp_path):  # noqa: F811
     """Guards rewards, losses and counts against a user that fails in every way at once: 500s, bodies that are no
     replies, connections that hang, and a time in which it is down."""
