@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,10 +32,8 @@ def holding(pid: int) -> Holding:
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     files = []
     for entry in os.listdir(process / "fd"):
-        try:
+        with suppress(FileNotFoundError):  # closed since it was listed
             files.append(os.readlink(process / "fd" / entry))
-        except FileNotFoundError:  # closed since it was listed
-            continue
     sockets = sum(file.startswith("socket:") for file in files)
     held = 1024 * int(status["RssAnon"].split()[0]), int(status["Threads"]), len(files), sockets
     return dict(zip(HELD, held, strict=True))
@@ -44,7 +43,8 @@ def children(pid: int) -> list[int]:
     """List the processes that a process has started, in all of its threads."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found += map(int, (task / "children").read_text().split())
     return found
 
 
@@ -67,10 +67,8 @@ def watch(process: subprocess.Popen, metrics: Path) -> list[dict[str, Holding]]:
         windows += [{} for _ in range(number + 1 - len(windows))]
         for name, pids in (("trainer", [process.pid]), ("user", children(process.pid))):
             for pid in pids:
-                try:
+                with suppress(FileNotFoundError, ProcessLookupError, KeyError):  # it has just ended
                     windows[number][name] = most(windows[number].get(name, {}), holding(pid))
-                except (FileNotFoundError, ProcessLookupError, KeyError):  # it has just ended
-                    continue
         time.sleep(0.05)
     return windows
 
