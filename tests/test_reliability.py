@@ -492,21 +492,13 @@ def test_a_run_against_chaos_scores_nothing_wrongly(ckpt, tmp_path):  # noqa: F8
     server.shutdown()
     server.server_close()
     assert min(bad.counts[fate] for fate in ("answer", "error", "malformed", "hang", "down")) > 0
-    for record in records(run, "train"):
-        episodes = [e for e in records(run, "train", "episodes.jsonl") if e["iteration"] == record["iteration"]]
-        whole = [e for e in episodes if e["dropped"] is None]
-        scored = [c for e in whole for t in e["turns"] for c in t["candidates"]]
-        assert record["dialogues"] == len(episodes) == 8
-        assert record["dialogues_dropped"] == len(episodes) - len(whole) <= 4
-        assert record["action_tokens"] == sum(c["tokens"] for c in scored)
-        assert all(len(e["turns"]) == 3 for e in whole) and {c["judged"] for c in scored} == {True}
-        mean = sum(c["profile_reward"] + c["response_reward"] for c in scored) / len(scored)
-        assert record["reward"] == pytest.approx(mean, abs=1e-6)
-        for e in whole:  # each user message is one the embedded user says, and each reward that of its own words
-            for t in range(1, 3):
-                said = [turn["user_text"] for turn in e["turns"][: t + 1]]
-                for c in e["turns"][t]["candidates"]:
-                    assert c["ledger"] == vars(rewards.score_profile(c["profile"], e["persona_facts"], said))
+    found = chaos.wrong(run)
+    assert found["counts of dialogues"] == 2 and found["messages of the user"] > 10 and found["profile scores"] > 50
+    assert {name: n for name, n in found.items() if name.startswith("wrong") and n} == {}
+    text = (run / "episodes.jsonl").read_text()
+    for old, new in (('"user_text": "', '"user_text": "So '), ('"profile_reward": 0', '"profile_reward": 7')):
+        (run / "episodes.jsonl").write_text(text.replace(old, new))
+        assert any(n for name, n in chaos.wrong(run).items() if name.startswith("wrong")), old
 
 
 # ------------------------------------------------------------------------------------------------------- hostile texts
