@@ -478,7 +478,7 @@ class ChatClient:
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._thread = threading.local()  # .sessions: a pair per worker and URL, for sessions are not thread-safe
+        self._idle: dict[str, list[tuple[requests.Session, _Adapter]]] = {url: [] for url in urls}  # open connections
         self._in_flight: dict[int, tuple[_Adapter, float]] = {}  # thread id → its adapter and its deadline
         self._closed = threading.Event()
         self._workers = ThreadPoolExecutor(max_concurrency, thread_name_prefix="chat")
@@ -520,6 +520,8 @@ class ChatClient:
         self._closed.set()
         for pool in (self._workers, self._probers):
             pool.shutdown(cancel_futures=True)
+        for session, _ in itertools.chain(*self._idle.values()):
+            session.close()
 
     def ask(self, messages: list[Message], seed: int | None = None) -> ChatReply | ChatError:
         """Return the reply's text, or the ChatError that ended the call; in the caller's own thread."""
@@ -644,22 +646,14 @@ class ChatClient:
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
-        session, adapter = self._session(url)
-        adapter.deadline = deadline
         remaining = max(0.001, deadline - time.monotonic())
         timeouts = (min(self.connect_timeout, remaining), min(self.read_timeout, remaining))
-        with self._lock:
-            if self._closed.is_set():
-                raise ChatError("connect", CLOSED, retryable=False)
-            self._in_flight[threading.get_ident()] = adapter, deadline
-        try:
-            with session.post(url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
-                raw = self._read_body(response, deadline)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise self._transport_error(url, error, deadline) from None
-        finally:
-            with self._lock:
-                del self._in_flight[threading.get_ident()]
+        with self._session(url, deadline) as session:
+            try:
+                with session.post(url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
+                    raw = self._read_body(response, deadline)
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+                raise self._transport_error(url, error, deadline) from None
         if not 200 <= response.status_code < 300:
             raise self._status_error(url, response, raw)
         return parse_reply(raw, self._redact)
@@ -699,18 +693,33 @@ class ChatClient:
                          retryable=status >= 500 or status in RETRIED_4XX,
                          retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()))
 
-    def _session(self, url: str) -> tuple[requests.Session, _Adapter]:
-        """Return this thread's session with an endpoint, which keeps one connection open, and its adapter."""
-        sessions = self._thread.__dict__.setdefault("sessions", {})
-        if url not in sessions:
-            session, adapter = requests.Session(), _Adapter(pool_connections=1, pool_maxsize=1)
-            session.mount("http://", adapter)
-            session.mount("https://", adapter)
-            session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
-            session.auth = self._authorize  # also without a key: else requests looks for one in ~/.netrc
-            session.trust_env = not _is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
-            sessions[url] = session, adapter
-        return sessions[url]
+    @contextmanager
+    def _session(self, url: str, deadline: float) -> Iterator[requests.Session]:
+        """Lend a session with an endpoint, for one request until its deadline; its connection stays open for the next.
+
+        They belong to the client and not to its callers' threads, which come and go: theirs would stay open for ever.
+        """
+        with self._lock:
+            if self._closed.is_set():
+                raise ChatError("connect", CLOSED, retryable=False)
+            session, adapter = self._idle[url].pop() if self._idle[url] else self._open_session(url)
+            adapter.deadline = deadline
+            self._in_flight[threading.get_ident()] = adapter, deadline
+        try:
+            yield session
+        finally:
+            with self._lock:
+                del self._in_flight[threading.get_ident()]
+                self._idle[url].append((session, adapter))
+
+    def _open_session(self, url: str) -> tuple[requests.Session, _Adapter]:
+        session, adapter = requests.Session(), _Adapter(pool_connections=1, pool_maxsize=1)
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
+        session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+        session.auth = self._authorize  # also without a key: else requests looks for one in ~/.netrc
+        session.trust_env = not _is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
+        return session, adapter
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._key:

@@ -1,11 +1,15 @@
 """The embedded user as a bad service: `python benchmarks/chaos.py --port 8110 --down-at 60 --down-for 60`.
 
 Of the requests 10 % get a 500, 10 % a malformed body and 5 % no answer at all, at random; and once it is down.
+`python benchmarks/chaos.py --check RUN` then recomputes messages, rewards and counts from a run's episodes (all of them
+with `--episodes-every 1`): what an undisturbed user says, and what its words are worth. Exit code 1 if any is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
 import socket
 import struct
@@ -13,12 +17,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import rewards  # noqa: E402
 import simulator  # noqa: E402
+import world  # noqa: E402
+from train_rlpa import stream_seed  # noqa: E402
 
 MALFORMED = (b"{", b"<html>Bad gateway</html>", b'{"choices": []}', b'{"choices": [{"message": "hi"}]}', b"\xff")
 
@@ -86,7 +94,56 @@ def make_server(chaos: Chaos, port: int = 0) -> ThreadingHTTPServer:
     return server
 
 
-def main() -> None:
+def wrong(run: Path) -> Counter[str]:
+    """Count what was checked in a run's training iterations and, with "wrong" before it, what is not as it must be."""
+    config = json.loads((run / "config.json").read_text())
+    found: Counter[str] = Counter()
+
+    def check(name: str, is_right: bool) -> None:
+        found[name] += 1
+        found[f"wrong {name}"] += not is_right
+
+    episodes: dict[int, list[dict]] = {}
+    for line in (run / "episodes.jsonl").read_text().splitlines():
+        if (episode := json.loads(line))["kind"] == "train":
+            episodes.setdefault(episode["iteration"], []).append(episode)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] != "train" or record["iteration"] not in episodes:
+            continue
+        played = episodes[record["iteration"]]
+        whole = [episode for episode in played if episode["dropped"] is None]
+        scored = [c for episode in whole for turn in episode["turns"] for c in turn["candidates"]]
+        found["dropped dialogues"] += len(played) - len(whole)
+        check("counts of dialogues", record["dialogues"] == len(played) == config["rollout_batch_size"])
+        check("counts of dropped dialogues", record["dialogues_dropped"] == len(played) - len(whole))
+        check("counts of action tokens", record["action_tokens"] == sum(c["tokens"] for c in scored))
+        mean = sum(c["profile_reward"] + c["response_reward"] for c in scored) / max(1, len(scored))
+        check("mean rewards", math.isclose(record["reward"], mean, abs_tol=1e-6))
+        for episode in whole:
+            check("lengths", len(episode["turns"]) == config["max_turns"])
+            check_turns(episode, (config["seed"], "train", episode["iteration"] - 1), check)
+    return found
+
+
+def check_turns(episode: dict, stream: tuple, check: Callable[[str, bool], None]) -> None:
+    """Check a dialogue's messages against the undisturbed user's, and its profile scores against their words."""
+    history: list[tuple[str, str]] = []
+    persona = simulator.Persona(episode["persona_id"], tuple(episode["persona_facts"]))
+    for t, turn in enumerate(episode["turns"]):
+        if t:
+            facts, heard = simulator.parse_simulator_messages(simulator.simulator_messages(persona, history))
+            seed = stream_seed(*stream, "user", episode["index"], t)
+            check("messages of the user", turn["user_text"] == world.user_reply(list(facts), heard, seed))
+        history.append(("user", turn["user_text"]))
+        said = [text for role, text in history if role == "user"]
+        for c in turn["candidates"]:
+            ledger = vars(rewards.score_profile(c["profile"], persona.facts, said))
+            check("profile scores", c["judged"] and c["ledger"] == ledger)
+        history.append(("assistant", turn["candidates"][turn["chosen"]]["response"]))
+
+
+def main() -> int:
     """Run from the command line until it is interrupted; the last line counts what befell requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8110, help="port on 127.0.0.1; 0: any free one")
@@ -96,7 +153,12 @@ def main() -> None:
     parser.add_argument("--down-at", type=float, default=60.0, help="seconds from the first request until it is down")
     parser.add_argument("--down-for", type=float, default=0.0, help="seconds that it is down; 0: never")
     parser.add_argument("--seed", type=int, default=0, help="of what befalls whom")
+    parser.add_argument("--check", type=Path, metavar="RUN", help="serve nothing; check the episodes of a run")
     options = parser.parse_args()
+    if options.check:
+        found = wrong(options.check)
+        print("\n".join(f"{n:>8,} {name}" for name, n in sorted(found.items())))
+        return int(any(n for name, n in found.items() if name.startswith("wrong")) or not found["profile scores"])
     chaos = Chaos(options.errors, options.malformed, options.hanging, options.seed)
     server = make_server(chaos, options.port)
     print(f"chaos at http://127.0.0.1:{server.server_address[1]}", flush=True)
@@ -113,7 +175,8 @@ def main() -> None:
     chaos.ended.set()
     server.server_close()
     print(f"chaos: {dict(chaos.counts)}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
