@@ -287,6 +287,7 @@ def parse_simulator_messages(messages: Sequence[Message]) -> tuple[tuple[str, ..
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
 OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
 CLOSED = "the client was closed"
+URL_FLAGS = {"simulator": "--simulator-url", "judge": "--judge-url"}  # by the name of the client
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 POLL = 0.1  # seconds between two looks at a breaker
 
@@ -466,7 +467,7 @@ class ChatClient:
                       max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens,
                       breaker_failures=breaker_failures)
         _check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
-        urls = dict.fromkeys(completions_url(url.strip()) for url in base_url.split(","))  # each once, in order
+        urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
         self._turns = itertools.count()
         self.outage_budget, self.quota = outage_budget, quota or Quota()
@@ -819,30 +820,31 @@ def _most_tokens(request: dict[str, Any]) -> float:
     return sum(len(message["content"]) for message in request["messages"]) / 4 + request["max_tokens"]
 
 
-def completions_url(base_url: str) -> str:
-    """Return the address of the chat completions of a base URL, with or without its /v1.
+def completions_url(base_url: str, name: str = "") -> str:
+    """Return the address of the chat completions of a base URL, with or without its /v1; `name`: whose, for errors.
 
     >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/")
     ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions')
     """
-    parts = _split_url(base_url)
+    parts = _split_url(base_url.strip(), f"{URL_FLAGS.get(name, name)}: " if name else "")
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     if not re.search(r"/v\d[^/]*(?:/|$)", path):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
 
 
-def _split_url(base_url: str) -> SplitResult:
+def _split_url(base_url: str, whose: str) -> SplitResult:
     try:
         parts = urlsplit(base_url)
         valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, a broken IPv6 address
         valid = False
     if valid and (parts.username is not None or parts.password is not None):
-        raise ValueError("the base URL holds a user name or password; put the key into an environment variable instead")
+        raise ValueError(
+            f"{whose}the base URL holds a user name or password; put the key into an environment variable instead")
     if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
         shown = re.sub("//.*@|[?#].*", "…", base_url)  # not what may be a password or a key
-        raise ValueError(f"base URL {_shorten(shown)!r} is not of the form http://host:port or https://host/v1")
+        raise ValueError(f"{whose}base URL {_shorten(shown)!r} is not of the form http://host:port or https://host/v1")
     return parts
 
 
