@@ -9,11 +9,14 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -356,6 +359,58 @@ def test_an_evaluation_is_replayed_to_the_bit_and_counts_its_calls(ckpt, tmp_pat
         for name in ("subject", "simulator", "judge") for tokens in [calls[f"{name}_{side}_tokens"]]
     ))  # fmt: skip
     assert "a: simulator" in capfd.readouterr().out
+
+
+def within(seconds: float, work: Callable[[], object]) -> object:
+    """What `work` returns; a failure, and no test that never ends, if that takes longer."""
+    found: Future = Future()
+    threading.Thread(target=lambda: found.set_result(work()), daemon=True).start()
+    return found.result(seconds)
+
+
+def test_a_request_that_is_not_on_file_ends_an_evaluation_whoever_asks(ckpt, tmp_path, capfd, all_parse):
+    """Guards dialogues that wait for ever for one whose thread has ended in an error, in the middle of a batch."""
+    tape, count = tmp_path / "tape.jsonl", itertools.count()
+
+    def play(subject: str, *argv: str) -> int:
+        ends = ["--simulator-url", url, "--judge-url", url, "--turns", "2", "--num-personas", "6", "--quiet"]
+        return evaluate.main([subject, *ends, *argv, "--out", str(tmp_path / f"out{next(count)}")])
+
+    for method, who in (("rlpa", f"x={ckpt}"), ("base", f"x={ckpt}"), ("base", "x={url}#m")):
+        tape.unlink(missing_ok=True)
+        with chat_server(whimsical) as url:
+            assert within(60, lambda: play(who.format(url=url), "--method", method, "--record", str(tape))) == 0  # noqa: B023
+        whole, url = tape.read_bytes().splitlines(keepends=True), nobody()
+        endpoints = [json.loads(line)["endpoint"] for line in whole]
+        for asked in dict.fromkeys(endpoints):
+            lines = [i for i, name in enumerate(endpoints) if name == asked]
+            missing = lines[len(lines) // 2]
+            tape.write_bytes(b"".join(whole[:missing] + whole[missing + 1 :]))
+            capfd.readouterr()
+            assert within(60, lambda: play(who.format(url=url), "--method", method, "--replay", str(tape))) == 2  # noqa: B023
+            assert f"holds no reply of {asked}" in capfd.readouterr().err
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("reply", "chat"))]
+
+
+@pytest.mark.parametrize("who", ["x={url}#m", "x={ckpt}"])
+def test_ctrl_c_ends_an_evaluation_that_waits(ckpt, tmp_path, who):
+    """Guards a traceback, and an evaluation that goes on until endpoints have answered or given up."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def silent(_: dict) -> str:
+        asked.set()
+        answered.wait(300)
+        return "Late."
+
+    with chat_server(silent) as url:
+        command = [sys.executable, evaluate.__file__, who.format(url=url, ckpt=ckpt), "--simulator-url", url]
+        command += ["--request-timeout", "600", "--quiet", "--out", tmp_path / "out"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        answered.set()
+    assert process.returncode == 130 and said == "evaluate.py: stopped by Ctrl-C\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs
