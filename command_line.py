@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from plain_text import clean_text
+
 
 def run(program: str, work: Callable[[], int | None]) -> int:
     """Do a program's work and return its exit code, which is what `work` returns unless an error ends it."""
@@ -22,7 +24,7 @@ def run(program: str, work: Callable[[], int | None]) -> int:
         finally:
             sys.stdout.flush()  # here, and not at exit, where a pipe without a reader would end in a traceback
     except ValueError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {clean_text(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: stopped by Ctrl-C", file=sys.stderr)

@@ -34,6 +34,7 @@ from dialogue import Dialogue
 from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
 from model import resolve_checkpoint
 from perplexity import Text, perplexity_samples, read_texts, text_scores
+from plain_text import clean_text
 from rewards import VERDICTS
 from runlog import DISTINCT, GUARDS, PROFILE_GUARDS, distinct, episode_record, guards, ngram_counts, sum_counters
 from scenarios import SCENARIOS, choose_personas, make_dialogues
@@ -403,7 +404,7 @@ def draw_curve(axis, curve: list[Estimate], color: str, line: str, marker: str, 
     if all(map(math.isnan, values)):
         return
     every = max(1, len(curve) // 10)
-    axis.plot(turns, values, line, color=color, marker=marker, markersize=4, markevery=every, label=label)
+    axis.plot(turns, values, line, color=color, marker=marker, markersize=4, markevery=every, label=as_text(label))
     axis.fill_between(turns, [e.low for e in curve], [e.high for e in curve], color=color, alpha=0.15, lw=0)
 
 
@@ -412,7 +413,12 @@ def draw_point(axis, x: Estimate, y: Estimate, color: str, marker: str, label: s
     if math.isnan(x.value + y.value):
         return
     bars = [[[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]] for e in (x, y)]
-    axis.errorbar([x.value], [y.value], bars[1], bars[0], color=color, marker=marker, capsize=3, label=label)
+    axis.errorbar([x.value], [y.value], bars[1], bars[0], color=color, marker=marker, capsize=3, label=as_text(label))
+
+
+def as_text(label: str) -> str:
+    """Keep matplotlib from reading a subject's name as a formula."""
+    return label.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,6 +504,8 @@ def split_subject(text: str) -> tuple[str, str]:
     name, _, target = text.partition("=")
     if not name or not target:
         raise ValueError(f"subject {text!r} is not of the form NAME=FOLDER, NAME=HUB_ID or NAME=URL#MODEL")
+    if name != clean_text(name):  # it stands in tables, figures and files
+        raise ValueError(f"subject name {name!r} holds line breaks, control characters or spaces at its ends")
     if is_url(target) and not target.partition("#")[2]:
         raise ValueError(f"subject {text!r} names no model; write {text}#MODEL")
     return name, target
@@ -520,10 +528,10 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
         }
         for client in (player for player in players.values() if isinstance(player, ChatClient)):
             stack.enter_context(closing(client))
-        perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
-        make_out(args.out)
         env = stack.enter_context(train_rlpa.open_world(common, tape))
         stack.enter_context(command_line.noting_interrupts(env.signals))
+        perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
+        make_out(args.out)
         if args.world == "second":
             env.rule_verdicts = second_world.rule_verdicts
         for name, player in players.items():

@@ -9,7 +9,10 @@ import csv
 import doctest
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ import subjects
 import train_rlpa
 import world
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
+from perplexity import read_texts
 from rewards import VERDICTS, score_profile
 from simulator import ChatReply, Persona, parse_reply
 from train_rlpa import Config
@@ -441,7 +445,18 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
         (["x=ftp://host#m"], "no such folder"),
         (["x=http://u:p@host/v1#m"], "password"),
         ([f"x={TINY}", f"x={TINY}"], "more than once"),
-        ([f"x={TINY}", "--turns", "0"], "--turns"),
+        ([f"x={TINY}", "--turns", "0"], "--turns 0 must be at least 1"),
+        ([f"x={TINY}", "--turns", "many"], "--turns"),
+        ([f"x={TINY}", "--temperature", "nan"], "--temperature nan"),
+        ([f"x={TINY}", "--judge-url", "notaurl"], "--judge-url: base URL 'notaurl'"),
+        ([f"x={TINY}", "--simulator-url", "notaurl"], "--simulator-url: base URL"),
+        (["x=notaurl#m"], "subject x=notaurl#m"),
+        (["x=http://#m"], "subject x: base URL"),
+        ([f"a\x1b[2J\nb={TINY}"], r"'a\x1b[2J\nb'"),
+        ([f"x={TINY}", "--price-in", "1"], "--price-in 1 needs --price-out"),
+        ([f"x={TINY}", "--price-out", "0"], "--price-out 0 needs --price-in"),
+        ([f"x={TINY}", "--scenario", "conflict", "--turns", "3"], "--turns 6 or more, or a --change-turn from 2 to 3"),
+        ([f"x={TINY}", "--scenario", "conflict", "--turns", "1"], "give --turns 2 or more"),
         ([f"x={TINY}", "--scenario", "conflict", "--change-turn", "11"], "--change-turn"),
         ([f"x={TINY}", "--scenario", "conflict", "--num-personas", "1"], "two personas"),
         ([f"x={TINY}", "--personas", "absent.jsonl"], "absent.jsonl"),
@@ -481,3 +496,32 @@ def test_a_reply_of_thoughts_alone_is_not_empty():
     with pytest.raises(StopIteration) as end:
         calls.send(ChatReply("<think>Hm.</think>"))
     assert end.value.value.response == "..."
+
+
+def test_a_reader_that_goes_away_costs_neither_results_nor_a_traceback(tmp_path):
+    """Guards `evaluate.py … | head`: an hour of dialogues that is lost with a BrokenPipeError, and --help alike."""
+    out = tmp_path / "out"
+    flags = [f"a$b_$c={TINY}", "--turns", "1", "--num-personas", "2", "--quiet", "--out", str(out)]
+    for argv in (flags, ["--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run([sys.executable, evaluate.__file__, *argv], stdout=writing, stderr=subprocess.PIPE)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, b"")
+    assert json.loads((out / "results.json").read_text())["subjects"] and (out / "curves.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("x.jsonl", '{"text": "a b"}\nprose\n', "line 2"),
+    ("x.txt", '{"text": "a b"}\n{"text": "c\n', "line 2"),
+    ("x.txt", 'Some prose.\n\n  {"messages": [\n', "line 1"),
+    ("x.txt", '{messages: []}\n', "line 1"),
+    ("x.txt", '{"text": "a b"}\n"role": "user"}\n', "line 2"),
+])  # fmt: skip
+def test_damaged_jsonl_is_not_taken_for_prose(tmp_path, name, text, says):
+    """Guards a perplexity of brackets and quotation marks."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}, {says}"):
+        read_texts(tmp_path / name)
+    (tmp_path / "prose.txt").write_text('"Well," she said.\n\nThen { x }.\n')
+    assert read_texts(tmp_path / "prose.txt") == ['"Well," she said.', "Then { x }.\n"]
