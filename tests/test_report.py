@@ -335,7 +335,8 @@ def test_a_link_opens_a_dialogue_at_a_turn(tmp_path, evaluated):
     shown = plain_text(dom.partition('id="dialogue"')[2])
     assert "Persona heldout-1" in shown and "iteration 2" in shown and "After turn 1: 0 of 4 told" in shown
     assert "↻Location: Oslocorrected" in shown and "✕Location: Limawrong" in shown and "Could not be read" in shown
-    assert "1 other candidate" in shown and dom.count('<details class="others">') == 2
+    assert "1 other candidate" in shown and dom.count('<details class="others"') == 2
+    assert dom.count('<details class="others" open="">') == 1  # of the turn that the link names
     head = plain_text(dom.partition('id="dialogue"')[0])
     assert all(
         word in head for word in ("Facts in the profile", "again - tiny", "≈ 0.000", "Profile of again", "AL(k)")
