@@ -239,7 +239,7 @@ def difference(one: Played, other: Played, seed: int) -> Summary:
 
 def counts_of(dialogues: list[Dialogue], turns: int) -> dict[str, int]:
     """Count what went wrong, by who failed, and who counted the tokens."""
-    counts = Counter(f"dropped ({d.dropped})" for d in dialogues if d.dropped is not None)
+    counts = Counter(clean_text(f"dropped ({d.dropped})") for d in dialogues if d.dropped is not None)
     kept = [d for d in dialogues if d.dropped is None]
     counts["ended early (no more positions)"] = sum(len(d.turns) < turns for d in kept)
     by_words = sum(subjects.counted_by(turn.winner) == "words" for d in kept for turn in d.turns)
