@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -273,21 +273,33 @@ def test_ctrl_c_is_one_line(argv):
     assert process.communicate()[1] == "chat.py: stopped by Ctrl-C\n"
 
 
-def test_a_terminal():
-    """Guards line editing and the prompt, which a pipe does not have."""
+def in_a_terminal(act: Callable[[int, subprocess.Popen, bytes], bool]) -> tuple[int, bytes]:
+    """Talk in a terminal; `act` sees what was printed, until it returns True. Returns exit code and output."""
     parent, child = pty.openpty()
     command = [sys.executable, ROOT / "chat.py", "--ckpt", str(TINY)]
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=os.environ | {"TERM": "dumb"})
     os.close(child)
-    os.write(parent, b"Hello\nI work as a nurse.\n/quit\n")
-    seen, deadline = b"", time.monotonic() + 200
+    seen, done, deadline = b"", False, time.monotonic() + 200
     while time.monotonic() < deadline:
+        done = done or act(parent, process, seen)
         try:
             seen += os.read(parent, 4096)
         except OSError:  # the other end is closed: it has ended
             break
     os.close(parent)
-    assert process.wait(20) == 0 and b"you> " in seen and b"+ Occupation: nurse" in seen and b"Traceback" not in seen
+    return process.wait(20), seen
+
+
+def test_a_terminal():
+    """Guards line editing and the prompt, which a pipe does not have."""
+    code, seen = in_a_terminal(lambda to, *_: bool(os.write(to, b"Hello\nI work as a nurse.\n/quit\n")))
+    assert code == 0 and b"you> " in seen and b"+ Occupation: nurse" in seen and b"Traceback" not in seen
+
+
+def test_ctrl_c_at_the_prompt_ends_the_talk():
+    """Guards a traceback where people end a talk with Ctrl-C."""
+    code, seen = in_a_terminal(lambda _, process, seen: b"you> " in seen and not process.send_signal(signal.SIGINT))
+    assert code == 0 and b"Traceback" not in seen and b"chat.py" not in seen
 
 
 # ------------------------------------------------------------------------------------------------------------- endpoint

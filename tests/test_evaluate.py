@@ -13,13 +13,12 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from test_replay import chat_server
 
 import evaluate
 import metrics
@@ -45,26 +44,14 @@ PUBLISHED = {  # RLPA's rows of the paper's tables 4 and 5: AL(k), then AVG, N-I
 
 
 @contextmanager
-def chat_server(answer: Callable[[list[dict]], str | None], usage: int | None = 7) -> Iterator[str]:
-    """Serve chat completions: `answer` gets the messages and says something, or None for HTTP 400."""
+def subject_server(answer: Callable[[list[dict]], str | None], usage: int | None = 7) -> Iterator[str]:
+    """Serve a subject: `answer` gets the messages and says something, or None for HTTP 400."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            said = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"])
-            body = {"choices": [{"message": {"content": said}}]} if said is not None else {"error": "no"}
-            body |= {"usage": {"completion_tokens": usage}} if usage else {}
-            self.send_response(200 if said is not None else 400)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+    def said(request: dict) -> str | int:
+        return 400 if (text := answer(request["messages"])) is None else text
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1#scripted"
-    server.shutdown()
-    server.server_close()
+    with chat_server(said, {"completion_tokens": usage} if usage else None) as url:
+        yield f"{url}#scripted"
 
 
 def scribe(messages: list[dict]) -> str:
@@ -272,7 +259,7 @@ def test_nobody_takes_back_what_still_holds():
 def test_conflict_changes_user_and_ledger_at_its_turn(tmp_path, by_endpoint):
     """Guards a change one turn early or late, in either of the two dialogue loops."""
     flags = ("--scenario", "conflict", "--num-personas", 2, "--turns", 4, "--change-turn", 3)
-    with chat_server(scribe) as url:
+    with subject_server(scribe) as url:
         run(tmp_path, f"x={url if by_endpoint else TINY}", *flags)
     people = world.generate_personas(2, 0, "heldout")
     for episode in episodes(tmp_path):
@@ -340,7 +327,7 @@ def test_a_checkpoint_is_measured_as_the_trainer_measures_it(tmp_path):
 
 def test_an_endpoint_that_notes_everything_reaches_the_maximum(tmp_path):
     """Guards the endpoint's dialogue loop: roles, parsing, ledger and tokens of a subject whose score is known."""
-    with chat_server(scribe) as url:
+    with subject_server(scribe) as url:
         results = run(tmp_path, f"scribe={url}", "--num-personas", 8, "--turns", 5)
     found = results["subjects"]["scribe"]
     assert found["personas"] == 8 and found["counts"] == {}
@@ -360,7 +347,7 @@ def test_a_subject_keeps_its_profiles_in_the_history(tmp_path):
         seen.append(messages)
         return scribe(messages)
 
-    with chat_server(answer) as url:
+    with subject_server(answer) as url:
         run(tmp_path, f"x={url}", "--num-personas", 1, "--turns", 3)
         last = max(seen, key=len)
         assert [m["role"] for m in last] == ["system", "user", "assistant", "user", "assistant", "user"]
@@ -376,7 +363,7 @@ def test_a_subject_keeps_its_profiles_in_the_history(tmp_path):
 
 def test_prompting_methods_have_no_profile_figures(tmp_path):
     """Guards a baseline without a profile that is scored F1 0, and tokens of drafts that are forgotten."""
-    with chat_server(scribe, usage=None) as url:
+    with subject_server(scribe, usage=None) as url:
         results = run(tmp_path, f"x={url}", "--method", "base", "self_critic", "--num-personas", 2, "--turns", 2)
     base, critic = (results["subjects"][f"x/{name}"] for name in ("base", "self_critic"))
     assert base["figures"]["f1"]["value"] is base["figures"]["valid"]["value"] is None
@@ -424,11 +411,11 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
         told = " ".join(m["content"] for m in messages if m["role"] == "user")
         return None if told.count(" ") > 0 and "I" in told.split() and len(told) % 2 else scribe(messages)
 
-    with chat_server(moody) as url:
+    with subject_server(moody) as url:
         found = run(tmp_path, f"x={url}", "--num-personas", 8, "--turns", 4)["subjects"]["x"]
     dropped = found["counts"].get("dropped (subject: http_4xx)", 0)
     assert 0 < dropped < 8 and found["personas"] == 8 - dropped and found["figures"]["valid"]["value"] == 1
-    with chat_server(lambda messages: None) as url:
+    with subject_server(lambda messages: None) as url:
         flags = [f"x={url}", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "none")]
         assert evaluate.main(flags) == 2
     error = capsys.readouterr().err.strip()
@@ -525,3 +512,10 @@ def test_damaged_jsonl_is_not_taken_for_prose(tmp_path, name, text, says):
         read_texts(tmp_path / name)
     (tmp_path / "prose.txt").write_text('"Well," she said.\n\nThen { x }.\n')
     assert read_texts(tmp_path / "prose.txt") == ['"Well," she said.', "Then { x }.\n"]
+
+
+def test_why_a_dialogue_was_dropped_steers_no_terminal():
+    """Guards a reason out of a replayed file that clears the screen, or forges a line of the report."""
+    lost = Dialogue(0, "x", ("Age: 34",), dropped="simulator: \x1b[2J\u202ex\ntrained: 1.0 s")
+    (count,) = evaluate.counts_of([lost], 2)
+    assert count == "dropped (simulator: [2J x trained: 1.0 s)"
