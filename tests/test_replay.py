@@ -95,7 +95,7 @@ def client(url: str, path: Path, recording: bool, name: str = "user", **settings
 
 def told(clients: ChatClient, replies: list) -> tuple:
     """All that a caller can see of replies and counts, but for the time they took."""
-    counts = {k: v for k, v in clients.counts.items() if k not in ("wait_seconds", "replayed")}
+    counts = {k: v for k, v in clients.counts.items() if k not in ("wait_seconds", "replayed", "breaks")}
     return [(type(r), str(r), getattr(r, "tokens", 0), getattr(r, "reason", "")) for r in replies], counts
 
 
@@ -264,8 +264,14 @@ def all_parse(monkeypatch):
 
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     """Read a run's records, without what a clock says."""
-    found = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in found]
+    return [without_clock(json.loads(line)) for line in (run / name).read_text().splitlines()]
+
+
+def without_clock(record: dict) -> dict:
+    """Leave out what depends on when replies came: seconds, and how often a breaker opened."""
+    return {
+        k: v for k, v in record.items() if not k.startswith("seconds") and "per_second" not in k and "_breaks" not in k
+    }
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -346,7 +352,7 @@ def test_an_evaluation_is_replayed_to_the_bit_and_counts_its_calls(ckpt, tmp_pat
             [*subjects, *ends, *argv, "--turns", "3", "--num-personas", "4", "--quiet", "--out", str(folder)]
         ) == 0  # fmt: skip
         found = json.loads((folder / "results.json").read_text())["subjects"]
-        return {name: {k: v for k, v in one.items() if k != "seconds"} for name, one in found.items()}
+        return {name: without_clock(one | {"calls": without_clock(one["calls"])}) for name, one in found.items()}
 
     with chat_server(whimsical) as one, chat_server(whimsical) as two:
         live = results("live", [one, two], "--record", str(tape))
