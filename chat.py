@@ -26,11 +26,13 @@ import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import command_line
 import rewards
 import train_rlpa
 import world
@@ -38,7 +40,7 @@ from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, op
 from model import Qwen2ForCausalLM, resolve_checkpoint
 from plain_text import clean_text
 from sampler import Draw, Sampler
-from simulator import Message, RequestError, make_server, parse_request, read_key
+from simulator import Message, RequestError, json_type, make_server, parse_request, read_key
 from subjects import load_checkpoint
 from train_rlpa import Config, stream_seed
 
@@ -93,7 +95,8 @@ class Talk:
     def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, temperature: float):
         self.chat, self.config, self.longest = chat, config, policy.config.max_position_embeddings
         budget = train_rlpa.kv_budget(config, policy.head_weight.device)
-        self.sampler = make_sampler(policy, chat, config, temperature, 1, budget)
+        self.new_sampler = partial(make_sampler, policy, chat, config, temperature, 1, budget)
+        self.sampler = self.new_sampler()
         self.reset()
 
     def reset(self) -> None:
@@ -113,7 +116,7 @@ class Talk:
         return next((t.winner.profile for t in reversed(seen) if t.winner.failure is None), [])
 
     def reply(self, text: str) -> Candidate:
-        """Let the policy answer; ValueError once the dialogue would outgrow the model's positions or memory.
+        """Let the policy answer; ValueError if the message is, or the dialogue has become, too long for it.
 
         If it wrote a forgotten trait, the line is struck and the response is sampled again behind the profile without.
         """
@@ -124,23 +127,36 @@ class Talk:
                 kept = [line for line in reply.profile if not self.is_forgotten(line)]
                 start = render_turn(kept, "").removesuffix("\n</response>")
                 reply = self.write(turn.prompt_ids, self.chat.encode(start))
-        except BaseException:
+        except BaseException as error:
             self.turns.pop()  # a turn without an answer is no history
+            if not isinstance(error, ValueError):
+                self.sampler = self.new_sampler()  # Ctrl-C may have come in the middle of a step
             raise
         turn.candidates = [self.without_forgotten(reply)]
         return turn.winner
 
     def write(self, prompt_ids: list[int], start: list[int]) -> Candidate:
         """Sample a turn that begins with the ids `start`."""
-        room = self.longest - self.config.max_new_tokens - len(prompt_ids) - len(start)
-        if room < 0:
-            raise ValueError(f"the dialogue has reached the model's {self.longest} positions; /reset begins a new one")
+        if len(prompt_ids) + len(start) + self.config.max_new_tokens > self.longest:
+            raise ValueError(self.too_long())
         self.sampler.start(0, prompt_ids + start, [stream_seed(self.config.seed, "chat", len(self.turns), len(start))])
         ended: list[Draw] = []
         while not ended:
             ended = self.sampler.step()
         self.sampler.adopt(0, 0)
         return read_turn(start + ended[0].token_ids, ended[0].stop_reason, self.chat)
+
+    def too_long(self) -> str:
+        """Say why there are no positions for a reply to the newest message, and what makes room."""
+        alone = Dialogue(0, "you", ())
+        first = open_turn(alone, self.turns[-1].user_text, self.chat, self.config.history_profile)
+        needed, reply = len(first.prompt_ids), self.config.max_new_tokens
+        if needed + reply > self.longest:
+            return (
+                f"system prompt and message have {needed} tokens, a reply up to {reply}, and the model {self.longest}"
+                f" positions: shorten the message, or start with a --max-new-tokens below {reply}"
+            )
+        return f"the dialogue has reached the model's {self.longest} positions; /reset begins a new one"
 
     def forget(self, trait: str) -> list[str]:
         """Strike all profile lines with these words, now and until `reset`; returns what was struck.
@@ -276,20 +292,39 @@ def respond(talk: Talk, line: str, columns: int) -> str | None:
 
 
 def converse(talk: Talk) -> None:
-    """Talk until /quit, the end of the input or Ctrl-C; beside a terminal, input may come from a pipe."""
+    """Talk until /quit, the end of the input or Ctrl-C; beside a terminal, input may come from a pipe.
+
+    In a terminal, Ctrl-C while the policy writes stops its reply alone.
+    """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         import readline  # noqa: F401  (gives `input` line editing and a history)
 
         print("Say something; /help lists the commands.")
     sys.stdin.reconfigure(errors="replace")
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
-            columns = shutil.get_terminal_size().columns if terminal else 0
-            answer = respond(talk, input("you> " if terminal else ""), columns)
-            if answer is None:
-                break
-            print(harmless(answer), flush=True)
+    while (line := next_line(terminal)) is not None:
+        try:
+            answer = respond(talk, line, shutil.get_terminal_size().columns if terminal else 0)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            answer = "\n  Stopped: the dialogue goes on without that message. Ctrl-C once more ends it."
+        if answer is None:
+            break
+        print(harmless(answer), flush=True)
+
+
+def next_line(terminal: bool) -> str | None:
+    """Read a line; None at the end of the input, and in a terminal at Ctrl-C."""
+    try:
+        return input("you> " if terminal else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        print()
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +333,7 @@ def converse(talk: Talk) -> None:
 MAX_SAMPLERS = 4  # temperatures that are served at once; a fifth takes the place of one that is idle
 MAX_WAITING = 256  # requests that may wait for a place; more are sent away
 TEMPERATURES = (0.01, 100.0)  # allowed beside 0
+HOT = "[{:g}, {:g}]".format(*TEMPERATURES)
 NEUTRAL = {  # fields that are not supported, and the values with which they change nothing
     "stop": (None, []),
     "tools": (None, []),
@@ -359,7 +395,8 @@ class Service:
         try:
             draw = job.draw.result()
         except ValueError as error:  # the cache has no room for it, ever
-            raise RequestError(400, str(error)) from None
+            flags = f"the flags are the server's, whose {MAX_SAMPLERS} temperatures share --kv-gib"
+            raise RequestError(400, f"{error}; {flags}") from None
         cut = len(draw.token_ids) > limit
         reply = read_turn(draw.token_ids[:limit], "length" if cut else draw.stop_reason, self.chat)
         return self.completion(reply, len(prompt_ids), whole)
@@ -367,17 +404,22 @@ class Service:
     def read_settings(self, request: dict) -> tuple[float, int]:
         """Return a request's temperature and most tokens; RequestError for what this server cannot do."""
         for name, neutral in NEUTRAL.items():
-            if request.get(name) not in neutral:
-                raise RequestError(422, f'"{name}" is not supported by this server; leave it out')
+            if (value := request.get(name)) not in neutral:
+                raise RequestError(422, f'"{name}" is {json_type(value)}; that is not supported here; leave it out')
         temperature = request.get("temperature")
         temperature = self.temperature if temperature is None else temperature
         if type(temperature) not in (int, float) or not is_temperature(temperature):
-            raise RequestError(422, f'"temperature" must be 0 or lie in {list(TEMPERATURES)}')
-        limit = request.get("max_completion_tokens") or request.get("max_tokens")
-        limit = self.config.max_new_tokens if limit is None else limit
+            raise RequestError(422, f'"temperature" is {json_type(temperature)}; it must be 0 or lie in {HOT}')
+        most = self.config.max_new_tokens
+        names = ("max_completion_tokens", "max_tokens")
+        name, limit = next(((name, request[name]) for name in names if request.get(name) is not None), ("", most))
         if type(limit) is not int or limit < 1:
-            raise RequestError(422, '"max_tokens" must be a whole number of at least 1')
-        return float(temperature), min(limit, self.config.max_new_tokens)
+            raise RequestError(
+                422,
+                f'"{name}" is {json_type(limit)}; it must be a whole number from 1; above {most} (the server\'s'
+                f" --max-new-tokens) it counts as {most}",
+            )
+        return float(temperature), min(limit, most)
 
     def read_messages(self, messages: list[Message]) -> tuple[list[int], bool]:
         """Return the policy's prompt, and whether the client speaks in whole turns, profile blocks included.
@@ -395,7 +437,7 @@ class Service:
         ids = self.chat.message("system", SYSTEM_PROMPT)
         for i, message in enumerate(said):
             told = not whole and (self.config.history_profile == "all" or i == len(said) - 2)
-            text = as_written(message) if told else message["content"]
+            text = as_written(message, i + whole) if told else message["content"]
             ids += self.chat.message(message["role"], valid_unicode(text))
         return ids + self.chat.generation_header(), whole
 
@@ -483,13 +525,13 @@ def is_temperature(value: float) -> bool:
     return value == 0 or math.isfinite(value) and TEMPERATURES[0] <= value <= TEMPERATURES[1]
 
 
-def as_written(message: dict) -> str:
-    """Return a message as the policy wrote or read it: an assistant's with its profile block, if the client sent it."""
+def as_written(message: dict, i: int) -> str:
+    """Return messages[i] as the policy wrote or read it: an assistant's with its profile block, if that was sent."""
     content, profile = message["content"], message.get("profile")
     if message["role"] == "user" or profile is None:
         return content
     if not isinstance(profile, list) or not all(isinstance(line, str) for line in profile):
-        raise RequestError(422, '"profile" of an assistant message must be a list of strings')
+        raise RequestError(422, f"messages[{i}].profile is {json_type(profile)}, not a list of strings")
     return render_turn([line for line in map(clean_text, profile) if line], content)
 
 
@@ -498,14 +540,13 @@ def valid_unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def serve(service: Service, host: str, port: int, key: str) -> None:
-    """Serve until Ctrl-C; ValueError for a host that is open to others without a key, or a port that is taken."""
-    server = make_server(host, port, service.answer, service.model, key)
+def serve(server: ThreadingHTTPServer, service: Service) -> None:
+    """Let a server answer for a policy until Ctrl-C."""
+    server.answer = service.answer
     address = f"http://{server.server_address[0]}:{server.server_address[1]}/v1"
-    print(f"{service.model} at {address}{' (with a key)' if key else ''}", flush=True)
-    with suppress(KeyboardInterrupt):
+    print(f"{server.model} at {address}{' (with a key)' if server.key else ''}", flush=True)
+    with server:
         server.serve_forever(poll_interval=0.1)
-    server.server_close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +556,7 @@ def serve(service: Service, host: str, port: int, key: str) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = train_rlpa.refuse_arguments
+    parser.error = command_line.refuse
     tiny = str(train_rlpa.TINY_CHECKPOINT)
     parser.add_argument("--ckpt", nargs="?", const=tiny, required=True, help="folder or hub id; bare: the tiny one")
     parser.add_argument("--temperature", type=float, default=0.0, help="divides the logits; 0 is greedy [0]")
@@ -531,28 +572,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(train_rlpa.flag(name), type=kind, default=argparse.SUPPRESS, help=text)
     args = parser.parse_args(argv)
     if not is_temperature(args.temperature):
-        raise ValueError(f"--temperature {args.temperature} must be 0 or lie in {list(TEMPERATURES)}")
+        raise ValueError(f"--temperature {args.temperature} must be 0 or lie in {HOT}")
     return args
 
 
+def run(argv: Sequence[str] | None) -> None:
+    """Talk or serve, as the command line says."""
+    args = parse_args(argv)
+    key = read_key(args.api_key_env or None)
+    folder = resolve_checkpoint(args.ckpt)
+    model = Path(folder).resolve().name
+    server = make_server(args.host, args.port, model=model, key=key) if args.serve else None  # before the slow loading
+    given = {name: value for name, value in vars(args).items() if name in PASSED}
+    config = Config(**{**train_rlpa.checkpoint_defaults(folder), **given})
+    policy, chat = load_checkpoint(folder, config)
+    if server is not None:
+        serve(server, Service(policy, chat, config, model, args.temperature))
+    else:
+        converse(Talk(policy, chat, config, args.temperature))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; what a user can mend is one line on stderr and exit code 2."""
-    try:
-        args = parse_args(argv)
-        key = read_key(args.api_key_env or None)
-        folder = resolve_checkpoint(args.ckpt)
-        given = {name: value for name, value in vars(args).items() if name in PASSED}
-        config = Config(**{**train_rlpa.checkpoint_defaults(folder), **given})
-        policy, chat = load_checkpoint(folder, config)
-        if args.serve:
-            model = Path(folder).resolve().name
-            serve(Service(policy, chat, config, model, args.temperature), args.host, args.port, key)
-        else:
-            converse(Talk(policy, chat, config, args.temperature))
-    except ValueError as error:
-        print(f"chat.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run from the command line; returns the exit code (command_line.py)."""
+    return command_line.run("chat.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 A subject is NAME=FOLDER, NAME=HUB_ID or NAME=URL#MODEL (any OpenAI-compatible endpoint). All meet the same users, so
 that each is compared with the first one persona by persona. Written to --out: results.json, results.csv, curves.png and
-episodes.jsonl (whole dialogues). README, "Evaluate", explains the figures.
+episodes.jsonl (whole dialogues). docs/evaluation.md explains the figures.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+import command_line
 import second_world
 import subjects
 import train_rlpa
@@ -33,6 +34,7 @@ from dialogue import Dialogue
 from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
 from model import resolve_checkpoint
 from perplexity import Text, perplexity_samples, read_texts, text_scores
+from plain_text import clean_text
 from rewards import VERDICTS
 from runlog import DISTINCT, GUARDS, PROFILE_GUARDS, distinct, episode_record, guards, ngram_counts, sum_counters
 from scenarios import SCENARIOS, choose_personas, make_dialogues
@@ -107,10 +109,10 @@ class Played:
 # Playing and measuring
 
 
-def subject_config(target: str, args: argparse.Namespace) -> Config:
-    """Return how a subject plays: the trainer's defaults < its checkpoint's `rlpa.json` < flags."""
+def subject_config(target: str | Path, args: argparse.Namespace) -> Config:
+    """Return how a URL or a checkpoint's folder plays: the trainer's defaults < the folder's `rlpa.json` < flags."""
     given = {name: value for name in PASSED if (value := getattr(args, name)) is not None}
-    own = {} if is_url(target) else train_rlpa.checkpoint_defaults(resolve_checkpoint(target))
+    own = train_rlpa.checkpoint_defaults(target) if isinstance(target, Path) else {}
     fixed = {"max_turns": args.turns, "profile_target": "persona"}
     if args.world == "second":
         fixed["simulator_model"] = second_world.MODEL_NAME
@@ -161,6 +163,15 @@ def calls_of(player: ChatClient | Path, env: World) -> Counter:
     if isinstance(player, ChatClient):
         counts.update(train_rlpa.client_counts("subject", player))
     return counts
+
+
+def find_target(name: str, target: str) -> str | Path:
+    """Return a URL as it is and else a checkpoint's folder; ValueError if there is none."""
+    try:
+        return target if is_url(target) else resolve_checkpoint(target)
+    except ValueError as error:
+        reason = str(error).removeprefix("--ckpt ")
+        raise ValueError(f"subject {name}={reason}; an endpoint is http://HOST/v1#MODEL or https://…") from None
 
 
 def open_client(name: str, target: str, args: argparse.Namespace, tape: Tape | None) -> ChatClient:
@@ -228,7 +239,7 @@ def difference(one: Played, other: Played, seed: int) -> Summary:
 
 def counts_of(dialogues: list[Dialogue], turns: int) -> dict[str, int]:
     """Count what went wrong, by who failed, and who counted the tokens."""
-    counts = Counter(f"dropped ({d.dropped})" for d in dialogues if d.dropped is not None)
+    counts = Counter(clean_text(f"dropped ({d.dropped})") for d in dialogues if d.dropped is not None)
     kept = [d for d in dialogues if d.dropped is None]
     counts["ended early (no more positions)"] = sum(len(d.turns) < turns for d in kept)
     by_words = sum(subjects.counted_by(turn.winner) == "words" for d in kept for turn in d.turns)
@@ -393,7 +404,7 @@ def draw_curve(axis, curve: list[Estimate], color: str, line: str, marker: str, 
     if all(map(math.isnan, values)):
         return
     every = max(1, len(curve) // 10)
-    axis.plot(turns, values, line, color=color, marker=marker, markersize=4, markevery=every, label=label)
+    axis.plot(turns, values, line, color=color, marker=marker, markersize=4, markevery=every, label=as_text(label))
     axis.fill_between(turns, [e.low for e in curve], [e.high for e in curve], color=color, alpha=0.15, lw=0)
 
 
@@ -402,7 +413,12 @@ def draw_point(axis, x: Estimate, y: Estimate, color: str, marker: str, label: s
     if math.isnan(x.value + y.value):
         return
     bars = [[[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]] for e in (x, y)]
-    axis.errorbar([x.value], [y.value], bars[1], bars[0], color=color, marker=marker, capsize=3, label=label)
+    axis.errorbar([x.value], [y.value], bars[1], bars[0], color=color, marker=marker, capsize=3, label=as_text(label))
+
+
+def as_text(label: str) -> str:
+    """Keep matplotlib from reading a subject's name as a formula."""
+    return label.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +428,7 @@ def draw_point(axis, x: Estimate, y: Estimate, color: str, marker: str, label: s
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = train_rlpa.refuse_arguments
+    parser.error = command_line.refuse
     parser.add_argument("subjects", nargs="+", metavar="NAME=SUBJECT", help="folder, hub id or URL#MODEL; see above")
     parser.add_argument(
         "--method",
@@ -463,13 +479,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for values that argparse lets through."""
-    if min(args.turns, args.num_personas + 1) < 1 or args.temperature < 0:
+    for name, least in (("turns", 1), ("num_personas", 0), ("temperature", 0)):
+        if not getattr(args, name) >= least:
+            raise ValueError(f"{train_rlpa.flag(name)} {getattr(args, name)} must be at least {least}")
+    if args.scenario == "conflict" and args.change_turn < 2:
+        raise ValueError(f"--change-turn {args.change_turn} must be at least 2: recovery is to the turn before")
+    if args.scenario == "conflict" and args.change_turn > args.turns:
         raise ValueError(
-            f"--turns {args.turns} must be at least 1, --num-personas {args.num_personas} and --temperature"
-            f" {args.temperature} at least 0"
+            f"--scenario conflict changes the persona at turn {args.change_turn} of {args.turns}; give --turns"
+            f" {args.change_turn} or more, or a --change-turn from 2 to {args.turns}"
+            if args.turns > 1
+            else f"--scenario conflict changes the persona at turn {args.change_turn} of 1; give --turns 2 or more"
         )
-    if args.scenario == "conflict" and not 2 <= args.change_turn <= args.turns:
-        raise ValueError(f"--change-turn {args.change_turn} must lie in [2, {args.turns}] (--turns)")
+    command_line.check_prices(args.price_in, args.price_out)
     names = [name for name, _ in map(split_subject, args.subjects)]
     if repeated := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"subject name {repeated[0]!r} is used more than once")
@@ -482,6 +504,8 @@ def split_subject(text: str) -> tuple[str, str]:
     name, _, target = text.partition("=")
     if not name or not target:
         raise ValueError(f"subject {text!r} is not of the form NAME=FOLDER, NAME=HUB_ID or NAME=URL#MODEL")
+    if name != clean_text(name):  # it stands in tables, figures and files
+        raise ValueError(f"subject name {name!r} holds line breaks, control characters or spaces at its ends")
     if is_url(target) and not target.partition("#")[2]:
         raise ValueError(f"subject {text!r} names no model; write {text}#MODEL")
     return name, target
@@ -491,7 +515,7 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
     """Play all subjects by all methods, then print and write what came of it."""
     own_user = not args.simulator_url
     personas = choose_personas(args.personas, args.split, args.num_personas, args.scenario, own_user, args.seed)
-    targets = dict(map(split_subject, args.subjects))
+    targets = {name: find_target(name, target) for name, target in map(split_subject, args.subjects)}
     configs = {name: subject_config(target, args) for name, target in targets.items()}
     texts = read_texts(args.perplexity) if args.perplexity else []
     played = []
@@ -499,14 +523,15 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
         common = next(iter(configs.values()))  # how the user's and the judge's endpoints are asked
         tape = stack.enter_context(train_rlpa.open_tape(common))
         players: dict[str, ChatClient | Path] = {
-            name: open_client(name, target, args, tape) if is_url(target) else resolve_checkpoint(target)
+            name: open_client(name, target, args, tape) if isinstance(target, str) else target
             for name, target in targets.items()
         }
         for client in (player for player in players.values() if isinstance(player, ChatClient)):
             stack.enter_context(closing(client))
+        env = stack.enter_context(train_rlpa.open_world(common, tape))
+        stack.enter_context(command_line.noting_interrupts(env.signals))
         perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
         make_out(args.out)
-        env = stack.enter_context(train_rlpa.open_world(common, tape))
         if args.world == "second":
             env.rule_verdicts = second_world.rule_verdicts
         for name, player in players.items():
@@ -515,9 +540,9 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
                 played.append(play(row, player, configs[name], method, personas, args, env, perplexities[name]))
     first = played[0]
     compared = {f"{p.name} - {first.name}": difference(p, first, args.seed) for p in played[1:]}
-    report(played, compared, args)
     write_results(args.out, args, played, compared)
     draw(args.out / "curves.png", played, args)
+    report(played, compared, args)  # last: a reader that goes away (… | head) costs no result
     return played
 
 
@@ -545,17 +570,17 @@ def report(played: list[Played], compared: dict[str, Summary], args: argparse.Na
     print(f"results: {args.out}")
 
 
+def run(argv: Sequence[str] | None) -> None:
+    """Evaluate as the command line says; ValueError if of a subject no dialogue was left."""
+    played = evaluate(parse_args(argv))
+    if lost := [p for p in played if not p.summary.personas]:
+        causes = "; ".join(f"{p.name}: {', '.join(p.counts)}" for p in lost)
+        raise ValueError(f"no dialogue was left of {causes}; check the endpoints' URLs, models and keys")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; what a user can mend is one line on stderr and exit code 2."""
-    try:
-        played = evaluate(parse_args(argv))
-        if lost := [p for p in played if not p.summary.personas]:
-            causes = "; ".join(f"{p.name}: {', '.join(p.counts)}" for p in lost)
-            raise ValueError(f"no dialogue was left of {causes}; check the endpoints' URLs, models and keys")
-    except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run from the command line; returns the exit code (command_line.py)."""
+    return command_line.run("evaluate.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -165,14 +165,15 @@ class Estimate:
 def shown(x: float) -> str:
     """Write a number in a table's cell.
 
-    >>> shown(73.377), shown(0.0904), shown(float("nan")), shown(float("inf"))
-    ('73.38', '0.090', '-', 'never')
+    >>> shown(73.377), shown(0.0904), shown(-0.0004), shown(float("nan")), shown(float("inf"))
+    ('73.38', '0.090', '0.000', '-', 'never')
     """
     if math.isnan(x):
         return "-"
     if math.isinf(x):
         return "never"
-    return f"{x:.2f}" if abs(x) >= 10 else f"{x:.3f}"
+    digits = 2 if abs(x) >= 10 else 3
+    return f"{round(x, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.000"
 
 
 def estimate(samples: Array) -> Estimate:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+import command_line
 import train_rlpa
 from dialogue import Candidate, Dialogue, Turn
 from kernels import linear_logprob
@@ -112,6 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
     parser = train_rlpa.make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
     given = vars(parser.parse_args(argv))
+    command_line.check_prices(given.get("price_in"), given.get("price_out"))
     for name in ("personas", "eval_personas", "data"):
         if given.get(name):
             given[name] = str(Path(given[name]).resolve())
@@ -357,21 +359,23 @@ def epoch_line(state: State, m: dict[str, float]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; what a user can mend is one line on stderr and exit code 2."""
+def run(argv: Sequence[str] | None) -> int:
+    """Learn as the command line says; returns the exit code."""
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"WORLD_SIZE is {processes}; offline.py runs in one process: start it with python")
+    config = parse_args(argv)
     try:
-        if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-            raise ValueError(f"WORLD_SIZE is {processes}; offline.py runs in one process: start it with python")
-        config = parse_args(argv)
-        with train_rlpa.open_world(config) as env:
+        with train_rlpa.open_world(config) as env, command_line.noting_interrupts(env.signals):
             learn(config, env)
-    except ValueError as error:
-        print(f"offline.py: {error}", file=sys.stderr)
-        return 2
     except train_rlpa.Unavailable as error:
         print(f"offline.py: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code (command_line.py, and 75: user or judge stayed away)."""
+    return command_line.run("offline.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     perplexity = exp(− Σ log p(token | all before it) ÷ number of predicted tokens)
 
 Of a chat the assistant's turns are predicted, each with its `<|im_end|>`; of plain text every token but the first. The
-text is a file: JSONL with {"messages": [{"role": …, "content": …}, …]} or {"text": …} on a line, or, under any other
-ending, plain text whose passages are parted by blank lines. A checkpoint may bring its own, `sft_heldout.jsonl`.
+text is a file: JSONL with {"messages": [{"role": …, "content": …}, …]} or {"text": …} on a line (it ends in .jsonl, or
+a line begins like an object), or plain text whose passages are parted by blank lines. A checkpoint may bring its own,
+`sft_heldout.jsonl`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from metrics import Array, persona_weights, ratio
 from model import Qwen2ForCausalLM
 
 HELDOUT_FILE = "sft_heldout.jsonl"  # in a checkpoint's folder: text of its own fine-tuning that it was not tuned on
+OBJECT_START = re.compile(r"\A\s*[{]|^\s*[{]\s*\"", re.MULTILINE)  # a file that begins with one, or a line with its key
 Text = str | list[dict[str, str]]  # plain text, or the messages of a chat
 
 
 def read_texts(path: Path) -> list[Text]:
-    """Read chats and passages from a file; ValueError, in one line with path and line number, if it holds none."""
+    """Read chats and passages from a file; ValueError, in one line with path and line number, if it is damaged."""
     try:
         whole = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read text from {path}: {error}; --perplexity takes JSONL or plain text") from None
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" or OBJECT_START.search(whole):  # damaged JSONL must not pass for prose
         lines = enumerate(whole.split("\n"), 1)
         texts = [_read_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     else:
@@ -47,7 +49,8 @@ def _read_line(line: str, where: str) -> Text:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        hint = "a file with a line that begins like a JSON object is read as JSONL"
+        raise ValueError(f"{where} is not JSON: {error}; {hint}") from None
     if isinstance(found, dict) and isinstance(found.get("text"), str):
         return found["text"]
     messages = found.get("messages") if isinstance(found, dict) else None

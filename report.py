@@ -22,8 +22,9 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import command_line
 import rewards
 import world
 
@@ -373,15 +374,10 @@ def collect(folders: Sequence[Path], max_dialogues: int) -> Record:
 # Command line
 
 
-def refuse(message: str) -> NoReturn:
-    """Raise what argparse would print on several lines."""
-    raise ValueError(message)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = command_line.refuse
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of train_rlpa.py or evaluate.py")
     parser.add_argument("--out", type=Path, help="the page [report.html in the first folder]")
     parser.add_argument("--max-dialogues", type=int, default=60, help="dialogues per run in the page [60]")
@@ -397,21 +393,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; what a user can mend is one line on stderr and exit code 2."""
+def run(argv: Sequence[str] | None) -> None:
+    """Write the page, and say what it holds."""
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
         data = collect(args.runs, args.max_dialogues)
         page = render(data)
         args.out.write_text(page, encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # a file that cannot be read or written; it is named
+        raise ValueError(str(error)) from None
     for source in data["sources"]:
         for note in source["notes"]:
             print(f"{source['name']}: {note}")
     print(f"{args.out}: {len(data['dialogues'])} dialogues, {len(page.encode()) / 1e6:.1f} MB")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code (command_line.py)."""
+    return command_line.run("report.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ class Sampler:
             raise ValueError(
                 f"one dialogue needs {slots:,} slots of the KV cache, {slots * self.bytes_per_slot / 2**30:.3g} GiB;"
                 f" the budget is {self.kv_bytes / 2**30:.3g} GiB: raise --kv-gib, or lower --max-new-tokens,"
-                f" --num-candidates, --max-turns or --max-user-tokens"
+                + (" --num-candidates, --max-turns or --max-user-tokens" if self.n > 1 else " or shorten the dialogue")
             )
         parked = [i for i, row in enumerate(self.rows) if row is not None and not row.running]
         parked.sort(key=lambda i: (self.rows[i].key != key, -len(self.rows[i].token_ids)))

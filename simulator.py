@@ -122,7 +122,7 @@ def _parse_persona(value: Any, default_id: str, where: str) -> Persona:
     elif isinstance(value, dict):
         persona_id, texts = _parse_object(value, default_id, where)
     else:
-        raise ValueError(f"{where}: found {_json_type(value)}; accepted: {ACCEPTED}")
+        raise ValueError(f"{where}: found {json_type(value)}; accepted: {ACCEPTED}")
     facts = usable_facts(texts)
     if not facts:
         raise ValueError(f"{where}: no usable fact in {_shorten(json.dumps(value))}; a fact needs a letter or a digit")
@@ -137,31 +137,31 @@ def _parse_object(value: dict[str, Any], default_id: str, where: str) -> tuple[s
         raise ValueError(f'{where}: found {found} of "facts" and "slots"; accepted: one of them')
     persona_id = value.get("id", default_id)
     if type(persona_id) not in (str, int) or not clean_text(str(persona_id)):
-        raise ValueError(f'{where}: "id" is {_json_type(persona_id)}; accepted: a string or a whole number')
+        raise ValueError(f'{where}: "id" is {json_type(persona_id)}; accepted: a string or a whole number')
     texts = _list_facts(value["facts"], where) if "facts" in value else _slot_facts(value["slots"], where)
     return clean_text(str(persona_id)), texts
 
 
 def _list_facts(facts: Any, where: str) -> list[str]:
     if not isinstance(facts, list):
-        raise ValueError(f'{where}: "facts" is {_json_type(facts)}; accepted: a list of strings')
+        raise ValueError(f'{where}: "facts" is {json_type(facts)}; accepted: a list of strings')
     for i, fact in enumerate(facts):
         if not isinstance(fact, str):
-            raise ValueError(f'{where}: "facts"[{i}] is {_json_type(fact)}; accepted: a string')
+            raise ValueError(f'{where}: "facts"[{i}] is {json_type(fact)}; accepted: a string')
     return facts
 
 
 def _slot_facts(slots: Any, where: str) -> list[str]:
     """Render slots as "Slot: value" facts, one per element of a list value."""
     if not isinstance(slots, dict):
-        raise ValueError(f'{where}: "slots" is {_json_type(slots)}; accepted: an object')
+        raise ValueError(f'{where}: "slots" is {json_type(slots)}; accepted: an object')
     facts = []
     for slot, content in slots.items():
         if slot not in world.SLOTS:
             raise ValueError(f"{where}: unknown slot {_shorten(slot)!r}; accepted slots: {', '.join(world.SLOTS)}")
         for element in content if isinstance(content, list) else [content]:
             if type(element) not in (str, int):
-                raise ValueError(f'{where}: slot "{slot}" holds {_json_type(element)}; '
+                raise ValueError(f'{where}: slot "{slot}" holds {json_type(element)}; '
                                  "accepted: a string, a whole number or a list of them")
             facts.append(f"{slot}: {element}")
     return facts
@@ -204,7 +204,8 @@ def split_sentences(text: str) -> list[str]:
     return [s for s in (*sentences, text[start:].strip()) if s]
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """Name what JSON calls a value, and show it: what was found where something else was wanted."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return f"{names.get(type(value), 'null')} ({_shorten(json.dumps(value))})" if value is not None else "null"
 
@@ -287,6 +288,7 @@ def parse_simulator_messages(messages: Sequence[Message]) -> tuple[tuple[str, ..
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
 OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
 CLOSED = "the client was closed"
+URL_FLAGS = {"simulator": "--simulator-url", "judge": "--judge-url"}  # by the name of the client
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 POLL = 0.1  # seconds between two looks at a breaker
 
@@ -466,7 +468,7 @@ class ChatClient:
                       max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens,
                       breaker_failures=breaker_failures)
         _check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
-        urls = dict.fromkeys(completions_url(url.strip()) for url in base_url.split(","))  # each once, in order
+        urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
         self._turns = itertools.count()
         self.outage_budget, self.quota = outage_budget, quota or Quota()
@@ -828,30 +830,31 @@ def _most_tokens(request: dict[str, Any]) -> float:
     return sum(len(message["content"]) for message in request["messages"]) / 4 + request["max_tokens"]
 
 
-def completions_url(base_url: str) -> str:
-    """Return the address of the chat completions of a base URL, with or without its /v1.
+def completions_url(base_url: str, name: str = "") -> str:
+    """Return the address of the chat completions of a base URL, with or without its /v1; `name`: whose, for errors.
 
     >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/")
     ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions')
     """
-    parts = _split_url(base_url)
+    parts = _split_url(base_url.strip(), f"{URL_FLAGS.get(name, name)}: " if name else "")
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     if not re.search(r"/v\d[^/]*(?:/|$)", path):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
 
 
-def _split_url(base_url: str) -> SplitResult:
+def _split_url(base_url: str, whose: str) -> SplitResult:
     try:
         parts = urlsplit(base_url)
         valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, a broken IPv6 address
         valid = False
     if valid and (parts.username is not None or parts.password is not None):
-        raise ValueError("the base URL holds a user name or password; put the key into an environment variable instead")
+        raise ValueError(
+            f"{whose}the base URL holds a user name or password; put the key into an environment variable instead")
     if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
         shown = re.sub("//.*@|[?#].*", "…", base_url)  # not what may be a password or a key
-        raise ValueError(f"base URL {_shorten(shown)!r} is not of the form http://host:port or https://host/v1")
+        raise ValueError(f"{whose}base URL {_shorten(shown)!r} is not of the form http://host:port or https://host/v1")
     return parts
 
 
@@ -877,7 +880,7 @@ def parse_reply(raw: bytes, redact: Callable[[str], str] = str) -> ChatReply:
     except (KeyError, IndexError, TypeError):
         raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {start}") from None
     if not isinstance(content, str):
-        raise ChatError("bad_schema", f"choices[0].message.content is {_json_type(content)}, not a string")
+        raise ChatError("bad_schema", f"choices[0].message.content is {json_type(content)}, not a string")
     text = plain_text(redact(content.encode("utf-8", "replace").decode())).strip()  # a lone surrogate: tokenizers crash
     if not text:
         raise ChatError("empty", "choices[0].message.content is blank")
@@ -991,23 +994,23 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON ({_reason(error)})") from None
     if not isinstance(request, dict):
-        raise RequestError(422, f"the body is {_json_type(request)}, not an object")
+        raise RequestError(422, f"the body is {json_type(request)}, not an object")
     if request.get("stream"):
         raise RequestError(400, '"stream": true is not supported by this server; leave it out')
     if request.get("n") not in (None, 1):
-        raise RequestError(422, f'"n" is {_json_type(request["n"])}; this server gives one choice per request')
+        raise RequestError(422, f'"n" is {json_type(request["n"])}; this server gives one choice per request')
     seed = request.get("seed")
     if type(seed) not in (int, type(None)):
-        raise RequestError(422, f'"seed" is {_json_type(seed)}, not a whole number')
+        raise RequestError(422, f'"seed" is {json_type(seed)}, not a whole number')
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RequestError(422, f'"messages" is {_json_type(messages)}, not a list with at least one message')
+        raise RequestError(422, f'"messages" is {json_type(messages)}, not a list with at least one message')
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise RequestError(422, f"messages[{i}] is {_json_type(message)}, not an object")
+            raise RequestError(422, f"messages[{i}] is {json_type(message)}, not an object")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise RequestError(422, f"messages[{i}].{key} is {_json_type(message.get(key))}, not a string")
+                raise RequestError(422, f"messages[{i}].{key} is {json_type(message.get(key))}, not a string")
     return request
 
 
@@ -1144,16 +1147,19 @@ def make_server(
 
     Raises ValueError for a host that is not loopback unless clients must send a key, and a port that is not free.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port} must lie in [0, 65535]; 0 takes a free one")
     address = "127.0.0.1" if host == "localhost" else host
     if not _is_loopback(address) and not key or ":" in address:
-        raise ValueError(f"host {host!r} is not an IPv4 loopback address; use --host 127.0.0.1"
+        raise ValueError(f"--host {host} is not an IPv4 loopback address; use --host 127.0.0.1"
                          " (others need a key: chat.py --api-key-env)")
     try:
         server = _Server((address, port), _Handler)
         server.answer, server.model, server.key = answer, model, key
         return server
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on {address}:{port} ({error}); choose another --port (0: any free)") from None
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"--port {port} of {address} is not to be had ({why}); choose another (0: any free)") from None
 
 
 @dataclass

@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
+import command_line
 import evaluate
 import world
 from evaluate import Played
@@ -33,6 +35,8 @@ from metrics import LEVEL, Array, Estimate, Summary, compare, shown, summarize
 from runlog import GUARDS
 
 ROOT = Path(__file__).parent
+TINY = str(ROOT / "tiny")
+SEEDS, ITERATIONS = [0, 1, 2], 24
 BASE = "base"  # the checkpoint that all runs start from
 RUNS: dict[str, list[str]] = {  # what each run is called, and its flags beyond the tiny checkpoint's own
     "rlpa": [],
@@ -91,10 +95,11 @@ def folder_of(run: str, seed: int, args: argparse.Namespace) -> Path:
 
 def command_of(run: str, seed: int, args: argparse.Namespace) -> list[str]:
     """Return the command that makes a run."""
-    common = ["--ckpt", args.ckpt, "--seed", str(seed), "--num-iterations", str(args.num_iterations)]
+    start, iterations = str(policy_of(BASE, seed, args)), str(args.num_iterations)
+    common = ["--ckpt", start, "--seed", str(seed), "--num-iterations", iterations]
     where = ["--run-dir", str(folder_of(run, seed, args)), "--threads", "1"]
     if run in RUNS:
-        ends = ["--eval-every", "0", "--save-every", str(args.num_iterations)]
+        ends = ["--eval-every", "0", "--save-every", iterations]
         return [sys.executable, "train_rlpa.py", *common, *where, *ends, *RUNS[run]]
     collect = common if run == "sft" else ["--seed", str(seed), "--data", str(folder_of("sft", seed, args))]
     return [sys.executable, "offline.py", *collect, *where, *OFFLINE[run]]
@@ -103,43 +108,94 @@ def command_of(run: str, seed: int, args: argparse.Namespace) -> list[str]:
 def policy_of(run: str, seed: int, args: argparse.Namespace) -> Path:
     """Return the folder of a run's trained policy."""
     if run == BASE or run in PROMPTED:
-        return Path(args.ckpt)
+        return Path(args.ckpt).resolve()  # runs are started from another folder
     folder = folder_of(run, seed, args)
     return folder / "policy" if run in OFFLINE else folder / f"checkpoints/iteration_{args.num_iterations:06d}/policy"
 
 
-def train(run: str, seed: int, args: argparse.Namespace) -> None:
-    """Make a run unless it is there; one that was cut off is made anew.
+def is_made(run: str, seed: int, args: argparse.Namespace) -> bool:
+    """Tell whether a run is there and whole; ValueError if another command made what its folder holds."""
+    folder = folder_of(run, seed, args)
+    made = folder.with_suffix(".json")
+    if not (made.is_file() and folder.is_dir()):
+        return False
+    if json.loads(made.read_text()) != command_of(run, seed, args)[1:]:
+        raise ValueError(f"{folder} was made with other settings ({made}); choose another --runs")
+    return True
 
-    Raises ValueError if it fails, or if the folder holds a run that another command made.
-    """
+
+@dataclass
+class Making:
+    """A run that is being made."""
+
+    run: str
+    seed: int
+    folder: Path
+    process: subprocess.Popen
+    start: float
+
+
+def begin(run: str, seed: int, args: argparse.Namespace) -> Making:
+    """Start the process of a run, anew if an earlier one was cut off; what it prints goes to FOLDER.log."""
     folder, start = folder_of(run, seed, args), time.perf_counter()
-    made, command = folder.with_suffix(".json"), command_of(run, seed, args)[1:]
-    if made.is_file() and folder.is_dir():
-        if json.loads(made.read_text()) != command:
-            raise ValueError(f"{folder} was made with other settings ({made}); choose another --runs")
-        return
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
-    with log.open("w") as file:
-        done = subprocess.run(command_of(run, seed, args), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    if done.returncode:
-        raise ValueError(f"{run}, seed {seed}, ended with exit code {done.returncode}; see {log}")
-    made.write_text(json.dumps(command) + "\n")
-    print(f"{run}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    with folder.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command_of(run, seed, args), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    return Making(run, seed, folder, process, start)
+
+
+def finish(made: Making, args: argparse.Namespace) -> str:
+    """Note how a run was made that has ended; returns what went wrong, "" if nothing did."""
+    if code := made.process.returncode:
+        return f"{made.run}, seed {made.seed}, ended with exit code {code}; see {made.folder.with_suffix('.log')}"
+    command = command_of(made.run, made.seed, args)[1:]
+    made.folder.with_suffix(".json").write_text(json.dumps(command) + "\n")
+    print(f"{made.run}, seed {made.seed}: {time.perf_counter() - made.start:.0f} s", flush=True)
+    return ""
+
+
+def train(jobs: Sequence[tuple[str, int]], args: argparse.Namespace) -> None:
+    """Make the runs (name, seed) that are not there yet, --jobs at a time.
+
+    Raises ValueError for one that fails, after those under way have ended. Whatever else ends this ends them too.
+    """
+    waiting, running, failures = deque(job for job in jobs if not is_made(*job, args)), [], []
+    try:
+        while running or waiting and not failures:
+            while waiting and len(running) < args.jobs and not failures:
+                running.append(begin(*waiting.popleft(), args))
+            time.sleep(0.1)
+            ended = [one for one in running if one.process.poll() is not None]
+            running = [one for one in running if one not in ended]
+            failures += filter(None, (finish(one, args) for one in ended))
+    finally:
+        stop([one.process for one in running])
+    if failures:
+        raise ValueError("; ".join(failures))
+
+
+def stop(processes: Sequence[subprocess.Popen], patience: float = 30.0) -> None:
+    """Ask processes to end, and kill those that have not after `patience` seconds."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + patience
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def train_all(studies: Sequence[str], args: argparse.Namespace) -> None:
-    """Make what the studies need, --jobs runs at a time; SFT before DPO, which learns from its dialogues."""
+    """Make what the studies need; SFT before DPO, which learns from its dialogues."""
     wanted = {row: None for name in studies for row in STUDIES[name].rows if row in RUNS or row in OFFLINE}
     if "dpo" in wanted:
         wanted = {"sft": None} | wanted
     for rows in ([row for row in wanted if row != "dpo"], [row for row in wanted if row == "dpo"]):
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for _ in pool.map(lambda job: train(*job, args), [(row, seed) for row in rows for seed in args.seeds]):
-                pass
+        train([(row, seed) for row in rows for seed in args.seeds], args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,6 +211,11 @@ def personas_file(args: argparse.Namespace) -> Path:
     return path
 
 
+def flags_of(name: str, args: argparse.Namespace) -> list[str]:
+    """Return the flags of evaluate.py that a study has: its own, and those of --evaluate behind them."""
+    return [*STUDIES[name].flags, *args.evaluate]
+
+
 def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]]:
     """Evaluate a study's rows, each seed of them; returns row → one result per seed."""
     study, found = STUDIES[name], {}
@@ -163,7 +224,7 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         subjects = [f"{row}_{seed}={policy_of(row, seed, args)}" for seed in seeds]
         out = args.runs / "evaluated" / name / row.replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
-        flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *study.flags, *args.evaluate]
+        flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *flags_of(name, args)]
         print(f"{name}: evaluating {row}", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.with_suffix(".log").open("w") as log, redirect_stdout(log):  # its own tables
@@ -261,17 +322,28 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     plt.close(figure)
 
 
+def shown_command(name: str, args: argparse.Namespace) -> str:
+    """Write the command that reproduces a study: all flags that decide its figures and are not at their defaults."""
+    flags = ["--ckpt", args.ckpt] * (args.ckpt != TINY)
+    flags += ["--seeds", *map(str, args.seeds)] * (args.seeds != SEEDS)
+    flags += ["--num-iterations", str(args.num_iterations)] * (args.num_iterations != ITERATIONS)
+    flags += ["--evaluate", *args.evaluate] * bool(args.evaluate)
+    return shlex.join(["python", "studies.py", name, *flags])
+
+
 def run_study(name: str, args: argparse.Namespace) -> None:
     """Evaluate a study whose runs are there, and write NAME.md, NAME.png and NAME.json."""
     study, found = STUDIES[name], evaluate_rows(name, args)
-    change = 6 if "conflict" in study.flags else None
+    how = evaluate.parse_args([f"{BASE}={args.ckpt}", *flags_of(name, args)])
+    change = how.change_turn if how.scenario == "conflict" else None
     rows, turns = rows_of(found, change), next(iter(found.values()))[0].measurements["AL"].shape[1]
     personas = rows[0].summary.personas
     about = f"{personas} held-out personas, {turns} turns, seeds {', '.join(map(str, args.seeds))}"
     text = [
         f"# {study.question}",
-        f"`python studies.py {name}`: {about}, {args.num_iterations} iterations of the tiny checkpoint. A value is the"
-        f" mean over seeds, in brackets its {LEVEL:.0f} % interval over personas; differences are paired by persona.",
+        f"`{shown_command(name, args)}`: {about}, {args.num_iterations} iterations of"
+        f" {'the tiny checkpoint' if args.ckpt == TINY else args.ckpt}. A value is the mean over seeds, in brackets its"
+        f" {LEVEL:.0f} % interval over personas; differences are paired by persona.",
         f"![curves]({name}.png)", table(rows), curves_table(rows, turns),
     ]  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
@@ -283,41 +355,42 @@ def run_study(name: str, args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = command_line.refuse
     names = "; ".join(f"{name}: {study.question}" for name, study in STUDIES.items())
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{names}; all")
-    parser.add_argument("--ckpt", default=str(ROOT / "tiny"), help="checkpoint that all start from [tiny]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    parser.add_argument("--num-iterations", type=int, default=24, help="of each run [24]")
+    parser.add_argument("--ckpt", default=TINY, help="checkpoint that all start from [tiny]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="[0 1 2]")
+    parser.add_argument("--num-iterations", type=int, default=ITERATIONS, help="of each run [24]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each [all cores]")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/studies", help="folder of the runs [runs/studies]")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/studies", help="[docs/results/studies]")
     parser.add_argument("--evaluate", nargs=argparse.REMAINDER, default=[], help="further flags of evaluate.py, last")
     args = parser.parse_args(argv)
-    if args.jobs < 1 or min(args.seeds) < 0 or args.num_iterations < 1:
-        parser.error(
-            f"--jobs {args.jobs} and --num-iterations {args.num_iterations} must be at least 1,"
-            f" --seeds {args.seeds} 0 or more"
-        )
+    for flag, value, least in (("--jobs", args.jobs, 1), ("--num-iterations", args.num_iterations, 1),
+                               ("--seeds", min(args.seeds), 0)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{flag} {value} must be at least {least}")
     if not Path(args.ckpt).is_dir():
-        parser.error(f"--ckpt {args.ckpt} is no folder")
-    args.ckpt = str(Path(args.ckpt).resolve())
+        raise ValueError(f"--ckpt {args.ckpt} is no folder")
+    args.studies = list(STUDIES) if "all" in args.studies else list(dict.fromkeys(args.studies))
+    for name in args.studies:  # a bad flag of --evaluate is found now, not after hours of training
+        evaluate.parse_args([f"{BASE}={args.ckpt}", *flags_of(name, args)])
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train and evaluate; what a user can mend is one line on stderr and exit code 2."""
+def run(argv: Sequence[str] | None) -> None:
+    """Train and evaluate as the command line says."""
     args = parse_args(argv)
-    studies = list(STUDIES) if "all" in args.studies else list(dict.fromkeys(args.studies))
-    try:
-        train_all(studies, args)
-        for name in studies:
-            run_study(name, args)
-    except ValueError as error:
-        print(f"studies.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    train_all(args.studies, args)
+    for name in args.studies:
+        run_study(name, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code (command_line.py)."""
+    return command_line.run("studies.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -85,12 +85,32 @@ def play_checkpoint(
     model = AskedPolicy(policy, chat, play, config, len(dialogues))
     players = {d.index: converse(d, method, play, config, env) for d in dialogues}
     answers: dict[int, ChatReply | ChatError | None] = dict.fromkeys(players)  # None starts a generator
-    with ThreadPoolExecutor(config.max_concurrency) as pool:  # users and judges may be slow: they are asked in threads
+    with dialogue_threads(config, env) as pool:  # users and judges may be slow: they are asked in threads
         while answers:
-            asked = pool.map(lambda item: advance(players[item[0]], item[1]), answers.items())
-            calls = {i: call for i, call in zip(answers, asked, strict=True) if call is not None}
-            answers = model.answer(calls)
+            asked = {i: pool.submit(advance, players[i], answer) for i, answer in answers.items()}
+            first_error(asked.values())
+            answers = model.answer({i: call for i, future in asked.items() if (call := future.result()) is not None})
     env.counts.update(model.sampler.counts)
+
+
+@contextmanager
+def dialogue_threads(config: Config, env: World, subject: ChatClient | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads. An error in one of them, or Ctrl-C, ends all: requests under way are cut off."""
+    with ThreadPoolExecutor(config.max_concurrency) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            env.hang_up()  # else threads would play their dialogues to the end, at the pace of their replies
+            if subject is not None:
+                subject.close()
+            raise
+
+
+def first_error(futures: Iterable[Future]) -> None:
+    """Wait until all are done, or one has failed, whose exception is raised."""
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result()
 
 
 def advance(player: Player, answer: ChatReply | ChatError | None) -> Call | None:
@@ -156,9 +176,8 @@ def play_endpoint(
         while (call := advance(player, answer)) is not None:
             answer = client.ask(*call)
 
-    with ThreadPoolExecutor(config.max_concurrency) as pool:
-        for _ in pool.map(run, dialogues):  # raises what a thread raised
-            pass
+    with dialogue_threads(config, env, client) as pool:
+        first_error([pool.submit(run, dialogue) for dialogue in dialogues])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

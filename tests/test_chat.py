@@ -12,11 +12,13 @@ import json
 import os
 import pty
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -210,30 +212,94 @@ def test_a_pipe_in_and_a_transcript_out():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("chat.py: ")
 
 
+def test_a_message_that_is_too_long_by_itself_must_be_shortened(loaded, talk):
+    """Guards advice that does not help: /reset, where the first message alone has no room."""
+    for one in (Talk(*loaded, CONFIG, 0.0), talk):
+        said, turns = respond(one, "word " * 5000, 0), len(one.turns)
+        assert "/reset" not in said and "shorten the message" in said and "--max-new-tokens below" in said
+        assert f"{talk.longest} positions" in said and len(one.turns) == turns
+    small = Talk(*loaded, replace(CONFIG, kv_gib=0.0001), 0.0)
+    said = respond(small, "Hello", 0)
+    flags = set(re.findall("--[a-z-]+", said))
+    assert flags == {"--kv-gib", "--max-new-tokens"} and "shorten the dialogue" in said  # flags that chat.py has
+
+
+def test_ctrl_c_stops_a_reply_and_the_dialogue_goes_on(talk, monkeypatch):
+    """Guards a turn without an answer in the history, and a sampler that was stopped amid a step and is used again."""
+    before, step, prompt = list(talk.turns), Sampler.step, talk.turns[-1].prompt_ids
+    with monkeypatch.context() as patch:
+        steps = iter([step, step, lambda self: (step(self), signal.raise_signal(signal.SIGINT))])
+        patch.setattr(Sampler, "step", lambda self: next(steps)(self))
+        with pytest.raises(KeyboardInterrupt):
+            talk.reply("I have two cats.")
+    assert talk.turns == before and talk.turns[-1].prompt_ids == prompt
+    winner = talk.reply("I have a dog.")
+    assert winner.token_ids == afresh((talk.sampler.policy, talk.chat), talk.turns[-1].prompt_ids)
+
+
 @pytest.mark.parametrize("argv", [["--temperature", "-1"], ["--temperature", "nan"], ["--port", "x", "--serve"],
                                   ["--api-key-env", "NOT_SET_ANYWHERE", "--serve"], ["--max-new-tokens", "0"],
                                   ["--serve", "--host", "0.0.0.0"], ["--serve", "--port", "99999"]])  # fmt: skip
 def test_bad_flags_are_one_line(argv, capsys):
     """Guards a traceback, and a server that is open to the network without a key."""
     assert chat.main(["--ckpt", str(TINY), *argv]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    flag = argv[0] if argv[0] != "--serve" else argv[1]
+    assert error.count("\n") == 1 and (flag in error or "NOT_SET_ANYWHERE" in error)
 
 
-def test_a_terminal():
-    """Guards line editing and the prompt, which a pipe does not have."""
+def test_a_port_that_is_taken_or_does_not_exist_is_named_with_its_flag(capsys):
+    """Guards an error that says neither which port nor what to change, and one that comes after the model is loaded."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = str(taken.getsockname()[1])
+        for value, says in ((port, f"--port {port} of 127.0.0.1"), ("65536", "[0, 65535]"), ("-1", "[0, 65535]")):
+            assert chat.main(["--ckpt", str(TINY), "--serve", "--port", value]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and says in error and f"--port {value}" in error
+
+
+@pytest.mark.parametrize("argv", [["--serve", "--port", "0"], []])
+def test_ctrl_c_is_one_line(argv):
+    """Guards a traceback at the end of a server, or of a talk with a pipe."""
+    command = [sys.executable, ROOT / "chat.py", "--ckpt", str(TINY), *argv]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes)
+    if not argv:
+        process.stdin.write("Hello\n")
+        process.stdin.flush()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.communicate()[1] == "chat.py: stopped by Ctrl-C\n"
+
+
+def in_a_terminal(act: Callable[[int, subprocess.Popen, bytes], bool]) -> tuple[int, bytes]:
+    """Talk in a terminal; `act` sees what was printed, until it returns True. Returns exit code and output."""
     parent, child = pty.openpty()
     command = [sys.executable, ROOT / "chat.py", "--ckpt", str(TINY)]
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=os.environ | {"TERM": "dumb"})
     os.close(child)
-    os.write(parent, b"Hello\nI work as a nurse.\n/quit\n")
-    seen, deadline = b"", time.monotonic() + 200
+    seen, done, deadline = b"", False, time.monotonic() + 200
     while time.monotonic() < deadline:
+        done = done or act(parent, process, seen)
         try:
             seen += os.read(parent, 4096)
         except OSError:  # the other end is closed: it has ended
             break
     os.close(parent)
-    assert process.wait(20) == 0 and b"you> " in seen and b"+ Occupation: nurse" in seen and b"Traceback" not in seen
+    return process.wait(20), seen
+
+
+def test_a_terminal():
+    """Guards line editing and the prompt, which a pipe does not have."""
+    code, seen = in_a_terminal(lambda to, *_: bool(os.write(to, b"Hello\nI work as a nurse.\n/quit\n")))
+    assert code == 0 and b"you> " in seen and b"+ Occupation: nurse" in seen and b"Traceback" not in seen
+
+
+def test_ctrl_c_at_the_prompt_ends_the_talk():
+    """Guards a traceback where people end a talk with Ctrl-C."""
+    code, seen = in_a_terminal(lambda _, process, seen: b"you> " in seen and not process.send_signal(signal.SIGINT))
+    assert code == 0 and b"Traceback" not in seen and b"chat.py" not in seen
 
 
 # ------------------------------------------------------------------------------------------------------------- endpoint
@@ -384,6 +450,21 @@ def test_what_cannot_be_done_is_refused_in_one_line(service, status, body):
     assert found == status
     if status != 200:
         assert reply["error"]["message"] and "\n" not in reply["error"]["message"]
+
+
+@pytest.mark.parametrize(("field", "value", "says"), [
+    ("temperature", -1, ["-1", "[0.01, 100]"]), ("temperature", 1e9, ["1000000000.0", "[0.01, 100]"]),
+    ("temperature", "hot", ["hot", "[0.01, 100]"]), ("max_tokens", 0, ["0", "from 1", "above 256"]),
+    ("max_completion_tokens", 0, ["max_completion_tokens", "(0)"]), ("max_tokens", 1.5, ["1.5", "from 1"]),
+    ("top_p", 0.9, ["0.9"]), ("stop", ["x"], ["stop", "x"]),
+    ("messages", [*user("a"), {"role": "assistant", "content": "b", "profile": [3]}, *user("c")],
+     ["messages[1].profile", "[3]", "list of strings"]),
+])  # fmt: skip
+def test_a_refusal_names_the_value_and_the_limit(service, field, value, says):
+    """Guards an error that leaves the client guessing what it sent and what would be taken."""
+    reply = post(service[1], {"messages": user("Hello"), field: value})[1]
+    limit = f"above {CONFIG.max_new_tokens}"
+    assert all(part.replace("above 256", limit) in reply["error"]["message"] for part in [field, *says])
 
 
 def test_only_who_has_the_key_is_answered_and_nobody_sees_it(loaded, capfd):

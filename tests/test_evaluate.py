@@ -9,14 +9,16 @@ import csv
 import doctest
 import json
 import math
+import os
 import random
-import threading
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from test_replay import chat_server
 
 import evaluate
 import metrics
@@ -26,6 +28,7 @@ import subjects
 import train_rlpa
 import world
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
+from perplexity import read_texts
 from rewards import VERDICTS, score_profile
 from simulator import ChatReply, Persona, parse_reply
 from train_rlpa import Config
@@ -41,26 +44,14 @@ PUBLISHED = {  # RLPA's rows of the paper's tables 4 and 5: AL(k), then AVG, N-I
 
 
 @contextmanager
-def chat_server(answer: Callable[[list[dict]], str | None], usage: int | None = 7) -> Iterator[str]:
-    """Serve chat completions: `answer` gets the messages and says something, or None for HTTP 400."""
+def subject_server(answer: Callable[[list[dict]], str | None], usage: int | None = 7) -> Iterator[str]:
+    """Serve a subject: `answer` gets the messages and says something, or None for HTTP 400."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            said = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"])
-            body = {"choices": [{"message": {"content": said}}]} if said is not None else {"error": "no"}
-            body |= {"usage": {"completion_tokens": usage}} if usage else {}
-            self.send_response(200 if said is not None else 400)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+    def said(request: dict) -> str | int:
+        return 400 if (text := answer(request["messages"])) is None else text
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1#scripted"
-    server.shutdown()
-    server.server_close()
+    with chat_server(said, {"completion_tokens": usage} if usage else None) as url:
+        yield f"{url}#scripted"
 
 
 def scribe(messages: list[dict]) -> str:
@@ -268,7 +259,7 @@ def test_nobody_takes_back_what_still_holds():
 def test_conflict_changes_user_and_ledger_at_its_turn(tmp_path, by_endpoint):
     """Guards a change one turn early or late, in either of the two dialogue loops."""
     flags = ("--scenario", "conflict", "--num-personas", 2, "--turns", 4, "--change-turn", 3)
-    with chat_server(scribe) as url:
+    with subject_server(scribe) as url:
         run(tmp_path, f"x={url if by_endpoint else TINY}", *flags)
     people = world.generate_personas(2, 0, "heldout")
     for episode in episodes(tmp_path):
@@ -336,7 +327,7 @@ def test_a_checkpoint_is_measured_as_the_trainer_measures_it(tmp_path):
 
 def test_an_endpoint_that_notes_everything_reaches_the_maximum(tmp_path):
     """Guards the endpoint's dialogue loop: roles, parsing, ledger and tokens of a subject whose score is known."""
-    with chat_server(scribe) as url:
+    with subject_server(scribe) as url:
         results = run(tmp_path, f"scribe={url}", "--num-personas", 8, "--turns", 5)
     found = results["subjects"]["scribe"]
     assert found["personas"] == 8 and found["counts"] == {}
@@ -356,7 +347,7 @@ def test_a_subject_keeps_its_profiles_in_the_history(tmp_path):
         seen.append(messages)
         return scribe(messages)
 
-    with chat_server(answer) as url:
+    with subject_server(answer) as url:
         run(tmp_path, f"x={url}", "--num-personas", 1, "--turns", 3)
         last = max(seen, key=len)
         assert [m["role"] for m in last] == ["system", "user", "assistant", "user", "assistant", "user"]
@@ -372,7 +363,7 @@ def test_a_subject_keeps_its_profiles_in_the_history(tmp_path):
 
 def test_prompting_methods_have_no_profile_figures(tmp_path):
     """Guards a baseline without a profile that is scored F1 0, and tokens of drafts that are forgotten."""
-    with chat_server(scribe, usage=None) as url:
+    with subject_server(scribe, usage=None) as url:
         results = run(tmp_path, f"x={url}", "--method", "base", "self_critic", "--num-personas", 2, "--turns", 2)
     base, critic = (results["subjects"][f"x/{name}"] for name in ("base", "self_critic"))
     assert base["figures"]["f1"]["value"] is base["figures"]["valid"]["value"] is None
@@ -420,11 +411,11 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
         told = " ".join(m["content"] for m in messages if m["role"] == "user")
         return None if told.count(" ") > 0 and "I" in told.split() and len(told) % 2 else scribe(messages)
 
-    with chat_server(moody) as url:
+    with subject_server(moody) as url:
         found = run(tmp_path, f"x={url}", "--num-personas", 8, "--turns", 4)["subjects"]["x"]
     dropped = found["counts"].get("dropped (subject: http_4xx)", 0)
     assert 0 < dropped < 8 and found["personas"] == 8 - dropped and found["figures"]["valid"]["value"] == 1
-    with chat_server(lambda messages: None) as url:
+    with subject_server(lambda messages: None) as url:
         flags = [f"x={url}", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "none")]
         assert evaluate.main(flags) == 2
     error = capsys.readouterr().err.strip()
@@ -441,7 +432,18 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
         (["x=ftp://host#m"], "no such folder"),
         (["x=http://u:p@host/v1#m"], "password"),
         ([f"x={TINY}", f"x={TINY}"], "more than once"),
-        ([f"x={TINY}", "--turns", "0"], "--turns"),
+        ([f"x={TINY}", "--turns", "0"], "--turns 0 must be at least 1"),
+        ([f"x={TINY}", "--turns", "many"], "--turns"),
+        ([f"x={TINY}", "--temperature", "nan"], "--temperature nan"),
+        ([f"x={TINY}", "--judge-url", "notaurl"], "--judge-url: base URL 'notaurl'"),
+        ([f"x={TINY}", "--simulator-url", "notaurl"], "--simulator-url: base URL"),
+        (["x=notaurl#m"], "subject x=notaurl#m"),
+        (["x=http://#m"], "subject x: base URL"),
+        ([f"a\x1b[2J\nb={TINY}"], r"'a\x1b[2J\nb'"),
+        ([f"x={TINY}", "--price-in", "1"], "--price-in 1 needs --price-out"),
+        ([f"x={TINY}", "--price-out", "0"], "--price-out 0 needs --price-in"),
+        ([f"x={TINY}", "--scenario", "conflict", "--turns", "3"], "--turns 6 or more, or a --change-turn from 2 to 3"),
+        ([f"x={TINY}", "--scenario", "conflict", "--turns", "1"], "give --turns 2 or more"),
         ([f"x={TINY}", "--scenario", "conflict", "--change-turn", "11"], "--change-turn"),
         ([f"x={TINY}", "--scenario", "conflict", "--num-personas", "1"], "two personas"),
         ([f"x={TINY}", "--personas", "absent.jsonl"], "absent.jsonl"),
@@ -481,3 +483,39 @@ def test_a_reply_of_thoughts_alone_is_not_empty():
     with pytest.raises(StopIteration) as end:
         calls.send(ChatReply("<think>Hm.</think>"))
     assert end.value.value.response == "..."
+
+
+def test_a_reader_that_goes_away_costs_neither_results_nor_a_traceback(tmp_path):
+    """Guards `evaluate.py … | head`: an hour of dialogues that is lost with a BrokenPipeError, and --help alike."""
+    out = tmp_path / "out"
+    flags = [f"a$b_$c={TINY}", "--turns", "1", "--num-personas", "2", "--quiet", "--out", str(out)]
+    for argv, codes in ((flags, {141}), (["--help"], {0, 141})):  # argparse may have swallowed it
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run([sys.executable, evaluate.__file__, *argv], stdout=writing, stderr=subprocess.PIPE)
+        os.close(writing)
+        assert done.returncode in codes and done.stderr == b""
+    assert json.loads((out / "results.json").read_text())["subjects"] and (out / "curves.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("x.jsonl", '{"text": "a b"}\nprose\n', "line 2"),
+    ("x.txt", '{"text": "a b"}\n{"text": "c\n', "line 2"),
+    ("x.txt", 'Some prose.\n\n  {"messages": [\n', "line 1"),
+    ("x.txt", '{messages: []}\n', "line 1"),
+    ("x.txt", '{"text": "a b"}\n"role": "user"}\n', "line 2"),
+])  # fmt: skip
+def test_damaged_jsonl_is_not_taken_for_prose(tmp_path, name, text, says):
+    """Guards a perplexity of brackets and quotation marks."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}, {says}"):
+        read_texts(tmp_path / name)
+    (tmp_path / "prose.txt").write_text('"Well," she said.\n\nThen { x }.\n')
+    assert read_texts(tmp_path / "prose.txt") == ['"Well," she said.', "Then { x }.\n"]
+
+
+def test_why_a_dialogue_was_dropped_steers_no_terminal():
+    """Guards a reason out of a replayed file that clears the screen, or forges a line of the report."""
+    lost = Dialogue(0, "x", ("Age: 34",), dropped="simulator: \x1b[2J\u202ex\ntrained: 1.0 s")
+    (count,) = evaluate.counts_of([lost], 2)
+    assert count == "dropped (simulator: [2J x trained: 1.0 s)"

@@ -9,11 +9,14 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,7 +95,7 @@ def client(url: str, path: Path, recording: bool, name: str = "user", **settings
 
 def told(clients: ChatClient, replies: list) -> tuple:
     """All that a caller can see of replies and counts, but for the time they took."""
-    counts = {k: v for k, v in clients.counts.items() if k not in ("wait_seconds", "replayed")}
+    counts = {k: v for k, v in clients.counts.items() if k not in ("wait_seconds", "replayed", "breaks")}
     return [(type(r), str(r), getattr(r, "tokens", 0), getattr(r, "reason", "")) for r in replies], counts
 
 
@@ -261,8 +264,14 @@ def all_parse(monkeypatch):
 
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     """Read a run's records, without what a clock says."""
-    found = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in found]
+    return [without_clock(json.loads(line)) for line in (run / name).read_text().splitlines()]
+
+
+def without_clock(record: dict) -> dict:
+    """Leave out what depends on when replies came: seconds, and how often a breaker opened."""
+    return {
+        k: v for k, v in record.items() if not k.startswith("seconds") and "per_second" not in k and "_breaks" not in k
+    }
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -343,7 +352,7 @@ def test_an_evaluation_is_replayed_to_the_bit_and_counts_its_calls(ckpt, tmp_pat
             [*subjects, *ends, *argv, "--turns", "3", "--num-personas", "4", "--quiet", "--out", str(folder)]
         ) == 0  # fmt: skip
         found = json.loads((folder / "results.json").read_text())["subjects"]
-        return {name: {k: v for k, v in one.items() if k != "seconds"} for name, one in found.items()}
+        return {name: without_clock(one | {"calls": without_clock(one["calls"])}) for name, one in found.items()}
 
     with chat_server(whimsical) as one, chat_server(whimsical) as two:
         live = results("live", [one, two], "--record", str(tape))
@@ -356,6 +365,58 @@ def test_an_evaluation_is_replayed_to_the_bit_and_counts_its_calls(ckpt, tmp_pat
         for name in ("subject", "simulator", "judge") for tokens in [calls[f"{name}_{side}_tokens"]]
     ))  # fmt: skip
     assert "a: simulator" in capfd.readouterr().out
+
+
+def within(seconds: float, work: Callable[[], object]) -> object:
+    """What `work` returns; a failure, and no test that never ends, if that takes longer."""
+    found: Future = Future()
+    threading.Thread(target=lambda: found.set_result(work()), daemon=True).start()
+    return found.result(seconds)
+
+
+def test_a_request_that_is_not_on_file_ends_an_evaluation_whoever_asks(ckpt, tmp_path, capfd, all_parse):
+    """Guards dialogues that wait for ever for one whose thread has ended in an error, in the middle of a batch."""
+    tape, count = tmp_path / "tape.jsonl", itertools.count()
+
+    def play(subject: str, *argv: str) -> int:
+        ends = ["--simulator-url", url, "--judge-url", url, "--turns", "2", "--num-personas", "6", "--quiet"]
+        return evaluate.main([subject, *ends, *argv, "--out", str(tmp_path / f"out{next(count)}")])
+
+    for method, who in (("rlpa", f"x={ckpt}"), ("base", f"x={ckpt}"), ("base", "x={url}#m")):
+        tape.unlink(missing_ok=True)
+        with chat_server(whimsical) as url:
+            assert within(60, lambda: play(who.format(url=url), "--method", method, "--record", str(tape))) == 0  # noqa: B023
+        whole, url = tape.read_bytes().splitlines(keepends=True), nobody()
+        endpoints = [json.loads(line)["endpoint"] for line in whole]
+        for asked in dict.fromkeys(endpoints):
+            lines = [i for i, name in enumerate(endpoints) if name == asked]
+            missing = lines[len(lines) // 2]
+            tape.write_bytes(b"".join(whole[:missing] + whole[missing + 1 :]))
+            capfd.readouterr()
+            assert within(60, lambda: play(who.format(url=url), "--method", method, "--replay", str(tape))) == 2  # noqa: B023
+            assert f"holds no reply of {asked}" in capfd.readouterr().err
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("reply", "chat"))]
+
+
+@pytest.mark.parametrize("who", ["x={url}#m", "x={ckpt}"])
+def test_ctrl_c_ends_an_evaluation_that_waits(ckpt, tmp_path, who):
+    """Guards a traceback, and an evaluation that goes on until endpoints have answered or given up."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def silent(_: dict) -> str:
+        asked.set()
+        answered.wait(300)
+        return "Late."
+
+    with chat_server(silent) as url:
+        command = [sys.executable, evaluate.__file__, who.format(url=url, ckpt=ckpt), "--simulator-url", url]
+        command += ["--request-timeout", "600", "--quiet", "--out", tmp_path / "out"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        answered.set()
+    assert process.returncode == 130 and said == "evaluate.py: stopped by Ctrl-C\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs

@@ -287,6 +287,20 @@ def test_hostile_text_is_data(tmp_path):
     assert page.encode("utf-8") and "{{TITLE}} {{DATA}}" in page  # a placeholder in a text stays text
 
 
+def test_hostile_names_of_subjects_are_data(tmp_path, evaluated):
+    """A results.json of a stranger whose subjects, settings and counts are markup could run code, or hide text."""
+    folder = tmp_path / "evaluation"
+    shutil.copytree(evaluated, folder)
+    results = json.loads((folder / "results.json").read_text())
+    results["subjects"][HOSTILE] = results["subjects"].pop("again") | {"counts": {HOSTILE: 1}}
+    results["settings"] |= {HOSTILE: HOSTILE, "scenario": HOSTILE}
+    (folder / "results.json").write_text(json.dumps(results))
+    page, data = make_page(folder)
+    assert Elements(page).tags.count("script") == 2 and "img" not in Elements(page).tags
+    assert any("⟨U+001B⟩[31m" in name for name in data["sources"][0]["results"]["subjects"])
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\u2028\u2029]", page)
+
+
 def test_joiners_of_words_and_emoji_are_kept():
     """Escaping every invisible character would break Persian words and emoji families."""
     assert report.visible("می‌خواهم 👩‍🔬 é 中\n\t") == "می‌خواهم 👩‍🔬 é 中\n\t"
@@ -335,7 +349,8 @@ def test_a_link_opens_a_dialogue_at_a_turn(tmp_path, evaluated):
     shown = plain_text(dom.partition('id="dialogue"')[2])
     assert "Persona heldout-1" in shown and "iteration 2" in shown and "After turn 1: 0 of 4 told" in shown
     assert "↻Location: Oslocorrected" in shown and "✕Location: Limawrong" in shown and "Could not be read" in shown
-    assert "1 other candidate" in shown and dom.count('<details class="others">') == 2
+    assert "1 other candidate" in shown and dom.count('<details class="others"') == 2
+    assert dom.count('<details class="others" open="">') == 1  # of the turn that the link names
     head = plain_text(dom.partition('id="dialogue"')[0])
     assert all(
         word in head for word in ("Facts in the profile", "again - tiny", "≈ 0.000", "Profile of again", "AL(k)")

@@ -1,8 +1,10 @@
 """Studies: what is run for which row, means over seeds, and what is written."""
 
 import json
+import shlex
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,30 +51,72 @@ def test_a_run_is_made_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
     """Guards hours that are spent twice, a half-made run that counts as made, and a failure that nobody sees."""
     args, calls = arguments(tmp_path), []
 
-    def run(command, **_):
+    def start(command, **_):
         calls.append(command)
         policy_of("rlpa", 0, args).mkdir(parents=True)
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, poll=lambda: 0)
 
-    monkeypatch.setattr(studies.subprocess, "run", run)
+    monkeypatch.setattr(studies.subprocess, "Popen", start)
     half = studies.folder_of("rlpa", 0, args)
     half.mkdir(parents=True)
     (half / "metrics.jsonl").write_text("{}\n")
-    train("rlpa", 0, args)
-    train("rlpa", 0, args)
+    train([("rlpa", 0)], args)
+    train([("rlpa", 0)], args)
     assert len(calls) == 1 and not (half / "metrics.jsonl").exists()
     with pytest.raises(ValueError, match="rlpa_0 was made with other settings"):
-        train("rlpa", 0, arguments(tmp_path, "--num-iterations", "3"))
+        train([("rlpa", 0)], arguments(tmp_path, "--num-iterations", "3"))
     monkeypatch.undo()
     monkeypatch.setattr(studies, "command_of", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(ValueError, match=r"rloo, seed 1, ended with exit code 3; see .*rloo_1.log"):
-        train("rloo", 1, args)
+        train([("rloo", 1)], args)
+
+
+def test_what_ends_a_study_ends_its_runs(tmp_path, monkeypatch):
+    """Guards processes that go on for hours after Ctrl-C, and one that does not listen."""
+    args, started = arguments(tmp_path, "--jobs", "2"), []
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    monkeypatch.setattr(studies, "command_of", lambda run, *_: [sys.executable, "-c", deaf])
+    monkeypatch.setattr(studies, "begin", lambda *job, begin=studies.begin: started.append(begin(*job)) or started[-1])
+    monkeypatch.setattr(studies, "stop", lambda processes, stop=studies.stop: stop(processes, patience=0.5))
+
+    def interrupt(_):
+        if all(one.folder.with_suffix(".log").read_text() for one in started):  # they do not listen any more
+            raise KeyboardInterrupt
+
+    clock = {"monotonic": time.monotonic, "perf_counter": time.perf_counter}
+    monkeypatch.setattr(studies, "time", SimpleNamespace(sleep=interrupt, **clock))
+    with pytest.raises(KeyboardInterrupt):
+        train([("rlpa", 0), ("rlpa", 1), ("rloo", 0)], args)
+    assert [one.process.poll() for one in started] == [-9, -9]
+
+
+def test_a_page_names_the_command_that_makes_it():
+    """Guards figures that nobody can get again, because flags are missing from the page."""
+    shown = studies.shown_command
+    assert shown("kl", studies.parse_args(["kl", "--jobs", "1", "--seeds", "0", "1", "2"])) == "python studies.py kl"
+    flags = ["--seeds", "3", "--num-iterations", "2", "--evaluate", "--turns", "4", "--personas", "a file.jsonl"]
+    command = shown("kl", studies.parse_args(["kl", "--ckpt", ".", *flags]))
+    assert command == f"python studies.py kl --ckpt . {' '.join(flags[:-1])} 'a file.jsonl'"
+    assert shown("kl", studies.parse_args(shlex.split(command)[2:])) == command
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--jobs", "0"], "--jobs 0"), (["--seeds", "1", "-2"], "--seeds -2"), (["--num-iterations", "0"], "--num-iter"),
+    (["--ckpt", "nowhere"], "nowhere"), (["--evaluate", "--turns", "0"], "--turns 0"), (["--jobs", "x"], "--jobs"),
+    (["--evaluate", "--scenario", "conflict", "--turns", "3"], "--turns 6 or more"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_before_anything_is_trained(flags, says, capsys, monkeypatch):
+    """Guards a flag of the evaluation that is found to be wrong after hours of training."""
+    monkeypatch.setattr(studies, "train_all", lambda *_: pytest.fail("trained"))
+    assert studies.main(["credit", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("studies.py: ") and error.count("\n") == 1 and says in error
 
 
 def test_dpo_learns_from_sft_dialogues(tmp_path, monkeypatch):
     """Guards DPO that starts before its data are there, or on a budget of its own."""
     args, made = arguments(tmp_path), []
-    monkeypatch.setattr(studies, "train", lambda run, seed, args: made.append((run, seed)))
+    monkeypatch.setattr(studies, "train", lambda jobs, args: made.extend(jobs))
     train_all(["methods"], args)
     assert made[-2:] == [("dpo", 0), ("dpo", 1)]
     assert set(made) == {(row, seed) for row in ("sft", "rlpa", "dpo") for seed in (0, 1)}
@@ -95,7 +139,8 @@ def test_a_study_is_written(tmp_path):
             shutil.copytree(TINY, policy_of(row, seed, args))
     run_study("credit", args)
     text = (args.out / "credit.md").read_text()
-    assert "3 held-out personas, 6 turns, seeds 0, 1, 2 iterations" in text
+    assert "3 held-out personas, 6 turns, seeds 0, 1, 2 iterations of the tiny checkpoint" in text
+    assert "`python studies.py credit --seeds 0 1 --num-iterations 2 --evaluate --num-personas 3`" in text
     assert "| AVG − rlpa's |  | 0.000 [0.000, 0.000] |" in text and "| perplexity | 1.4" in text
     record = json.loads((args.out / "credit.json").read_text())
     assert record["rlpa"]["figures"] == record["credit dialogue"]["figures"]

@@ -1,0 +1,65 @@
+"""How a program ends, whatever ends it: at most one line on stderr, and an exit code.
+
+    0 done; 2 something that the user can mend; 130 Ctrl-C; 141 nobody reads its output any more (`… | head`)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from plain_text import clean_text
+
+
+def run(program: str, work: Callable[[], int | None]) -> int:
+    """Do a program's work and return its exit code, which is what `work` returns unless an error ends it."""
+    try:
+        try:
+            return work() or 0
+        finally:
+            sys.stdout.flush()  # here, and not at exit, where a pipe without a reader would end in a traceback
+    except ValueError as error:
+        print(f"{program}: {clean_text(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 128 + signal.SIGPIPE
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise what argparse objects to as ValueError: one line, without the usage of all flags before it."""
+    raise ValueError(message)
+
+
+def check_prices(price_in: float | None, price_out: float | None) -> None:
+    """Raise ValueError if one price is given without the other, which would count as 0; None: not given."""
+    if (price_in is None) != (price_out is None):
+        given, missing = ("--price-in", "--price-out") if price_out is None else ("--price-out", "--price-in")
+        price = price_in if price_out is None else price_out
+        raise ValueError(f"{given} {price:g} needs {missing} too (dollars per million tokens; 0 if those are free)")
+
+
+@contextmanager
+def noting_interrupts(signals: list[int]) -> Iterator[None]:
+    """Have Ctrl-C noted in a list before it is raised: who waits for slow replies looks there (`World.signals`)."""
+
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
