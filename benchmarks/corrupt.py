@@ -1,7 +1,7 @@
 """Damage a copy of a run's newest checkpoint in every way: `python benchmarks/corrupt.py runs/NAME`.
 
-Each of its files is cut in half, emptied, gets one bit flipped, and is removed; each time the checkpoint before it must be
-found, with one warning. Exit code 1 if it is not. The run needs two checkpoints.
+Each of its files is cut in half, emptied, gets one bit flipped, and is removed; each time the checkpoint before it must
+be found, with one warning. Exit code 1 if it is not. The run needs two checkpoints.
 """
 
 from __future__ import annotations
