@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import checkpoints
 import train_rlpa
+from benchmarks import corrupt
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from runlog import claim_folder
@@ -108,32 +109,16 @@ def flat(found: dict[str, list]) -> Iterator[list[float]]:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGES = {"truncated": cut, "emptied": lambda f: f.write_bytes(b""), "flipped": flip, "removed": Path.unlink}
-
-
 def test_every_damage_to_the_newest_checkpoint_falls_back(copy, capsys):
     """Guards a resume from garbage, or none at all: each file, SHA256SUMS too, truncated, emptied, flipped, removed."""
     newest = copy / "checkpoints" / "iteration_000003"
-    files = sorted(file for file in newest.rglob("*") if file.is_file())
-    assert len(files) >= 10 and newest / checkpoints.SUMS in files
-    for file in files:
-        content = file.read_bytes()
-        for how, damage in DAMAGES.items():
-            damage(file)
-            assert train_rlpa.newest_checkpoint(str(copy)).name == "iteration_000002", (file, how)
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith("warning: ") and (file.name in line or file.name == checkpoints.SUMS), line
-            file.write_bytes(content)
+    tried = []
+    for name, how in corrupt.damages(newest):
+        assert train_rlpa.newest_checkpoint(str(copy)).name == "iteration_000002", (name, how)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: ") and (name in line or name == checkpoints.SUMS), line
+        tried.append((name, how))
+    assert len(tried) >= 40 and (checkpoints.SUMS, "flipped") in tried
     assert train_rlpa.newest_checkpoint(str(copy)) == newest and capsys.readouterr().err == ""
 
 
@@ -153,7 +138,7 @@ def test_pickles_are_refused_by_name(copy, name, capsys):
 def test_a_run_without_a_whole_checkpoint_is_one_error(copy, capsys):
     """Guards a silent new start over a damaged run: it says that none is whole, and what can be done."""
     for folder in checkpoints.published(copy / "checkpoints"):
-        flip(folder / "trainer.json")
+        corrupt.flip(folder / "trainer.json")
     before = (copy / "metrics.jsonl").read_bytes()
     assert train_rlpa.main(["--resume", str(copy)]) == 2
     *warnings, error = capsys.readouterr().err.splitlines()
@@ -172,7 +157,7 @@ def events(run: Path) -> list[tuple]:
 def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
     """Guards records that stay behind the weights: all that came after the older checkpoint is cut off, and is made
     again bit for bit, in TensorBoard's files too; the damaged folder is replaced."""
-    cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
+    corrupt.cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
     (copy / "timeline.png").unlink()
     for name in ("metrics.jsonl", "episodes.jsonl"):
         with (copy / name).open("a") as file:

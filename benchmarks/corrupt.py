@@ -1,0 +1,65 @@
+"""Damage a copy of a run's newest checkpoint in every way: `python benchmarks/corrupt.py runs/NAME`.
+
+Each of its files is cut in half, emptied, gets one bit flipped, and is removed; each time the checkpoint before it must
+be found, with one warning. Exit code 1 if it is not. The run needs two checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import checkpoints  # noqa: E402
+
+
+def cut(file: Path) -> None:
+    """Keep the first half."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    """Flip one bit, a third of the way in."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": cut, "emptied": lambda file: file.write_bytes(b""), "flipped": flip, "removed": Path.unlink
+}  # fmt: skip
+
+
+def damages(checkpoint: Path) -> Iterator[tuple[str, str]]:
+    """Do each damage to each file, say which it is, and undo it."""
+    for file in sorted(file for file in checkpoint.rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        for how, damage in DAMAGES.items():
+            damage(file)
+            yield file.relative_to(checkpoint).as_posix(), how
+            file.write_bytes(content)
+
+
+def main(run: str) -> int:
+    """Print what was found after each damage, and how many fell back."""
+    before, newest = checkpoints.published(Path(run) / "checkpoints")[-2:]
+    fell_back = total = 0
+    with tempfile.TemporaryDirectory(prefix="corrupt-") as root:
+        for folder in (before, newest):
+            shutil.copytree(folder, Path(root) / folder.name)
+        for name, how in damages(Path(root) / newest.name):
+            warnings: list[str] = []
+            found = checkpoints.newest(Path(root), warnings.append)
+            total += 1
+            fell_back += found.name == before.name and len(warnings) == 1
+            print(f"{name} {how}: {found.name}; {warnings}")
+    print(f"{fell_back} of {total} damages: fallback with one warning")
+    return int(fell_back < total)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
