@@ -11,12 +11,10 @@ what the policy believes of you, `/forget TRAIT` takes it out of the history tha
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import math
 import queue
 import random
-import re
 import shutil
 import sys
 import textwrap
@@ -564,7 +562,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; any but loopback needs a key")
     parser.add_argument("--port", type=int, default=8200, help="port to serve at; 0 takes a free one [8200]")
     parser.add_argument("--api-key-env", default="", help="environment variable with the key that clients must send")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = command_line.field_comments(Config)
     defaults = {f.name: f.default for f in fields(Config)}
     for name in PASSED:  # absent if not given, so that a checkpoint's own setting holds
         text = f"{comments[name]} [{defaults[name]}]".replace("%", "%%")

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from plain_text import clean_text
@@ -37,6 +40,19 @@ def run(program: str, work: Callable[[], int | None]) -> int:
 def refuse(message: str) -> NoReturn:
     """Raise what argparse objects to as ValueError: one line, without the usage of all flags before it."""
     raise ValueError(message)
+
+
+def field_comments(settings: type) -> dict[str, str]:
+    """Return the comment that follows each field of a class of settings, and of those it inherits: its `--help`.
+
+    Read from the file: `inspect.getsource` parses all of it, which in Python 3.11 fails now and then beside threads.
+    """
+    comments: dict[str, str] = {}
+    for cls in reversed(settings.__mro__[:-1]):  # a subclass's comment counts
+        module = Path(inspect.getfile(cls)).read_text()
+        source = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", module, re.MULTILINE | re.DOTALL)[0]
+        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    return comments
 
 
 def check_prices(price_in: float | None, price_out: float | None) -> None:

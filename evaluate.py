@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import json
 import math
-import re
 import sys
 import time
 from collections import Counter
@@ -464,7 +462,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subject-key-env", default="", help="environment variable with the key of URL subjects")
     parser.add_argument("--out", type=Path, help="folder for the results [runs/evaluate_DATE-TIME]")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = command_line.field_comments(Config)
     defaults = {f.name: f.default for f in fields(Config)}
     for name in PASSED:  # None: not given, so that a checkpoint's own setting holds
         text = f"{comments[name]} [{defaults[name]}]".replace("%", "%%")
