@@ -153,14 +153,19 @@ def catch_signals(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def join_processes(store: dist.Store | None, timeout: float) -> None:
-    """Join the processes that torchrun has started, if there are several; `timeout` in seconds bounds every wait."""
-    if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+def join_processes(store: dist.Store | None, timeout: float, alone: bool = False) -> None:
+    """Join the processes that torchrun has started, if there are several; `timeout` in seconds bounds every wait.
+
+    alone: a single process is a group too, which sharding needs.
+    """
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1 and not alone:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with collective():
         place = {}
-        if store:
+        if size == 1:
+            place = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif store:
             number = int(os.environ["RANK"])
             place = {"store": fresh_store(store, number, size, timeout), "rank": number, "world_size": size}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **place)

@@ -47,13 +47,16 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoints
 import memory
 import rewards
+import sharding
 import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
@@ -61,20 +64,25 @@ from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
 from kernels.tree_attention import Block, Tree, make_tree
 from model import (
+    SINGLE,
     Critic,
     Qwen2Config,
     Qwen2ForCausalLM,
     ValueHead,
+    draw_value_head,
     load_critic,
     load_policy,
     load_value_head,
     resolve_checkpoint,
+    save_config,
     save_pretrained,
+    stored_tensors,
 )
 from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from processes import (
     AgreedError,
     LostProcess,
+    Result,
     agree,
     all_max,
     all_sum,
@@ -168,6 +176,7 @@ class Config:
     critic: str = "separate"  # separate: a trunk of its own (published); shared: a value head on the policy's trunk
     value_coef: float = 0.5  # weight of the value loss in the gradient of a shared trunk
     dtype: str = "auto"  # of products, beside fp32 master weights: float32, bfloat16, or auto: bfloat16 on CUDA alone
+    shard: bool = False  # share weights, gradients and moments out over the processes (FSDP2); see docs/scaling.md
     checkpointing: bool = False  # keep only the layers' inputs for the backward: a third more work, far less memory
     lr: float = 5e-7  # policy's peak learning rate
     critic_lr: float = 9e-6  # critic's peak learning rate
@@ -397,6 +406,7 @@ RESUMED = (
     "outage_budget",
     "requests_per_minute",
     "tokens_per_minute",
+    "shard",  # equal up to rounding
 )
 
 
@@ -942,9 +952,24 @@ def collate(dialogues: list[Packed]) -> Batch:
 
 
 def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
-    """Return the micro-batches of each mini-batch of an epoch; statistics and update go through the same ones."""
+    """Return the micro-batches of each mini-batch of an epoch; statistics and update go through the same ones.
+
+    With --shard every process gets equally many, for a forward is a conversation of all: who has fewer adds empty ones.
+    """
     minibatches = [[p for p in packed if p.minibatch == m] for m in range(minibatches_per_epoch(config))]
-    return [[collate(part) for part in microbatches(m, config.microbatch_tokens)] for m in minibatches]
+    parts = [microbatches(minibatch, config.microbatch_tokens) for minibatch in minibatches]
+    if config.shard:
+        most = all_max(torch.tensor([len(part) for part in parts])).tolist()
+        parts = [part + [[nothing()]] * (n - len(part)) for part, n in zip(parts, most, strict=True)]
+    return [[collate(part) for part in minibatch] for minibatch in parts]
+
+
+def nothing() -> Packed:
+    """Return a dialogue of one token, none of them an action: its loss is an empty sum, and all its gradients are 0."""
+    zero, none = torch.zeros(1, dtype=torch.long), torch.zeros(0)
+    tree = dict(token_ids=zero, position_ids=zero, enter=zero, leave=zero + 1, blocks=[Block(1, None)])
+    actions = dict(predict=none.long(), targets=none.long(), sampler_logprobs=none, advantages=none, returns=none)
+    return Packed(minibatch=0, **tree, **actions, spans=[], row_tokens=0)
 
 
 def minibatches_per_epoch(config: Config) -> int:
@@ -973,10 +998,16 @@ def add_statistics(
     ref_policy: Qwen2ForCausalLM | None,
     critic: Critic | ValueHead | None,
     config: Config,
+    sampled: Qwen2ForCausalLM | None = None,
 ) -> None:
-    """Fill in old log-probs, reference log-probs and values, each computed once, under the weights that sampled."""
+    """Fill in old log-probs, reference log-probs and values, each computed once, under the weights that sampled.
+
+    sampled: the copy of a sharded policy that did; else it is the policy.
+    """
+    sampled = sampled or policy
+    exact = sampler_is_exact(sampled, config)
     for batch in (batch for minibatch in batches for batch in minibatch):
-        found = statistics_of(batch.to(policy.head_weight), policy, ref_policy, critic, config)
+        found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact)
         sizes = [len(p.targets) for p in batch.dialogues]
         for name, values in found.items():
             for p, part in zip(batch.dialogues, values.cpu().split(sizes), strict=True):
@@ -989,9 +1020,12 @@ def statistics_of(
     ref_policy: Qwen2ForCausalLM | None,
     critic: Critic | ValueHead | None,
     config: Config,
+    by_sampler: bool,
 ) -> dict[str, Tensor]:
-    """Return a micro-batch's statistics by their names in `Packed`; no trunk runs whose output nobody reads."""
-    by_sampler = sampler_is_exact(policy, config)
+    """Return a micro-batch's statistics by their names in `Packed`; no trunk runs whose output nobody reads.
+
+    by_sampler: old log-probs are those that the sampler noted.
+    """
     hidden = None if by_sampler and not isinstance(critic, ValueHead) else policy_hidden(policy, batch)
     if by_sampler:
         old_logprobs = batch.gather("sampler_logprobs")
@@ -1191,7 +1225,13 @@ class Learner:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     peak_lr: float
-    masters: dict[str, Tensor]  # by name; in fp32 the model's parameters themselves
+    masters: dict[str, Tensor]  # by name; in fp32, and of a sharded model, its parameters themselves
+    replica: nn.Module | None = None  # of a sharded policy: all its weights in the dtype of products, for sampling
+
+    @property
+    def sampled(self) -> nn.Module:
+        """Return the model that samples, which needs no other process for it."""
+        return self.replica or self.model
 
 
 def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:
@@ -1240,8 +1280,9 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     Returns the gradient norm before clipping and whether the step was taken.
     """
     masters = learner.masters.values()
-    all_sum_gradients(masters)
-    norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm).item()
+    all_sum_gradients(master for master in masters if not isinstance(master, DTensor))  # those are sums already
+    norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):  # the summed gradient is the same everywhere, and so is this decision
         return norm, False
     for group in learner.optimizer.param_groups:
@@ -1284,6 +1325,8 @@ def update(
     counted = ("updates_skipped",)
     for learner in filter(None, (policy, critic)):  # the next rollout can use the memory
         learner.optimizer.zero_grad()
+    if policy.replica:
+        sharding.refresh(policy.replica, policy.masters)
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     return first | {k: v / steps if k in per_step else v if k in counted else v / tokens for k, v in totals.items()}
@@ -1334,12 +1377,13 @@ def minibatch_update(
     sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
     low, high = math.inf, -math.inf
     for batch in minibatch:
-        batch = batch.to(policy.model.head_weight)
+        batch = batch.to(policy.sampled.head_weight)
         models = policy.model, critic and critic.model
         statistics = add_gradients(*models, batch, count, config, train_policy, ref_policy)
         for name in sums:
             sums[name] += statistics[name].item()
-        low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
+        if len(batch.targets):
+            low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
     result = dict(zip(sums, all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist(), strict=True))
     low, high = all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
     result |= {"ratio_min": -low, "ratio_max": high}
@@ -1417,24 +1461,30 @@ def evaluate(
 def save_checkpoint(state: State) -> None:
     """Write models in Hugging Face layout and the trainer's state, such that a kill anywhere leaves it whole or absent.
 
-    Every rank calls it and rank 0 writes: `prepare` and `publish` are apart so that ranks can write shards in between.
-    Raises ValueError on every rank if that fails.
+    Every rank calls it; rank 0 writes, and all write what is sharded. Raises ValueError on every rank if that fails.
     """
     if state.evaluated and math.isfinite(state.reward) and all(state.reward > reward for reward in state.best.values()):
         state.best = {checkpoint_name(state): state.reward}
     folder = Path(state.config.run_dir) / "checkpoints" / checkpoint_name(state)
 
     def write() -> None:
-        try:
-            temporary = checkpoints.prepare(folder)
-            write_checkpoint(state, temporary)
-            checkpoints.publish(temporary, folder)
-            checkpoints.prune(folder, state.config.keep_last, *state.best)
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be written: {error.strerror}; those before it are kept") from error
+        write_checkpoint(state, temporary)
+        checkpoints.publish(temporary, folder)
+        checkpoints.prune(folder, state.config.keep_last, *state.best)
 
-    on_rank_0(write)
+    temporary = on_rank_0(lambda: writing(folder, lambda: checkpoints.prepare(folder)))
+    writing(folder, lambda: write_shards(state, temporary))
+    on_rank_0(lambda: writing(folder, write))
     state.saved = folder.name
+
+
+def writing(folder: Path, action: Callable[[], Result]) -> Result:
+    """Call `action`; where it cannot write, raise a ValueError that tells of the checkpoint."""
+    try:
+        return action()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{folder} cannot be written: {reason}; those before it are kept") from error
 
 
 def checkpoint_name(state: State) -> str:
@@ -1450,19 +1500,41 @@ def write_checkpoint(state: State, folder: Path) -> None:
 
     Random streams need no state: each is derived from the seed and from what it is for (`stream_seed`).
     """
-    save_policy(state, folder / "policy")
-    if state.critic:
-        save_pretrained(state.critic.model, folder / "critic", weights=state.critic.masters)
-    for name, learner in (("policy", state.policy), ("critic", state.critic)):
-        if learner:
+    for name, learner in learners(state).items():
+        if is_sharded(learner):
+            save_config(learner.model, folder / name, torch.float32)
+        else:
+            save_pretrained(learner.model, folder / name, weights=learner.masters)
             save_file(optimizer_tensors(learner), folder / f"{name}_optimizer.safetensors")
+    save_texts(state, folder / "policy")
     progress = {name: getattr(state, name) for name in PROGRESS}
     (folder / "trainer.json").write_text(json.dumps(progress) + "\n")
 
 
-def save_policy(state: State, folder: Path) -> None:
-    """Write the policy with its tokenizer, and the settings and held-out text of this model, if it brought some."""
-    save_pretrained(state.policy.model, folder, weights=state.policy.masters)
+def write_shards(state: State, folder: Path) -> None:
+    """Write the weights and moments that are sharded, in the files that `write_checkpoint` writes of whole ones."""
+    for name, learner in learners(state).items():
+        if is_sharded(learner):
+            sharding.save(learner.masters, folder / name)
+            moments = folder / f".{name}_optimizer"
+            sharding.save(optimizer_tensors(learner), moments, math.inf)
+            if rank() == 0:
+                (moments / SINGLE).rename(folder / f"{name}_optimizer.safetensors")
+                moments.rmdir()
+
+
+def learners(state: State) -> dict[str, Learner]:
+    """Return what is trained, by its name in a checkpoint."""
+    return {"policy": state.policy} | ({"critic": state.critic} if state.critic else {})
+
+
+def is_sharded(learner: Learner) -> bool:
+    """Say whether every process holds only its rows of the model; a value head is never sharded."""
+    return any(isinstance(master, DTensor) for master in learner.masters.values())
+
+
+def save_texts(state: State, folder: Path) -> None:
+    """Write the tokenizer, and the settings and held-out text of this model, if it brought some."""
     state.chat.tokenizer.save(str(folder / "tokenizer.json"))
     for name in ("rlpa.json", HELDOUT_FILE):
         if (Path(state.config.ckpt) / name).is_file():
@@ -1473,18 +1545,24 @@ def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
     """Return AdamW's moments and step counts by parameter name: tensors only, so that they fit safetensors."""
     names = {master: name for name, master in learner.masters.items()}
     return {
-        f"{names[p]}|{key}": value.contiguous()
+        f"{names[p]}|{key}": torch.atleast_1d(value).contiguous()  # shards of a number are written as 0 in torch 2.13
         for p, moments in learner.optimizer.state.items()
         for key, value in moments.items()
     }
 
 
 def load_optimizer(learner: Learner, path: Path) -> None:
-    """Restore what `optimizer_tensors` returned."""
-    for key, value in load_file(path).items():
+    """Restore what `optimizer_tensors` returned; of a sharded model the own rows."""
+    for key, value in stored_tensors(path):
         name, _, moment = key.rpartition("|")
         master = learner.masters[name]
-        learner.optimizer.state[master][moment] = value.to(master.device, copy=True)
+        if moment == "step":
+            value = value.reshape(()).to(master.device, copy=True)
+        elif isinstance(master, DTensor):
+            value = sharding.spread(value, master.device_mesh)
+        else:
+            value = value.to(master.device, copy=True)
+        learner.optimizer.state[master][moment] = value
 
 
 def newest_checkpoint(run_dir: str) -> Path:
@@ -1529,10 +1607,10 @@ class State:
         return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
 
 
-def setup(config: Config, env: World, folder: Path | None = None) -> State:
-    """Load personas, tokenizer and models, fresh or from a checkpoint's folder."""
+def setup(config: Config, env: World, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
+    """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
     personas, eval_sets = load_all_personas(config)
-    policy, critic, ref_policy = load_models(config, folder)
+    policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
     set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)
@@ -1558,7 +1636,7 @@ def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner |
 
     What is trained is loaded in fp32, for the masters.
     """
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     dtype = compute_dtype(config, device.type)
     policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
     models = {"policy": policy}
@@ -1573,6 +1651,44 @@ def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner |
             load_optimizer(learners[name], folder / f"{name}_optimizer.safetensors")
     ref_policy = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False) if config.kl_coef else None
     return learners["policy"], learners.get("critic"), ref_policy
+
+
+def load_sharded(
+    config: Config, folder: Path | None, mesh: DeviceMesh
+) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+    """Do what `load_models` does, with the rows of this process alone, and a copy of the policy that samples."""
+    device = own_device()
+    dtype = compute_dtype(config, device.type)
+    start = folder / "policy" if folder else config.ckpt
+    policy = make_learner(sharding.load(Qwen2ForCausalLM, start, mesh, dtype=dtype), config.lr, config)
+    policy.replica = load_policy(start, dtype=dtype, device=device).requires_grad_(False)
+    critic, ref_policy = None, None
+    if has_own_trunk(config):
+        critic = make_learner(load_sharded_critic(config, policy.model, folder, mesh, dtype), config.critic_lr, config)
+    elif config.advantage == "gae":
+        critic = make_learner(load_or_make_critic(config, policy.model, folder), config.critic_lr, config, dtype)
+    for name, learner in (("policy", policy), ("critic", critic)):
+        if learner and is_sharded(learner):
+            learner.model.model.checkpointing = config.checkpointing
+        if learner and folder:
+            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+    if config.kl_coef:
+        ref_policy = sharding.load(Qwen2ForCausalLM, config.ckpt, mesh, dtype=dtype, stored=dtype).requires_grad_(False)
+    return policy, critic, ref_policy
+
+
+def load_sharded_critic(
+    config: Config, policy: Qwen2ForCausalLM, folder: Path | None, mesh: DeviceMesh, dtype: torch.dtype
+) -> Critic:
+    """Do what `load_or_make_critic` does for a critic with a trunk of its own."""
+    if path := folder / "critic" if folder else config.critic_ckpt:
+        return sharding.load(Critic, path, mesh, dtype=dtype)
+    return sharding.critic_from_policy(policy, draw_value_head(policy, config.seed), mesh, dtype)
+
+
+def own_device() -> torch.device:
+    """Return the device of this process."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path | None) -> Critic | ValueHead:
@@ -1667,11 +1783,12 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     calls_before = endpoint_counts(env)
     start = time.perf_counter()
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
-    dialogues = play_batch(state.policy.model, state.chat, lambda: persona_batch(state), play, config, env)
+    dialogues = play_batch(state.policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
     with env.timers("statistics"):
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
-        add_statistics(batches, state.policy.model, state.ref_policy, state.critic and state.critic.model, config)
+        models = state.policy.model, state.ref_policy, state.critic and state.critic.model
+        add_statistics(batches, *models, config, state.policy.sampled)
         for p in packed:
             add_advantages(p, config) if state.critic else add_group_advantages(p, config)
         advantage_mean, advantage_std = whiten_advantages(packed, config.advantage)
@@ -1686,7 +1803,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
     if state.critic:
         metrics["explained_variance"] = explained_variance(packed)
-    if sampler_is_exact(state.policy.model, config):  # the first mini-batch met the weights that sampled
+    if sampler_is_exact(state.policy.sampled, config):  # the first mini-batch met the weights that sampled
         metrics["sampler_trainer_logprob_gap"] = metrics.get("ratio_dev_first", math.nan)
     calls = sum_counters(gather(endpoint_counts(env) - calls_before))
     metrics |= sum_counters(gather(env.counts)) | calls | cost(calls, config)
@@ -1811,7 +1928,7 @@ def retention(state: State) -> dict[str, float]:
     path = Path(state.config.ckpt) / HELDOUT_FILE
     if not path.is_file():
         return {}
-    return {"perplexity_sft": perplexity(text_scores(state.policy.model, state.chat, read_texts(path)))}
+    return {"perplexity_sft": perplexity(text_scores(state.policy.sampled, state.chat, read_texts(path)))}
 
 
 def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, list[Dialogue]]:
@@ -1822,7 +1939,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
             continue
         for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             metrics, dialogues = evaluate(
-                state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature
+                state.policy.sampled, state.chat, personas, state.config, state.env, state.iteration, temperature
             )
             played[f"{name}/{how}"] = dialogues
             if (name, how) == ("heldout", "sampled"):
@@ -1844,7 +1961,8 @@ def train(config: Config, env: World) -> int:
     Then the state is saved.
     """
     folder = on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
-    state = together(lambda: setup(config, env, folder))
+    mesh = sharding.make_mesh() if config.shard else None
+    state = together(lambda: setup(config, env, folder, mesh))
     log = together(lambda: start_log(state) if rank() == 0 else None)
     try:
         before, after = run(state, log)
@@ -2090,7 +2208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with catch_signals(received):
             timeout = getattr(parsed, "collective_timeout", Config.collective_timeout)
             store = launcher_store(timeout)
-            join_processes(store, timeout)
+            join_processes(store, timeout, alone=getattr(parsed, "shard", False))
             return launch(together(lambda: parsed), store if rank() == 0 else None, received)
     except (ValueError, LostProcess, Unavailable) as error:
         if not isinstance(error, AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
