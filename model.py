@@ -466,6 +466,7 @@ class Cached:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -492,7 +493,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        pickles = sorted(file.name for file in folder.iterdir() if (file.suffix or file.name) in PICKLES)
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
     try:

@@ -50,6 +50,18 @@ def collective() -> Iterator[None]:
         raise LostProcess(f"another process is lost, or has not answered in time ({reason})") from error
 
 
+@contextmanager
+def computing() -> Iterator[None]:
+    """Say so where processes that compute together cannot talk; other errors of a computation stay what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or re.match(r"\[\S*gloo\S*:\d+\]", str(error))):
+            raise
+        with collective():
+            raise
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
