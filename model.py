@@ -300,7 +300,8 @@ class Critic(nn.Module):
 
     def forward(self, token_ids: Tensor, *args, **kwargs) -> Tensor:
         """Give values (B, T) fp32: the return expected after each token; arguments as `Qwen2Model.forward`."""
-        return values_of(self.model(token_ids, *args, **kwargs), self.value_head.weight)
+        values = values_of(self.model(token_ids, *args, **kwargs), self.value_head.weight)
+        return values.clone()  # sharding hangs its hooks on an output, which must not be a view
 
     @classmethod
     def from_policy(cls, policy: Qwen2ForCausalLM, seed: int = 0) -> Critic:

@@ -89,6 +89,7 @@ from processes import (
     all_sum_gradients,
     attempt,
     catch_signals,
+    computing,
     gather,
     join_processes,
     launcher_store,
@@ -1784,7 +1785,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     start = time.perf_counter()
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
     dialogues = play_batch(state.policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
-    with env.timers("statistics"):
+    with env.timers("statistics"), computing():
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
         models = state.policy.model, state.ref_policy, state.critic and state.critic.model
@@ -1792,7 +1793,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         for p in packed:
             add_advantages(p, config) if state.critic else add_group_advantages(p, config)
         advantage_mean, advantage_std = whiten_advantages(packed, config.advantage)
-    with env.timers("update"):
+    with env.timers("update"), computing():
         per_iteration = config.num_epochs * minibatches_per_epoch(config)
         progress = (state.updates, state.num_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import random
 import sys
@@ -143,7 +144,8 @@ def run_cases(size: int, cases: dict[str, tuple[Config, list[list[int]]]]) -> di
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        mp.spawn(work, (size, folder, cases), nprocs=size)
+        multiprocessing.set_forkserver_preload(["train_rlpa", "sharding"])  # imported once for all processes
+        mp.start_processes(work, (size, folder, cases), nprocs=size, start_method="forkserver")
         return {name: load_file(folder / f"{name}.safetensors") for name in cases}
 
 
