@@ -199,6 +199,7 @@ class Config:
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
     dry_run: bool = False  # print memory per device, tokens and calls of the run, and stop before anything is loaded
     dry_run_gb: float = 0.0  # --dry-run plans for a CUDA device of so many GB (1e9 bytes); 0: for this machine
+    dry_run_processes: int = 0  # --dry-run plans for so many; 0: for those that are running
     kernels: str = "auto"  # triton, torch, or auto: triton on CUDA, torch on a CPU
     collective_timeout: float = 1800.0  # seconds that a process waits for the others; longer than any rollout
     threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
@@ -225,8 +226,9 @@ class Config:
             raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
         if self.advantage != "gae":
             refuse_critic_flags(self)
-        if self.dry_run_gb and not self.dry_run:
-            raise ValueError(f"--dry-run-gb {self.dry_run_gb} needs --dry-run")
+        for name in ("dry_run_gb", "dry_run_processes"):
+            if getattr(self, name) and not self.dry_run:
+                raise ValueError(f"{flag(name)} {getattr(self, name)} needs --dry-run")
         if self.record and self.replay:
             raise ValueError(f"--record {self.record} and --replay {self.replay} exclude each other; leave out one")
         if self.profile_judge == "http" and not self.judge_url:
@@ -306,6 +308,7 @@ LIMITS = {
             "entropy_coef",
             "value_coef",
             "dry_run_gb",
+            "dry_run_processes",
             "kv_gib",
             "price_in",
             "price_out",
@@ -2099,11 +2102,11 @@ def dry_run(config: Config) -> str:
     """
     model = Qwen2Config.from_file(config.ckpt)
     device = "cuda" if torch.cuda.is_available() or config.dry_run_gb else "cpu"
-    turns, n = config.max_turns, config.num_candidates
+    turns, n, processes = config.max_turns, config.num_candidates, config.dry_run_processes or world_size()
     work = memory.tree_work(50, [config.max_user_tokens + 9] * turns, [config.max_new_tokens] * turns, n)
-    per_rank = max(1, config.minibatch_size // world_size())
+    per_rank = max(1, config.minibatch_size // processes)
     tokens, actions, several = memory.microbatch(work, config.microbatch_tokens, per_rank)
-    rows = min(config.decode_batch_size, -(-config.rollout_batch_size // world_size()))  # parked ones take what is left
+    rows = min(config.decode_batch_size, -(-config.rollout_batch_size // processes))  # parked ones take what is left
     longest = 50 + turns * (config.max_user_tokens + 9 + config.max_new_tokens)
     slots = rows * (longest + n * config.max_new_tokens)
     if config.kv_gib:
@@ -2122,13 +2125,14 @@ def dry_run(config: Config) -> str:
         gradients_in_rollout=False,
         fused=device == "cuda",
         checkpointing=config.checkpointing,
+        shards=processes * config.shard,
     )
     if config.dry_run_gb:
         room = config.dry_run_gb * 1e9
     elif device == "cuda":
         room = torch.cuda.get_device_properties(0).total_memory
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size()
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     personas = len(load_all_personas(config)[0])
     dialogues = config.num_iterations * config.rollout_batch_size or personas
     judge_calls = bool(config.judge_url) + (config.profile_judge == "http")

@@ -17,8 +17,9 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.multiprocessing as mp
@@ -88,27 +89,40 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def run_case(config: Config, owned: Sequence[int]) -> dict[str, Tensor]:
-    """Train once on the dialogues that this process owns; give metrics, gradients, weights and moments by name."""
+class Trained(NamedTuple):
+    """What an update leaves."""
+
+    learners: dict[str, Learner]
+    gradients: dict[str, Tensor]  # of the first step, by name
+    metrics: dict[str, float]
+
+
+def run_update(config: Config, dialogues: list[Dialogue], gradients: bool = False) -> Trained:
+    """Train once on the dialogues that this process owns."""
     mesh = sharding.make_mesh() if config.shard else None
     loaded = train_rlpa.load_sharded(config, None, mesh) if mesh else train_rlpa.load_models(config, None)
     policy, critic, ref_policy = loaded
     learners = {"policy": policy} | ({"critic": critic} if critic else {})
-    packed = [train_rlpa.pack(random_dialogue(i), config) for i in owned]
+    packed = [train_rlpa.pack(dialogue, config) for dialogue in dialogues]
     batches = train_rlpa.make_batches(packed, config)
     models = policy.model, ref_policy, critic and critic.model
     train_rlpa.add_statistics(batches, *models, config, policy.sampled)
     for p in packed:
         train_rlpa.add_advantages(p, config) if critic else train_rlpa.add_group_advantages(p, config)
     train_rlpa.whiten_advantages(packed, config.advantage)
-    found = first_gradients(learners, batches[0], config, ref_policy)
-    metrics = train_rlpa.update(policy, critic, batches, config, (2, 10), True, ref_policy)
+    found = first_gradients(learners, batches[0], config, ref_policy) if gradients else {}
+    return Trained(learners, found, train_rlpa.update(policy, critic, batches, config, (2, 10), True, ref_policy))
+
+
+def run_case(config: Config, owned: Sequence[int]) -> dict[str, Tensor]:
+    """Train once on some of the dialogues; give metrics, gradients, weights and moments by name."""
+    learners, found, metrics = run_update(config, [random_dialogue(i) for i in owned], gradients=True)
     found |= {f"metric {name}": torch.tensor(float(value)) for name, value in metrics.items()}
     for name, learner in learners.items():
         found |= {f"weight {name} {key}": whole(master) for key, master in learner.masters.items()}
         found |= {f"moment {name} {key}": whole(x) for key, x in train_rlpa.optimizer_tensors(learner).items()}
-    if policy.replica:
-        found |= {f"replica {key}": whole(weight) for key, weight in policy.replica.named_parameters()}
+    if replica := learners["policy"].replica:
+        found |= {f"replica {key}": whole(weight) for key, weight in replica.named_parameters()}
     return found
 
 
@@ -126,26 +140,30 @@ def first_gradients(learners: dict[str, Learner], minibatch: list, config: Confi
     return found
 
 
-def work(number: int, size: int, folder: Path, cases: dict[str, tuple[Config, list[list[int]]]]) -> None:
+Cases = dict[str, tuple[Config, list[list[int]]]]  # by name: settings, and who owns which dialogues
+Run = Callable[[Config, Sequence[int]], dict[str, Tensor]]
+
+
+def work(number: int, size: int, folder: Path, cases: Cases, run: Run) -> None:
     """Run cases as one of several processes; rank 0 writes what was found."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=size)
     try:
         for name, (config, owners) in cases.items():
-            found = run_case(config, owners[number])
+            found = run(config, owners[number])
             if number == 0:
                 save_file(found, folder / f"{name}.safetensors")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def run_cases(size: int, cases: dict[str, tuple[Config, list[list[int]]]]) -> dict[str, dict[str, Tensor]]:
-    """Run cases, each with who owns which dialogues, in `size` processes; give what rank 0 found."""
+def run_cases(size: int, cases: Cases, run: Run = run_case) -> dict[str, dict[str, Tensor]]:
+    """Run cases in `size` processes; give what rank 0 found."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         multiprocessing.set_forkserver_preload(["train_rlpa", "sharding"])  # imported once for all processes
-        mp.start_processes(work, (size, folder, cases), nprocs=size, start_method="forkserver")
+        mp.start_processes(work, (size, folder, cases, run), nprocs=size, start_method="forkserver")
         return {name: load_file(folder / f"{name}.safetensors") for name in cases}
 
 

@@ -95,9 +95,9 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
 
 
-def torchrun(*argv: str) -> subprocess.CompletedProcess:
-    """Run the trainer as two processes, one thread each."""
-    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", "2", "train_rlpa.py"]
+def torchrun(*argv: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run the trainer as several processes, one thread each."""
+    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), "train_rlpa.py"]
     return subprocess.run([*launcher, *argv], capture_output=True, timeout=250, **START)
 
 
@@ -170,6 +170,13 @@ def test_shards_equal_whole_models(sharded, one_process):
     assert_same_run(sharded, one_process)
 
 
+def test_four_processes_equal_one(arguments, one_process, tmp_path):
+    """Guards tokens that depend on the number of processes, and shards where three of four have no dialogue."""
+    done = torchrun(*arguments, "--shard", "--run-dir", str(tmp_path / "four"), processes=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "four", one_process)
+
+
 def test_a_checkpoint_of_shards_is_one_of_whole_models(sharded, one_process):
     """Guards rows of one process that pass for a whole tensor, numbers that torch's writer loses, and files left over.
 
@@ -185,7 +192,8 @@ def test_a_checkpoint_of_shards_is_one_of_whole_models(sharded, one_process):
     for name, learner in (("policy", policy), ("critic", critic)):
         weights, file = load_file(folder / name / "model.safetensors"), f"{name}_optimizer.safetensors"
         assert all(torch.equal(weights[key], master) for key, master in learner.masters.items())
-        loaded, moments, expected = train_rlpa.optimizer_tensors(learner), load_file(folder / file), load_file(other / file)
+        loaded = train_rlpa.optimizer_tensors(learner)
+        moments, expected = load_file(folder / file), load_file(other / file)
         assert moments.keys() == loaded.keys() == expected.keys()
         for key, value in loaded.items():
             assert torch.equal(value, moments[key]) and value.shape == expected[key].shape, key
