@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import doctest
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sharding
-import train_rlpa
 from benchmarks.invariance import (
     KINDS,
     MICROBATCHES,
@@ -27,8 +28,6 @@ from benchmarks.invariance import (
     write_policy,
 )
 from model import load_policy
-
-ROOT = Path(train_rlpa.__file__).parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,6 +113,25 @@ def test_small_steps_add_up_beside_bf16_weights(folder):
     gradients = [name for name in plain if name.startswith("gradient")]
     ours, theirs = (torch.cat([x[name].flatten() for name in gradients]) for x in (found, plain))
     assert (ours - theirs).norm() / theirs.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "pytorch_model.bin", "policy.pt", "x.pth", "x.pkl"])
+def test_pickles_are_refused_by_name(folder, tmp_path, name):
+    """Guards against reading torch's own distributed checkpoints, which hold pickles, or any other pickle."""
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is a pickle, which is never read"):
+        load_policy(tmp_path)
+
+
+def test_a_process_keeps_its_rows_only():
+    """Guards whole tensors that stay behind their rows: a part of a file's tensor is a view, what is kept is a copy."""
+    tensor = torch.arange(10.0).view(5, 2)
+    found = []
+    for number in range(4):
+        mesh = SimpleNamespace(size=lambda: 4, get_local_rank=lambda number=number: number)
+        found.append(sharding.rows_of(tensor, mesh))
+    assert [len(rows) for rows in found] == [2, 2, 1, 0] and torch.equal(torch.cat(found), tensor)
 
 
 def test_examples():
