@@ -4,7 +4,8 @@ Counted, not measured: parameters from the config, activations tensor by tensor 
 backward, caches and workspaces from their shapes. All arguments are plain numbers, so that a program can fill them from
 its flags. What is counted are torch's tensors. An allocator needs more: on a CPU the process peaked some 14 % higher.
 
-Reading order: parameters, cache, activations, head → phases of an iteration and their peak → tokens and calls → report.
+Reading order: parameters, cache, activations, head → phases of an iteration and their peak → tokens and calls → report
+→ scaling: `python memory.py` prints what Qwen-2.5 needs on 1 to 64 GPUs (docs/scaling.md).
 Letters: N tokens of a packed forward, D hidden, V vocabulary, I width of the MLP, K = Hkv·Dh width of keys, L layers.
 `tests/test_memory.py` holds the peak against the measured one.
 """
@@ -35,6 +36,23 @@ def trunk_parameters(config: Qwen2Config) -> int:
 def policy_parameters(config: Qwen2Config) -> int:
     """Count the parameters of trunk and head; a tied head is the embedding."""
     return trunk_parameters(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+
+
+def root_parameters(config: Qwen2Config, head: bool) -> int:
+    """Count the parameters outside of the layers, which sharding gathers as one: embedding, norm and, of a policy, an
+    untied head."""
+    matrices = 1 + (head and not config.tie_word_embeddings)
+    return matrices * config.vocab_size * config.hidden_size + config.hidden_size
+
+
+def layer_parameters(config: Qwen2Config) -> int:
+    """Count the parameters of one layer.
+
+    >>> config = Qwen2Config(10, 4, 6, 1, 1, 1)
+    >>> layer_parameters(config) + root_parameters(config, head=False) == trunk_parameters(config)
+    True
+    """
+    return (trunk_parameters(config) - root_parameters(config, head=False)) // config.num_hidden_layers
 
 
 def kv_width(config: Qwen2Config) -> int:
@@ -155,11 +173,21 @@ class Plan:
     gradients_in_rollout: bool = True  # False: the trainer frees them before it samples, as train_rlpa.py does
     fused: bool = True  # Triton kernels
     checkpointing: bool = False
+    shards: int = 0  # processes that share out weights, gradients and moments (--shard); 0: each holds all of them
 
     def resident(self, config: Qwen2Config) -> dict[str, float]:
         """Return what is there from the first optimizer step to the last."""
-        copies = 4 if self.compute_bytes == 4 else 4 + self.compute_bytes
         policy, critic = policy_parameters(config), self.critic_parameters(config)
+        if self.shards:
+            reference = policy / self.shards + root_parameters(config, head=True)  # its root stays gathered
+            return {
+                "policy": 4 * policy / self.shards,
+                "replica": policy * self.compute_bytes,
+                "critic": 4 * critic / self.shards,
+                "reference": reference * self.compute_bytes * self.reference,
+                "optimizer": (policy + critic) * 8 / self.shards,
+            }
+        copies = 4 if self.compute_bytes == 4 else 4 + self.compute_bytes
         return {
             "policy": policy * copies,
             "critic": critic * copies,
@@ -185,6 +213,8 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
     between the sum moves evenly from one to the other. Or at its very end, when the embedding's gradient comes on top
     of one that is there already: a tied head's, an earlier micro-batch's. Gradients are summed in fp32.
     """
+    if plan.shards:
+        return sharded_phases(config, plan)
     resident, c, earlier = plan.resident(config), plan.compute_bytes, plan.several_microbatches
     policy, critic = (4 * n for n in (policy_parameters(config), plan.critic_parameters(config)))
     kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks)
@@ -208,6 +238,49 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
         phase["critic's first layer"] = {"gradients": both - late, "activations": end}
         phase["critic's gradients"] = {"gradients": both, "head": embedding_sums(embedding, c, earlier, False)}
     phase["optimizer's step"] = {"gradients": both}
+    return {name: resident | parts for name, parts in phase.items()}
+
+
+def sharded_phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
+    """Return what `phases` does, of models that are shared out.
+
+    Gathered are: the root of the trunk that works, from its forward to the end of its backward; in a backward two
+    layers, of which one is fetched ahead, and the gradients of one, once more in fp32 on their way to its owners; at
+    the end the root's gradients likewise. While the replica is refreshed, one matrix.
+    """
+    resident, c, earlier, W = plan.resident(config), plan.compute_bytes, plan.several_microbatches, plan.shards
+    policy, critic = (4 * n / W for n in (policy_parameters(config), plan.critic_parameters(config)))
+    kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks)
+    head, values = head_bytes(config, plan.actions, plan.workspace, c, plan.fused), plan.value_bytes(config)
+    root, critic_root = c * root_parameters(config, head=True), c * root_parameters(config, head=False)
+    embedding = config.vocab_size * config.hidden_size
+    layers = layer_parameters(config) * (2 * c + c + 4)
+    before, policys, both = (policy + critic) * earlier, policy + critic * earlier, policy + critic
+    head_gradient = c * embedding  # kept from the loss to the end of the backward
+    on_trunk = 0 if plan.separate_critic else values
+
+    def end_of(root: float) -> float:
+        return root + root + root / c * 4 + head_gradient
+
+    phase = {
+        "rollout": {"KV cache": kv_bytes(config, 1, plan.cache_tokens, c)},
+        "policy's head": {"gradients": before, "activations": kept, "head": head.running, "gathered": root},
+        "policy's last layer": {
+            "gradients": before, "activations": start + on_trunk, "head": head.kept, "gathered": root + layers,
+        },
+        "policy's first layer": {
+            "gradients": policys, "activations": end, "head": head_gradient, "gathered": root + layers,
+        },
+        "policy's gradients": {"gradients": policys, "gathered": end_of(root)},
+    }  # fmt: skip
+    if plan.separate_critic:
+        phase["critic's last layer"] = {
+            "gradients": policys, "activations": start + values, "gathered": critic_root + layers,
+        }  # fmt: skip
+        phase["critic's first layer"] = {"gradients": both, "activations": end, "gathered": critic_root + layers}
+        phase["critic's gradients"] = {"gradients": both, "gathered": end_of(critic_root)}
+    phase["optimizer's step"] = {"gradients": both}
+    phase["replica's refresh"] = {"gathered": c * embedding * (1 + 1 / W)}
     return {name: resident | parts for name, parts in phase.items()}
 
 
@@ -376,12 +449,16 @@ def remedy(part: str, plan: Plan) -> str:
     """Say which flag makes a part smaller.
 
     >>> remedy("optimizer", Plan()), remedy("optimizer", Plan(separate_critic=False))
-    ("--critic shared drops the critic's trunk", 'take a smaller --ckpt')
+    ("--critic shared drops the critic's trunk", '--shard over several GPUs, or a smaller --ckpt')
     """
     if part == "activations" and not plan.checkpointing:
         return "give --checkpointing, or lower --microbatch-tokens"
     if part in ("optimizer", "gradients", "critic") and plan.separate_critic:
         return "--critic shared drops the critic's trunk"
+    if part in ("policy", "critic", "optimizer", "gradients") and plan.shards:
+        return "--nproc-per-node with more GPUs makes each one's share smaller"
+    if part in ("policy", "critic", "optimizer", "gradients"):
+        return "--shard over several GPUs, or a smaller --ckpt"
     return ADVICE.get(part, ADVICE["policy"])
 
 
@@ -431,7 +508,8 @@ def report(
     call_counts: tuple[int, int] = (0, 0),
 ) -> str:
     """Write bytes per phase, whether they fit, and, given a dialogue's work, tokens and calls of the run."""
-    columns = ("policy", "critic", "reference", "optimizer", "gradients", "activations", "head", "KV cache")
+    columns = ["policy", "critic", "reference", "optimizer", "gradients", "activations", "head", "KV cache"]
+    columns += ["replica", "gathered"] if plan.shards else []
     lines = [table(phases(config, plan), columns), advice(config, plan, memory)]
     if work:
         counts = {name: personas * getattr(work, name) for name in ("prefilled", "decoded", "trained")}
@@ -448,3 +526,93 @@ def microbatch(work: Work, microbatch_tokens: int, minibatch: int) -> tuple[int,
     """
     dialogues = math.ceil(minibatch / math.ceil(minibatch * work.trained / microbatch_tokens))
     return dialogues * work.trained, dialogues * work.decoded, dialogues < minibatch
+
+
+# -------------------------------------------------------------------------------------------------------------- scaling
+
+QWEN = {
+    "0.5B": Qwen2Config(151_936, 896, 4_864, 24, 14, 2, tie_word_embeddings=True),
+    "1.5B": Qwen2Config(151_936, 1_536, 8_960, 28, 12, 2, tie_word_embeddings=True),
+    "3B": Qwen2Config(151_936, 2_048, 11_008, 36, 16, 2, tie_word_embeddings=True),
+    "7B": Qwen2Config(152_064, 3_584, 18_944, 28, 28, 4),
+}
+RANKS = (1, 2, 4, 8, 16, 64)
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s a GPU sends while it receives as many: H100's data sheet; 400 Gb/s a GPU
+
+
+class Traffic(NamedTuple):
+    """Bytes that each GPU sends in one iteration; it receives as many."""
+
+    statistics: float
+    update: float
+    refresh: float  # of the copy that samples
+
+
+def traffic(config: Qwen2Config, plan: Plan, ranks: int, microbatches: int, steps: int) -> Traffic:
+    """Count an iteration's bytes over a ring of `ranks`: so many micro-batches each, so many optimizer steps.
+
+    Whole models: each step sums gradients in fp32, which passes every byte twice. Shards, each micro-batch: weights are
+    gathered for the forward, and but for the root for the backward, and gradients are summed to their owners in fp32.
+    """
+    share, c = (ranks - 1) / ranks, plan.compute_bytes
+    policy, critic = policy_parameters(config), plan.critic_parameters(config)
+    if not plan.shards:
+        return Traffic(0.0, 2 * share * steps * 4 * (policy + critic), 0.0)
+    root, critic_root = root_parameters(config, head=True), root_parameters(config, head=False)
+    own_trunk = critic if plan.separate_critic else 0
+    reference = (policy - root) * plan.reference  # whose root stays gathered
+    update = c * (2 * policy - root) + 4 * policy
+    update += (c * (2 * critic - critic_root) + 4 * critic) * plan.separate_critic
+    statistics = c * (policy * (c != 4 or not plan.separate_critic) + own_trunk + reference)
+    return Traffic(share * microbatches * statistics, share * microbatches * update, share * c * policy)
+
+
+def scaling_row(config: Qwen2Config, ranks: int, shard: bool, separate: bool, gb: float) -> tuple[float, bool, Traffic]:
+    """Return the peak of one of `ranks` GPUs, whether it fits `gb`, and its traffic, at the lengths of `scaling_table`.
+
+    The KV cache is that of the dialogues that decode at once; it may take what is left.
+    """
+    turns, n, reply = 10, 4, 320
+    work = tree_work(50, [73] * turns, [reply] * turns, n)
+    rows = min(64, -(-256 // ranks))
+    plan = Plan(
+        work.trained, work.decoded, several_microbatches=ranks < 4, compute_bytes=2, separate_critic=separate,
+        cache_tokens=rows * (50 + turns * (73 + reply) + n * reply), gradients_in_rollout=False, checkpointing=True,
+        shards=ranks * shard,
+    )  # fmt: skip
+    need = peak(config, plan)[1]
+    moved = traffic(config, plan, ranks, -(-256 // ranks), 256 // max(4, ranks))
+    return need, need * 1.1 <= gb * 1e9, moved
+
+
+def scaling_table(gb: float = 80.0) -> str:
+    """Write what Qwen-2.5 needs per GPU and sends per iteration, whole and with --shard, as a Markdown table.
+
+    256 dialogues of 10 turns and 4 candidates, messages of 64 and replies of 320 tokens: one dialogue a micro-batch, 4
+    or, from more GPUs on, one of each GPU a step; bf16 products, --checkpointing, a reference. Bold: fits `gb`, with a
+    tenth for the allocator. Seconds: NVLink up to 8 GPUs, InfiniBand beyond, at full rate and nothing hidden; the
+    update's FLOP at an H100's peak, with the forward that checkpointing repeats.
+    """
+    lines = [
+        "| model | critic | GPUs | GB each: whole | --shard | GB sent each: whole | --shard | s: whole | --shard"
+        " | s to compute |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    work = tree_work(50, [73] * 10, [320] * 10, 4)
+    for name, config in QWEN.items():
+        for separate, ranks in ((separate, ranks) for separate in (True, False) for ranks in RANKS):
+            flops = 256 * 4 / 3 * update_flops(config, work.trained, work.decoded, work.train_pairs, separate)
+            bytes_, sent, seconds = [], [], []
+            for shard in (False, True):
+                need, fits, moved = scaling_row(config, ranks, shard, separate, gb)
+                bytes_.append(f"**{need / 1e9:.1f}**" if fits else f"{need / 1e9:.1f}")
+                sent.append(f"{sum(moved) / 1e9:,.0f}")
+                seconds.append(f"{sum(moved) / (NVLINK if ranks <= 8 else INFINIBAND):.1f}")
+            compute = f"{flops / ranks / PEAK_FLOPS['H100']:.0f}"
+            cells = [name, "separate" if separate else "shared", str(ranks), *bytes_, *sent, *seconds, compute]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(scaling_table())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -300,7 +300,8 @@ class Critic(nn.Module):
 
     def forward(self, token_ids: Tensor, *args, **kwargs) -> Tensor:
         """Give values (B, T) fp32: the return expected after each token; arguments as `Qwen2Model.forward`."""
-        return values_of(self.model(token_ids, *args, **kwargs), self.value_head.weight)
+        values = values_of(self.model(token_ids, *args, **kwargs), self.value_head.weight)
+        return values.clone()  # sharding hangs its hooks on an output, which must not be a view
 
     @classmethod
     def from_policy(cls, policy: Qwen2ForCausalLM, seed: int = 0) -> Critic:
@@ -466,6 +467,7 @@ class Cached:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -492,7 +494,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        pickles = sorted(file.name for file in folder.iterdir() if (file.suffix or file.name) in PICKLES)
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
     try:
@@ -506,20 +508,30 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
+
+    The file is opened anew for each: what was read through one mapping stays in memory until that is closed, and would
+    double the peak.
+    """
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    for name in names:
+        with safe_open(file, "pt") as opened:
+            tensor = opened.get_tensor(name)
+        yield name, tensor
+        del tensor
+
+
 def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
 
-    Raises ValueError for a tensor that `shapes` lacks, of another shape, or not floats. The file is opened anew for
-    each: what was read through one mapping stays in memory until that is closed, and would double the peak.
+    Raises ValueError for a tensor that `shapes` lacks, of another shape, or not floats.
     """
     try:
-        with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-        for name in names:
+        for name, tensor in stored_tensors(file):
             if name not in shapes:
                 raise ValueError(f"{file}: tensor {name} is not part of the model")
-            with safe_open(file, "pt") as opened:
-                tensor = opened.get_tensor(name)
             if tensor.shape != shapes[name]:
                 raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, not {list(shapes[name])}")
             if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -532,6 +544,17 @@ def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[st
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
     """Fill a model built on the meta device from a folder's safetensors; raise ValueError naming tensor and file."""
+    model.load_state_dict(read_weights(model, folder, dtype, device), assign=True)
+
+
+def read_weights(
+    model: nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> dict[str, Tensor]:
+    """Read a model's weights by name, or the `part` of each that is wanted; raise ValueError naming tensor and file."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     allowed = dict(shapes)
@@ -544,14 +567,14 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str
             if name in weights:
                 raise ValueError(f"{file}: {name} is also in another file")
             # A copy: what the file's reader gives is a view of the file, which a later save may replace.
-            weights[name] = tensor.to(device, dtype, copy=True)
+            weights[name] = part(tensor).to(device, dtype, copy=True)
             del tensor
     for name in shapes:
         if name not in weights:
             raise ValueError(f"{files[0] if len(files) == 1 else folder / INDEX}: tensor {name} is missing")
     if head not in shapes and head in weights and not torch.equal(weights.pop(head), weights[embedding]):
         raise ValueError(f"{folder}: {head} differs from {embedding}, but config.json ties them")
-    model.load_state_dict(weights, assign=True)
+    return weights
 
 
 def load_model(kind: type[nn.Module], path_or_hub_id: str | Path, dtype: torch.dtype, device: str | torch.device):
@@ -597,10 +620,16 @@ def save_pretrained(
     One model.safetensors, or, above max_shard_bytes, numbered shards and model.safetensors.index.json. `weights` are
     written in place of the model's own: the fp32 masters of one that computes in bf16.
     """
+    weights = {k: v.detach().to("cpu", dtype) for k, v in (weights or model.state_dict()).items()}
+    save_config(model, folder, next(iter(weights.values())).dtype)
+    save_torch_state_dict(weights, folder, max_shard_size=int(max_shard_bytes))
+
+
+def save_config(model: Qwen2ForCausalLM | Critic | ValueHead, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write the config.json of a model whose weights are saved in `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().to("cpu", dtype) for k, v in (weights or model.state_dict()).items()}
-    save_torch_state_dict(weights, folder, max_shard_size=int(max_shard_bytes))
-    precision = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    config = {"architectures": [type(model).__name__], "torch_dtype": precision, **model.config.to_dict()}
+    kind = next(kind for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
+    precision = str(dtype).removeprefix("torch.")
+    config = {"architectures": [kind.__name__], "torch_dtype": precision, **model.config.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -37,25 +37,26 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoints
 import memory
 import rewards
+import sharding
 import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
@@ -63,24 +64,47 @@ from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
 from kernels.tree_attention import Block, Tree, make_tree
 from model import (
+    SINGLE,
     Critic,
     Qwen2Config,
     Qwen2ForCausalLM,
     ValueHead,
+    draw_value_head,
     load_critic,
     load_policy,
     load_value_head,
     resolve_checkpoint,
+    save_config,
     save_pretrained,
+    stored_tensors,
 )
 from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
+from processes import (
+    AgreedError,
+    LostProcess,
+    Result,
+    agree,
+    all_max,
+    all_sum,
+    all_sum_gradients,
+    attempt,
+    catch_signals,
+    computing,
+    gather,
+    join_processes,
+    launcher_store,
+    on_rank_0,
+    rank,
+    together,
+    wait_for_ranks,
+    world_size,
+)
 from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
 from throttle import Quota
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
-Result = TypeVar("Result")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -153,6 +177,7 @@ class Config:
     critic: str = "separate"  # separate: a trunk of its own (published); shared: a value head on the policy's trunk
     value_coef: float = 0.5  # weight of the value loss in the gradient of a shared trunk
     dtype: str = "auto"  # of products, beside fp32 master weights: float32, bfloat16, or auto: bfloat16 on CUDA alone
+    shard: bool = False  # share weights, gradients and moments out over the processes (FSDP2); see docs/scaling.md
     checkpointing: bool = False  # keep only the layers' inputs for the backward: a third more work, far less memory
     lr: float = 5e-7  # policy's peak learning rate
     critic_lr: float = 9e-6  # critic's peak learning rate
@@ -174,6 +199,7 @@ class Config:
     tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
     dry_run: bool = False  # print memory per device, tokens and calls of the run, and stop before anything is loaded
     dry_run_gb: float = 0.0  # --dry-run plans for a CUDA device of so many GB (1e9 bytes); 0: for this machine
+    dry_run_processes: int = 0  # --dry-run plans for so many; 0: for those that are running
     kernels: str = "auto"  # triton, torch, or auto: triton on CUDA, torch on a CPU
     collective_timeout: float = 1800.0  # seconds that a process waits for the others; longer than any rollout
     threads: int = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
@@ -200,8 +226,9 @@ class Config:
             raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
         if self.advantage != "gae":
             refuse_critic_flags(self)
-        if self.dry_run_gb and not self.dry_run:
-            raise ValueError(f"--dry-run-gb {self.dry_run_gb} needs --dry-run")
+        for name in ("dry_run_gb", "dry_run_processes"):
+            if getattr(self, name) and not self.dry_run:
+                raise ValueError(f"{flag(name)} {getattr(self, name)} needs --dry-run")
         if self.record and self.replay:
             raise ValueError(f"--record {self.record} and --replay {self.replay} exclude each other; leave out one")
         if self.profile_judge == "http" and not self.judge_url:
@@ -281,6 +308,7 @@ LIMITS = {
             "entropy_coef",
             "value_coef",
             "dry_run_gb",
+            "dry_run_processes",
             "kv_gib",
             "price_in",
             "price_out",
@@ -382,6 +410,7 @@ RESUMED = (
     "outage_budget",
     "requests_per_minute",
     "tokens_per_minute",
+    "shard",  # equal up to rounding
 )
 
 
@@ -406,117 +435,6 @@ def stream_seed(*key: object) -> int:
     """
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1  # 31 bits: some servers take no larger seed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes: plain data parallelism. Each rank plays and packs its own dialogues; gradients and counts are summed.
-
-
-def rank() -> int:
-    """Return this process's number, 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-class LostProcess(Exception):
-    """Another process of the run has ended or does not answer."""
-
-
-@contextmanager
-def collective() -> Iterator[None]:
-    """Say what it means when processes cannot talk to one another."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = re.sub(r"\[\S*\.cc:\d+\] ", "", str(error)).partition(". ")[0]
-        raise LostProcess(f"another process is lost, or has not answered in time ({reason})") from error
-
-
-def all_sum(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        with collective():
-            dist.all_reduce(tensor)
-    return tensor
-
-
-def all_max(values: Tensor) -> Tensor:
-    """Return the elementwise maximum of `values` over all ranks."""
-    if dist.is_initialized():
-        with collective():
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
-def gather(item: object) -> list:
-    """Collect one picklable object of our own from every rank, in rank order, on every rank."""
-    if not dist.is_initialized():
-        return [item]
-    items: list = [None] * world_size()
-    with collective():
-        dist.all_gather_object(items, item)
-    return items
-
-
-class AgreedError(ValueError):
-    """A ValueError of one rank, raised on all: rank 0 tells of it."""
-
-
-def attempt(action: Callable[[], Result]) -> Result | AgreedError:
-    """Return what `action` returns, or its ValueError."""
-    try:
-        return action()
-    except ValueError as error:
-        return AgreedError(str(error))
-
-
-def agree(outcome: Result | AgreedError) -> Result:
-    """Return the outcome of an `attempt`, unless that of any rank is an error, which is raised on all."""
-    for failure in gather(outcome if isinstance(outcome, AgreedError) else None):
-        if failure:
-            raise failure
-    return outcome
-
-
-def together(action: Callable[[], Result]) -> Result:
-    """Call `action`, which must not talk to other ranks, on every rank; a ValueError of any is raised on all."""
-    return agree(attempt(action))
-
-
-def on_rank_0(action: Callable[[], Result]) -> Result:
-    """Call `action` on rank 0 alone; what it returns or raises, all ranks return or raise."""
-    return gather(together(lambda: action() if rank() == 0 else None))[0]
-
-
-def wait_for_ranks(seconds: float, signals: list[int]) -> None:
-    """Wait until every rank is here, or a signal comes: no collective shall wait for somebody's HTTP.
-
-    It asks a key of the store, again and again, so that a signal is seen. Raises LostProcess after `seconds`.
-    """
-    if not dist.is_initialized():
-        return
-    with collective():
-        store = dist.distributed_c10d._get_default_store()
-        number = store.add(f"arrivals of {rank()}", 1)
-        here = store.add(f"arrived {number}", 1)
-        deadline = time.monotonic() + seconds
-        while here < world_size() and not signals:
-            if time.monotonic() > deadline:
-                raise LostProcess(f"after {seconds:g} s only {here} of {world_size()} processes have played their part")
-            time.sleep(0.02)
-            here = store.add(f"arrived {number}", 0)
-
-
-def all_sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum the gradients over all ranks, in place: one flat message would copy them all. No gradient counts as 0."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        all_sum(parameter.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1038,9 +956,24 @@ def collate(dialogues: list[Packed]) -> Batch:
 
 
 def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
-    """Return the micro-batches of each mini-batch of an epoch; statistics and update go through the same ones."""
+    """Return the micro-batches of each mini-batch of an epoch; statistics and update go through the same ones.
+
+    With --shard every process gets equally many, for a forward is a conversation of all: who has fewer adds empty ones.
+    """
     minibatches = [[p for p in packed if p.minibatch == m] for m in range(minibatches_per_epoch(config))]
-    return [[collate(part) for part in microbatches(m, config.microbatch_tokens)] for m in minibatches]
+    parts = [microbatches(minibatch, config.microbatch_tokens) for minibatch in minibatches]
+    if config.shard:
+        most = all_max(torch.tensor([len(part) for part in parts])).tolist()
+        parts = [part + [[nothing()]] * (n - len(part)) for part, n in zip(parts, most, strict=True)]
+    return [[collate(part) for part in minibatch] for minibatch in parts]
+
+
+def nothing() -> Packed:
+    """Return a dialogue of one token, none of them an action: its loss is an empty sum, and all its gradients are 0."""
+    zero, none = torch.zeros(1, dtype=torch.long), torch.zeros(0)
+    tree = dict(token_ids=zero, position_ids=zero, enter=zero, leave=zero + 1, blocks=[Block(1, None)])
+    actions = dict(predict=none.long(), targets=none.long(), sampler_logprobs=none, advantages=none, returns=none)
+    return Packed(minibatch=0, **tree, **actions, spans=[], row_tokens=0)
 
 
 def minibatches_per_epoch(config: Config) -> int:
@@ -1069,10 +1002,16 @@ def add_statistics(
     ref_policy: Qwen2ForCausalLM | None,
     critic: Critic | ValueHead | None,
     config: Config,
+    sampled: Qwen2ForCausalLM | None = None,
 ) -> None:
-    """Fill in old log-probs, reference log-probs and values, each computed once, under the weights that sampled."""
+    """Fill in old log-probs, reference log-probs and values, each computed once, under the weights that sampled.
+
+    sampled: the copy of a sharded policy that did; else it is the policy.
+    """
+    sampled = sampled or policy
+    exact = sampler_is_exact(sampled, config)
     for batch in (batch for minibatch in batches for batch in minibatch):
-        found = statistics_of(batch.to(policy.head_weight), policy, ref_policy, critic, config)
+        found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact)
         sizes = [len(p.targets) for p in batch.dialogues]
         for name, values in found.items():
             for p, part in zip(batch.dialogues, values.cpu().split(sizes), strict=True):
@@ -1085,9 +1024,12 @@ def statistics_of(
     ref_policy: Qwen2ForCausalLM | None,
     critic: Critic | ValueHead | None,
     config: Config,
+    by_sampler: bool,
 ) -> dict[str, Tensor]:
-    """Return a micro-batch's statistics by their names in `Packed`; no trunk runs whose output nobody reads."""
-    by_sampler = sampler_is_exact(policy, config)
+    """Return a micro-batch's statistics by their names in `Packed`; no trunk runs whose output nobody reads.
+
+    by_sampler: old log-probs are those that the sampler noted.
+    """
     hidden = None if by_sampler and not isinstance(critic, ValueHead) else policy_hidden(policy, batch)
     if by_sampler:
         old_logprobs = batch.gather("sampler_logprobs")
@@ -1287,7 +1229,13 @@ class Learner:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     peak_lr: float
-    masters: dict[str, Tensor]  # by name; in fp32 the model's parameters themselves
+    masters: dict[str, Tensor]  # by name; in fp32, and of a sharded model, its parameters themselves
+    replica: nn.Module | None = None  # of a sharded policy: all its weights in the dtype of products, for sampling
+
+    @property
+    def sampled(self) -> nn.Module:
+        """Return the model that samples, which needs no other process for it."""
+        return self.replica or self.model
 
 
 def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:
@@ -1336,8 +1284,9 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     Returns the gradient norm before clipping and whether the step was taken.
     """
     masters = learner.masters.values()
-    all_sum_gradients(masters)
-    norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm).item()
+    all_sum_gradients(master for master in masters if not isinstance(master, DTensor))  # those are sums already
+    norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):  # the summed gradient is the same everywhere, and so is this decision
         return norm, False
     for group in learner.optimizer.param_groups:
@@ -1380,6 +1329,8 @@ def update(
     counted = ("updates_skipped",)
     for learner in filter(None, (policy, critic)):  # the next rollout can use the memory
         learner.optimizer.zero_grad()
+    if policy.replica:
+        sharding.refresh(policy.replica, policy.masters)
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     return first | {k: v / steps if k in per_step else v if k in counted else v / tokens for k, v in totals.items()}
@@ -1430,12 +1381,13 @@ def minibatch_update(
     sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
     low, high = math.inf, -math.inf
     for batch in minibatch:
-        batch = batch.to(policy.model.head_weight)
+        batch = batch.to(policy.sampled.head_weight)
         models = policy.model, critic and critic.model
         statistics = add_gradients(*models, batch, count, config, train_policy, ref_policy)
         for name in sums:
             sums[name] += statistics[name].item()
-        low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
+        if len(batch.targets):
+            low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
     result = dict(zip(sums, all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist(), strict=True))
     low, high = all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
     result |= {"ratio_min": -low, "ratio_max": high}
@@ -1513,24 +1465,30 @@ def evaluate(
 def save_checkpoint(state: State) -> None:
     """Write models in Hugging Face layout and the trainer's state, such that a kill anywhere leaves it whole or absent.
 
-    Every rank calls it and rank 0 writes: `prepare` and `publish` are apart so that ranks can write shards in between.
-    Raises ValueError on every rank if that fails.
+    Every rank calls it; rank 0 writes, and all write what is sharded. Raises ValueError on every rank if that fails.
     """
     if state.evaluated and math.isfinite(state.reward) and all(state.reward > reward for reward in state.best.values()):
         state.best = {checkpoint_name(state): state.reward}
     folder = Path(state.config.run_dir) / "checkpoints" / checkpoint_name(state)
 
     def write() -> None:
-        try:
-            temporary = checkpoints.prepare(folder)
-            write_checkpoint(state, temporary)
-            checkpoints.publish(temporary, folder)
-            checkpoints.prune(folder, state.config.keep_last, *state.best)
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be written: {error.strerror}; those before it are kept") from error
+        write_checkpoint(state, temporary)
+        checkpoints.publish(temporary, folder)
+        checkpoints.prune(folder, state.config.keep_last, *state.best)
 
-    on_rank_0(write)
+    temporary = on_rank_0(lambda: writing(folder, lambda: checkpoints.prepare(folder)))
+    writing(folder, lambda: write_shards(state, temporary))
+    on_rank_0(lambda: writing(folder, write))
     state.saved = folder.name
+
+
+def writing(folder: Path, action: Callable[[], Result]) -> Result:
+    """Call `action`; where it cannot write, raise a ValueError that tells of the checkpoint."""
+    try:
+        return action()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{folder} cannot be written: {reason}; those before it are kept") from error
 
 
 def checkpoint_name(state: State) -> str:
@@ -1546,19 +1504,41 @@ def write_checkpoint(state: State, folder: Path) -> None:
 
     Random streams need no state: each is derived from the seed and from what it is for (`stream_seed`).
     """
-    save_policy(state, folder / "policy")
-    if state.critic:
-        save_pretrained(state.critic.model, folder / "critic", weights=state.critic.masters)
-    for name, learner in (("policy", state.policy), ("critic", state.critic)):
-        if learner:
+    for name, learner in learners(state).items():
+        if is_sharded(learner):
+            save_config(learner.model, folder / name, torch.float32)
+        else:
+            save_pretrained(learner.model, folder / name, weights=learner.masters)
             save_file(optimizer_tensors(learner), folder / f"{name}_optimizer.safetensors")
+    save_texts(state, folder / "policy")
     progress = {name: getattr(state, name) for name in PROGRESS}
     (folder / "trainer.json").write_text(json.dumps(progress) + "\n")
 
 
-def save_policy(state: State, folder: Path) -> None:
-    """Write the policy with its tokenizer, and the settings and held-out text of this model, if it brought some."""
-    save_pretrained(state.policy.model, folder, weights=state.policy.masters)
+def write_shards(state: State, folder: Path) -> None:
+    """Write the weights and moments that are sharded, in the files that `write_checkpoint` writes of whole ones."""
+    for name, learner in learners(state).items():
+        if is_sharded(learner):
+            sharding.save(learner.masters, folder / name)
+            moments = folder / f".{name}_optimizer"
+            sharding.save(optimizer_tensors(learner), moments, math.inf)
+            if rank() == 0:
+                (moments / SINGLE).rename(folder / f"{name}_optimizer.safetensors")
+                moments.rmdir()
+
+
+def learners(state: State) -> dict[str, Learner]:
+    """Return what is trained, by its name in a checkpoint."""
+    return {"policy": state.policy} | ({"critic": state.critic} if state.critic else {})
+
+
+def is_sharded(learner: Learner) -> bool:
+    """Say whether every process holds only its rows of the model; a value head is never sharded."""
+    return any(isinstance(master, DTensor) for master in learner.masters.values())
+
+
+def save_texts(state: State, folder: Path) -> None:
+    """Write the tokenizer, and the settings and held-out text of this model, if it brought some."""
     state.chat.tokenizer.save(str(folder / "tokenizer.json"))
     for name in ("rlpa.json", HELDOUT_FILE):
         if (Path(state.config.ckpt) / name).is_file():
@@ -1569,18 +1549,24 @@ def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
     """Return AdamW's moments and step counts by parameter name: tensors only, so that they fit safetensors."""
     names = {master: name for name, master in learner.masters.items()}
     return {
-        f"{names[p]}|{key}": value.contiguous()
+        f"{names[p]}|{key}": torch.atleast_1d(value).contiguous()  # shards of a number are written as 0 in torch 2.13
         for p, moments in learner.optimizer.state.items()
         for key, value in moments.items()
     }
 
 
 def load_optimizer(learner: Learner, path: Path) -> None:
-    """Restore what `optimizer_tensors` returned."""
-    for key, value in load_file(path).items():
+    """Restore what `optimizer_tensors` returned; of a sharded model the own rows."""
+    for key, value in stored_tensors(path):
         name, _, moment = key.rpartition("|")
         master = learner.masters[name]
-        learner.optimizer.state[master][moment] = value.to(master.device, copy=True)
+        if moment == "step":
+            value = value.reshape(()).to(master.device, copy=True)
+        elif isinstance(master, DTensor):
+            value = sharding.spread(value, master.device_mesh)
+        else:
+            value = value.to(master.device, copy=True)
+        learner.optimizer.state[master][moment] = value
 
 
 def newest_checkpoint(run_dir: str) -> Path:
@@ -1625,10 +1611,10 @@ class State:
         return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
 
 
-def setup(config: Config, env: World, folder: Path | None = None) -> State:
-    """Load personas, tokenizer and models, fresh or from a checkpoint's folder."""
+def setup(config: Config, env: World, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
+    """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
     personas, eval_sets = load_all_personas(config)
-    policy, critic, ref_policy = load_models(config, folder)
+    policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
     set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)
@@ -1654,7 +1640,7 @@ def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner |
 
     What is trained is loaded in fp32, for the masters.
     """
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     dtype = compute_dtype(config, device.type)
     policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
     models = {"policy": policy}
@@ -1669,6 +1655,44 @@ def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner |
             load_optimizer(learners[name], folder / f"{name}_optimizer.safetensors")
     ref_policy = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False) if config.kl_coef else None
     return learners["policy"], learners.get("critic"), ref_policy
+
+
+def load_sharded(
+    config: Config, folder: Path | None, mesh: DeviceMesh
+) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+    """Do what `load_models` does, with the rows of this process alone, and a copy of the policy that samples."""
+    device = own_device()
+    dtype = compute_dtype(config, device.type)
+    start = folder / "policy" if folder else config.ckpt
+    policy = make_learner(sharding.load(Qwen2ForCausalLM, start, mesh, dtype=dtype), config.lr, config)
+    policy.replica = load_policy(start, dtype=dtype, device=device).requires_grad_(False)
+    critic, ref_policy = None, None
+    if has_own_trunk(config):
+        critic = make_learner(load_sharded_critic(config, policy.model, folder, mesh, dtype), config.critic_lr, config)
+    elif config.advantage == "gae":
+        critic = make_learner(load_or_make_critic(config, policy.model, folder), config.critic_lr, config, dtype)
+    for name, learner in (("policy", policy), ("critic", critic)):
+        if learner and is_sharded(learner):
+            learner.model.model.checkpointing = config.checkpointing
+        if learner and folder:
+            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+    if config.kl_coef:
+        ref_policy = sharding.load(Qwen2ForCausalLM, config.ckpt, mesh, dtype=dtype, stored=dtype).requires_grad_(False)
+    return policy, critic, ref_policy
+
+
+def load_sharded_critic(
+    config: Config, policy: Qwen2ForCausalLM, folder: Path | None, mesh: DeviceMesh, dtype: torch.dtype
+) -> Critic:
+    """Do what `load_or_make_critic` does for a critic with a trunk of its own."""
+    if path := folder / "critic" if folder else config.critic_ckpt:
+        return sharding.load(Critic, path, mesh, dtype=dtype)
+    return sharding.critic_from_policy(policy, draw_value_head(policy, config.seed), mesh, dtype)
+
+
+def own_device() -> torch.device:
+    """Return the device of this process."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path | None) -> Critic | ValueHead:
@@ -1763,15 +1787,16 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     calls_before = endpoint_counts(env)
     start = time.perf_counter()
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
-    dialogues = play_batch(state.policy.model, state.chat, lambda: persona_batch(state), play, config, env)
-    with env.timers("statistics"):
+    dialogues = play_batch(state.policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
+    with env.timers("statistics"), computing():
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
-        add_statistics(batches, state.policy.model, state.ref_policy, state.critic and state.critic.model, config)
+        models = state.policy.model, state.ref_policy, state.critic and state.critic.model
+        add_statistics(batches, *models, config, state.policy.sampled)
         for p in packed:
             add_advantages(p, config) if state.critic else add_group_advantages(p, config)
         advantage_mean, advantage_std = whiten_advantages(packed, config.advantage)
-    with env.timers("update"):
+    with env.timers("update"), computing():
         per_iteration = config.num_epochs * minibatches_per_epoch(config)
         progress = (state.updates, state.num_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup
@@ -1782,7 +1807,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     metrics |= {"advantage_mean": advantage_mean, "advantage_std": advantage_std}
     if state.critic:
         metrics["explained_variance"] = explained_variance(packed)
-    if sampler_is_exact(state.policy.model, config):  # the first mini-batch met the weights that sampled
+    if sampler_is_exact(state.policy.sampled, config):  # the first mini-batch met the weights that sampled
         metrics["sampler_trainer_logprob_gap"] = metrics.get("ratio_dev_first", math.nan)
     calls = sum_counters(gather(endpoint_counts(env) - calls_before))
     metrics |= sum_counters(gather(env.counts)) | calls | cost(calls, config)
@@ -1907,7 +1932,7 @@ def retention(state: State) -> dict[str, float]:
     path = Path(state.config.ckpt) / HELDOUT_FILE
     if not path.is_file():
         return {}
-    return {"perplexity_sft": perplexity(text_scores(state.policy.model, state.chat, read_texts(path)))}
+    return {"perplexity_sft": perplexity(text_scores(state.policy.sampled, state.chat, read_texts(path)))}
 
 
 def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, list[Dialogue]]:
@@ -1918,7 +1943,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
             continue
         for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             metrics, dialogues = evaluate(
-                state.policy.model, state.chat, personas, state.config, state.env, state.iteration, temperature
+                state.policy.sampled, state.chat, personas, state.config, state.env, state.iteration, temperature
             )
             played[f"{name}/{how}"] = dialogues
             if (name, how) == ("heldout", "sampled"):
@@ -1940,7 +1965,8 @@ def train(config: Config, env: World) -> int:
     Then the state is saved.
     """
     folder = on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
-    state = together(lambda: setup(config, env, folder))
+    mesh = sharding.make_mesh() if config.shard else None
+    state = together(lambda: setup(config, env, folder, mesh))
     log = together(lambda: start_log(state) if rank() == 0 else None)
     try:
         before, after = run(state, log)
@@ -2076,11 +2102,11 @@ def dry_run(config: Config) -> str:
     """
     model = Qwen2Config.from_file(config.ckpt)
     device = "cuda" if torch.cuda.is_available() or config.dry_run_gb else "cpu"
-    turns, n = config.max_turns, config.num_candidates
+    turns, n, processes = config.max_turns, config.num_candidates, config.dry_run_processes or world_size()
     work = memory.tree_work(50, [config.max_user_tokens + 9] * turns, [config.max_new_tokens] * turns, n)
-    per_rank = max(1, config.minibatch_size // world_size())
+    per_rank = max(1, config.minibatch_size // processes)
     tokens, actions, several = memory.microbatch(work, config.microbatch_tokens, per_rank)
-    rows = min(config.decode_batch_size, -(-config.rollout_batch_size // world_size()))  # parked ones take what is left
+    rows = min(config.decode_batch_size, -(-config.rollout_batch_size // processes))  # parked ones take what is left
     longest = 50 + turns * (config.max_user_tokens + 9 + config.max_new_tokens)
     slots = rows * (longest + n * config.max_new_tokens)
     if config.kv_gib:
@@ -2099,13 +2125,14 @@ def dry_run(config: Config) -> str:
         gradients_in_rollout=False,
         fused=device == "cuda",
         checkpointing=config.checkpointing,
+        shards=processes * config.shard,
     )
     if config.dry_run_gb:
         room = config.dry_run_gb * 1e9
     elif device == "cuda":
         room = torch.cuda.get_device_properties(0).total_memory
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size()
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     personas = len(load_all_personas(config)[0])
     dialogues = config.num_iterations * config.rollout_batch_size or personas
     judge_calls = bool(config.judge_url) + (config.profile_judge == "http")
@@ -2166,70 +2193,6 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
             server.stop()
 
 
-@contextmanager
-def catch_signals(received: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT (Ctrl-C) in a list while the block runs; a second Ctrl-C ends the process at once."""
-
-    def note(number: int, frame: object) -> None:
-        if number == signal.SIGINT in received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not received:  # print is not safe here
-            os.write(2, b"\nstopping: a checkpoint is saved first (a second Ctrl-C stops at once)\n")
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def join_processes(store: dist.Store | None, timeout: float) -> None:
-    """Join the processes that torchrun has started, if there are several; `timeout` in seconds bounds every wait."""
-    if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with collective():
-        place = {}
-        if store:
-            number = int(os.environ["RANK"])
-            place = {"store": fresh_store(store, number, size, timeout), "rank": number, "world_size": size}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **place)
-
-
-def launcher_store(timeout: float) -> dist.Store | None:
-    """Return torchrun's key-value store, which outlives the processes that it restarts; None where there is none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout))
-    return dist.PrefixStore(f"rlpa/{os.environ['TORCHELASTIC_RUN_ID']}", store)
-
-
-def fresh_store(store: dist.Store, number: int, size: int, timeout: float) -> dist.Store:
-    """Return a part of the launcher's store that processes which ended before a restart have not written into.
-
-    In torch 2.13 restarted processes find the addresses of the dead ones and wait for them. Machines count restarts
-    each for itself, so rank 0 draws a name; the others cannot tell it from that of an earlier start until it has
-    answered what they have just drawn themselves.
-    """
-    mine = uuid.uuid4().hex
-    if number == 0:
-        store.set("start", mine)
-        store.set(f"{mine}/answer", b" ".join(store.get(f"{mine}/{other}") for other in range(1, size)))
-        return dist.PrefixStore(mine, store)
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        start = store.get("start").decode()
-        store.set(f"{start}/{number}", mine)
-        if store.check([f"{start}/answer"]) and mine.encode() in store.get(f"{start}/answer"):
-            return dist.PrefixStore(start, store)
-        time.sleep(0.02)
-    raise RuntimeError(f"rank 0 did not start within {timeout:g} s")
-
-
 def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:
     """Return the settings with which processes go on that torchrun has restarted: in the run folder that they had.
 
@@ -2250,7 +2213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with catch_signals(received):
             timeout = getattr(parsed, "collective_timeout", Config.collective_timeout)
             store = launcher_store(timeout)
-            join_processes(store, timeout)
+            join_processes(store, timeout, alone=getattr(parsed, "shard", False))
             return launch(together(lambda: parsed), store if rank() == 0 else None, received)
     except (ValueError, LostProcess, Unavailable) as error:
         if not isinstance(error, AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":

@@ -1,6 +1,7 @@
 """One global batch, however it is cut up: two processes or one, large micro-batches or small, the numbers are the same.
 
-Both processes run on this machine and talk through gloo; the policy is two random layers.
+Whole runs of the trainer; `test_sharding.py` has single updates. Both processes run on this machine, also where they
+stand for two hosts, and talk through gloo; the policy is two random layers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoints
 import train_rlpa
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
@@ -67,17 +71,40 @@ def one_process(arguments, tmp_path_factory) -> Path:
     return run
 
 
-def torchrun(*argv: str) -> subprocess.CompletedProcess:
-    """Run the trainer as two processes, one thread each."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_rlpa.py"]
-    return subprocess.run(
-        [*launcher, *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+@pytest.fixture(scope="module")
+def two_processes(arguments, tmp_path_factory) -> Path:
+    """The same run by two processes, with a schedule that repeats to the last bit."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    done = torchrun(*arguments, *REPEATABLE, "--run-dir", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stdout and done.stdout.count("run folder:") == 1  # rank 0 alone reports
+    return run
+
+
+@pytest.fixture(scope="module")
+def sharded(arguments, tmp_path_factory) -> Path:
+    """The same run by two processes that share out the weights; it has a checkpoint of every iteration."""
+    run = tmp_path_factory.mktemp("sharded") / "run"
+    done = torchrun(*arguments, "--shard", "--save-every", "1", "--run-dir", str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+REPEATABLE = ("--reply-steps", "4")
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+
+
+def torchrun(*argv: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run the trainer as several processes, one thread each."""
+    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), "train_rlpa.py"]
+    return subprocess.run([*launcher, *argv], capture_output=True, timeout=250, **START)
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
 
 
 def records(run: Path) -> list[dict]:
@@ -114,12 +141,106 @@ def assert_same_run(run: Path, reference: Path) -> None:
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
 
 
-def test_two_processes_equal_one(arguments, one_process, tmp_path):
+def test_two_processes_equal_one(two_processes, one_process):
     """Guards means per rank, streams per rank, duties of rank 0, and collectives that an idle rank skips (a hang)."""
-    done = torchrun(*arguments, "--run-dir", str(tmp_path / "two"))
+    assert_same_run(two_processes, one_process)
+
+
+def test_two_hosts_equal_one(arguments, two_processes, tmp_path):
+    """Guards duties of a host's first process, and a rendezvous that does not come about: two launchers of one process
+    each play the part of two hosts, and end with what one launcher of two processes ends with, bit for bit."""
+    run, place = tmp_path / "run", ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    hosts = [*LAUNCHER, *place, "--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1", "train_rlpa.py"]
+    argv = [*hosts, *arguments, *REPEATABLE, "--run-dir", str(run)]
+    agents = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **START) for _ in range(2)]
+    try:
+        told = [agent.communicate(timeout=200)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], told[0][-3000:] + told[1][-3000:]
+    assert sorted(("run folder:" in text) for text in told) == [False, True]
+    assert said(run) == said(two_processes) and records(run) == records(two_processes)
+    files = sorted(file.relative_to(run) for file in run.rglob("*.safetensors"))
+    assert len(files) == 4 and all((run / f).read_bytes() == (two_processes / f).read_bytes() for f in files)
+
+
+def test_shards_equal_whole_models(sharded, one_process):
+    """Guards every part of a run that meets sharded weights: sampling, statistics, update, evaluation, checkpoints."""
+    assert_same_run(sharded, one_process)
+
+
+def test_four_processes_equal_one(arguments, one_process, tmp_path):
+    """Guards tokens that depend on the number of processes, and shards where three of four have no dialogue."""
+    done = torchrun(*arguments, "--shard", "--run-dir", str(tmp_path / "four"), processes=4)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout and done.stdout.count("run folder:") == 1  # rank 0 alone reports
-    assert_same_run(tmp_path / "two", one_process)
+    assert_same_run(tmp_path / "four", one_process)
+
+
+def test_a_checkpoint_of_shards_is_one_of_whole_models(sharded, one_process):
+    """Guards rows of one process that pass for a whole tensor, numbers that torch's writer loses, and files left over.
+
+    What two processes wrote holds the same files and tensors as what one process with whole models writes, and one
+    with whole models loads weights and moments from it as they are.
+    """
+    folder, other = (run / "checkpoints" / "iteration_000003" for run in (sharded, one_process))
+    assert checkpoints.damage(folder) == "" and checkpoints.damage(other) == ""
+    names = [sorted(f.relative_to(x).as_posix() for x in [path] for f in path.rglob("*")) for path in (folder, other)]
+    assert names[0] == names[1] and not list((sharded / "checkpoints").glob(".*"))
+    config = train_rlpa.Config(**json.loads((sharded / "config.json").read_text()) | {"shard": False})
+    policy, critic, _ = train_rlpa.load_models(config, folder)
+    for name, learner in (("policy", policy), ("critic", critic)):
+        weights, file = load_file(folder / name / "model.safetensors"), f"{name}_optimizer.safetensors"
+        assert all(torch.equal(weights[key], master) for key, master in learner.masters.items())
+        loaded = train_rlpa.optimizer_tensors(learner)
+        moments, expected = load_file(folder / file), load_file(other / file)
+        assert moments.keys() == loaded.keys() == expected.keys()
+        for key, value in loaded.items():
+            assert torch.equal(value, moments[key]) and value.shape == expected[key].shape, key
+            assert torch.allclose(value, expected[key], rtol=1e-3, atol=1e-6), key
+        assert {v.item() for key, v in moments.items() if key.endswith("step")} == {5.0}  # 2 + 2 + 1 mini-batches
+
+
+@pytest.mark.parametrize("how", ["one process, whole", "two processes, sharded"])
+def test_shards_go_on(sharded, one_process, tmp_path, how):
+    """Guards moments and masters that are not restored: with whole models or shards, a run goes on and ends alike."""
+    run = Path(shutil.copytree(sharded, tmp_path / "run"))
+    for iteration in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"iteration_{iteration:06d}")
+    if how.startswith("one"):
+        assert train_rlpa.main(["--resume", str(run), "--no-shard"]) == 0
+    else:
+        done = torchrun("--resume", str(run))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(run, one_process)
+
+
+def test_whole_models_go_on_as_shards(arguments, one_process, tmp_path):
+    """Guards the other direction, and a group of one process: from a checkpoint of whole models on with --shard."""
+    run = tmp_path / "run"
+    assert train_rlpa.main([*arguments, "--save-every", "1", "--run-dir", str(run)]) == 0
+    for iteration in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"iteration_{iteration:06d}")
+    assert train_rlpa.main(["--resume", str(run), "--shard"]) == 0
+    assert_same_run(run, one_process)
+
+
+def test_a_lost_process_is_one_line(arguments, tmp_path):
+    """Guards a traceback, or a wait without end, where a process dies while shards are gathered for a forward."""
+    code = (
+        "import os, sys, train_rlpa\nwhole = train_rlpa.add_gradients\n"
+        "def dying(*args):\n    os._exit(9) if os.environ['RANK'] == '1' else None\n    return whole(*args)\n"
+        "train_rlpa.add_gradients = dying\nsys.exit(train_rlpa.main(sys.argv[1:]))\n"
+    )
+    argv = [sys.executable, "-c", code, *arguments, "--shard", "--run-dir", str(tmp_path / "run")]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(argv, stderr=subprocess.PIPE, **START | {"env": START["env"] | place | {"RANK": number}})
+        for number in "01"
+    ]
+    told = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 9]
+    assert told[0].splitlines()[-1].startswith("train_rlpa.py: another process is lost") and "Traceback" not in told[0]
 
 
 def test_two_processes_share_a_trunk(arguments, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import json
 import re
 import sys
 from pathlib import Path
@@ -158,6 +159,60 @@ def test_resident_bytes_in_bf16():
         train_rlpa.optimizer_step(learner, 1.0, 1.0)
     moments = [m for x in learners for state in x.optimizer.state.values() for m in state.values() if m.dim()]
     assert resident["optimizer"] == sum(m.nbytes for m in moments)
+
+
+def test_one_shard_holds_everything():
+    """Guards a part that is divided though every process holds it, or held though it is shared out."""
+    config = make_config(64, 128, 2, 2)
+    for dtype in (4, 2):
+        whole, one, four = (Plan(compute_bytes=dtype, shards=n).resident(config) for n in (0, 1, 4))
+        assert one["policy"] + one["replica"] * (dtype == 2) == whole["policy"]  # in fp32 the weights sample themselves
+        assert one["optimizer"] == whole["optimizer"] == 4 * four["optimizer"]
+        assert one["policy"] == 4 * four["policy"] and one["critic"] == 4 * four["critic"]
+        assert one["replica"] == four["replica"] > 0
+        root = dtype * memory.root_parameters(config, head=True)
+        assert one["reference"] - root == whole["reference"] == 4 * (four["reference"] - root)
+
+
+def test_more_processes_hold_less_of_shards():
+    """Guards a sign, and whole models whose need depends on the number of processes."""
+    config, plan = make_config(256, 1024, 8, 4), Plan(tokens=400, actions=300, cache_tokens=80, compute_bytes=2)
+    peaks = [peak(config, dataclasses.replace(plan, shards=n))[1] for n in (2, 4, 8)]
+    assert peaks[0] > peaks[1] > peaks[2] and peaks[0] < peak(config, plan)[1]
+    for shards in (0, 8):
+        moved = memory.traffic(config, dataclasses.replace(plan, shards=shards), 8, 4, 2)
+        assert memory.traffic(config, dataclasses.replace(plan, shards=shards), 1, 4, 2) == (0, 0, 0)
+        assert moved.update > 0 and (moved.refresh > 0) == (moved.statistics > 0) == bool(shards)
+
+
+def test_traffic_of_one_step():
+    """Guards a forgotten pass: gradients of whole models go round twice; shards gather twice, but for the root."""
+    config = make_config(64, 128, 2, 2, tied=False)
+    policy, root = memory.policy_parameters(config), memory.root_parameters(config, head=True)
+    plan = Plan(compute_bytes=2, separate_critic=False, reference=False)
+    assert memory.traffic(config, plan, 2, 1, 1).update == 4 * (policy + 64)
+    assert memory.traffic(config, dataclasses.replace(plan, shards=2), 2, 1, 1) == (
+        policy, (2 * (2 * policy - root) + 4 * policy) / 2, policy
+    )  # fmt: skip
+
+
+def test_scaling_table(tmp_path):
+    """Guards the table of docs/scaling.md, which shows what the program counts now, and the shapes that it is for."""
+    doc = Path(memory.__file__).parent / "docs" / "scaling.md"
+    assert memory.scaling_table() in doc.read_text()
+    for size, shape in memory.QWEN.items():
+        path = SHARED / "qwen2.5" / f"config-{size}-Instruct.json"
+        if path.is_file():
+            given = Qwen2Config.from_file(path)
+            assert dataclasses.replace(shape, bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id) == given
+    (tmp_path / "config.json").write_text(json.dumps(memory.QWEN["7B"].to_dict()))
+    config = train_rlpa.Config(
+        ckpt=str(tmp_path), dry_run=True, dry_run_gb=80, dry_run_processes=8, shard=True, checkpointing=True,
+        max_user_tokens=64, max_new_tokens=320,
+    )  # fmt: skip
+    assert "fits 80.0 GB" in train_rlpa.dry_run(config)
+    assert "does not fit 80.0 GB" in train_rlpa.dry_run(dataclasses.replace(config, dry_run_processes=1))
+    assert "does not fit 80.0 GB" in train_rlpa.dry_run(dataclasses.replace(config, shard=False))
 
 
 def test_kv_cache_exactly():
