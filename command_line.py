@@ -10,9 +10,7 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,21 +59,3 @@ def check_prices(price_in: float | None, price_out: float | None) -> None:
         given, missing = ("--price-in", "--price-out") if price_out is None else ("--price-out", "--price-in")
         price = price_in if price_out is None else price_out
         raise ValueError(f"{given} {price:g} needs {missing} too (dollars per million tokens; 0 if those are free)")
-
-
-@contextmanager
-def noting_interrupts(signals: list[int]) -> Iterator[None]:
-    """Have Ctrl-C noted in a list before it is raised: who waits for slow replies looks there (`World.signals`)."""
-
-    def note(number: int, frame: object) -> None:
-        signals.append(number)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
-        yield
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -527,7 +527,6 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
         for client in (player for player in players.values() if isinstance(player, ChatClient)):
             stack.enter_context(closing(client))
         env = stack.enter_context(train_rlpa.open_world(common, tape))
-        stack.enter_context(command_line.noting_interrupts(env.signals))
         perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
         make_out(args.out)
         if args.world == "second":

@@ -37,7 +37,7 @@ import command_line
 import train_rlpa
 from dialogue import Candidate, Dialogue, Turn
 from kernels import linear_logprob
-from model import Qwen2ForCausalLM, resolve_checkpoint
+from model import Qwen2ForCausalLM, resolve_checkpoint, save_pretrained
 from runlog import RunLog
 from train_rlpa import (
     Batch,
@@ -334,7 +334,8 @@ def learn(config: Offline, env: World) -> None:
         last = state.iteration == config.num_epochs
         if last or config.eval_every and state.iteration % config.eval_every == 0:
             train_rlpa.run_evaluation(state, log, ends=last)
-    train_rlpa.save_policy(state, log.folder / "policy")
+    save_pretrained(state.policy.model, log.folder / "policy", weights=state.policy.masters)
+    train_rlpa.save_texts(state, log.folder / "policy")
     print(f"policy: {log.folder / 'policy'}")
 
 
@@ -365,7 +366,7 @@ def run(argv: Sequence[str] | None) -> int:
         raise ValueError(f"WORLD_SIZE is {processes}; offline.py runs in one process: start it with python")
     config = parse_args(argv)
     try:
-        with train_rlpa.open_world(config) as env, command_line.noting_interrupts(env.signals):
+        with train_rlpa.open_world(config) as env:
             learn(config, env)
     except train_rlpa.Unavailable as error:
         print(f"offline.py: {error}", file=sys.stderr)

@@ -26,12 +26,10 @@ import argparse
 import ctypes
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -43,7 +41,6 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoo
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -54,6 +51,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoints
+import command_line
 import memory
 import rewards
 import sharding
@@ -335,6 +333,7 @@ def flag(name: str) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Read flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
     given = vars(make_parser(Config, __doc__).parse_args(argv))
+    command_line.check_prices(given.get("price_in"), given.get("price_out"))
     if given.get("resume"):
         return resumed_config(given)
     if not given.get("ckpt"):
@@ -353,9 +352,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
 def make_parser(settings: type[Config], description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Make a flag of each field of a dataclass of settings, or of `names` alone; its comment is the help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse_arguments
-    source = "".join(inspect.getsource(cls) for cls in reversed(settings.__mro__[:-1]))  # a subclass's comment counts
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    parser.error = command_line.refuse
+    comments = command_line.field_comments(settings)
     for f in dataclasses.fields(settings):
         if names and f.name not in names:
             continue
@@ -370,11 +368,6 @@ def make_parser(settings: type[Config], description: str, names: Sequence[str] =
         shown = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **options)
     return parser
-
-
-def refuse_arguments(message: str) -> NoReturn:
-    """Raise what argparse objects to as ValueError: one line, without the usage of all flags before it."""
-    raise ValueError(message)
 
 
 def checkpoint_defaults(folder: Path) -> dict:
@@ -600,7 +593,7 @@ class Replies:
         return self
 
     def __exit__(self, *error) -> None:
-        if self.env.signals:
+        if error[0] is not None or self.env.signals:
             self.env.hang_up()  # else the pool's threads would wait for their replies
         self.pool.shutdown(cancel_futures=True)
 

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoints
+import processes
 import train_rlpa
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
@@ -264,5 +265,5 @@ def test_microbatches_do_not_matter(arguments, one_process, tmp_path, sizes):
 
 def test_without_torchrun_everything_is_local():
     """Guards the single process against collectives: sums and gathers are what they are given."""
-    assert (train_rlpa.rank(), train_rlpa.world_size()) == (0, 1)
-    assert train_rlpa.gather("x") == ["x"] and torch.equal(train_rlpa.all_sum(torch.ones(2)), torch.ones(2))
+    assert (processes.rank(), processes.world_size()) == (0, 1)
+    assert processes.gather("x") == ["x"] and torch.equal(processes.all_sum(torch.ones(2)), torch.ones(2))
