@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -35,6 +36,8 @@ def pytest_configure(config):
     """Make room for the measurements, and let ours be the only table."""
     config.stash[ROWS], config.stash[NOTES], config.stash[START] = [], {}, time.monotonic()
     config.option.benchmark_quiet = True
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests of Ctrl-C, and their children, want it
 
 
 @pytest.fixture

@@ -78,6 +78,9 @@ class Endpoint:
         time.sleep(self.random.choice(self.pauses))
         return self.answer(seed)
 
+    def close(self) -> None:
+        """Nothing is under way that could be cut off."""
+
 
 def say(seed: int) -> str:
     return f"I am {seed % 90} years old." + " Well." * (seed % 4)
