@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -477,9 +478,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for values that argparse lets through."""
-    for name, least in (("turns", 1), ("num_personas", 0), ("temperature", 0)):
+    for name, least, most in (("turns", 1, 10_000), ("num_personas", 0, 100_000), ("temperature", 0, math.inf)):
         if not getattr(args, name) >= least:
             raise ValueError(f"{train_rlpa.flag(name)} {getattr(args, name)} must be at least {least}")
+        if getattr(args, name) > most:
+            raise ValueError(f"{train_rlpa.flag(name)} {getattr(args, name)} must be at most {most}")
     if args.scenario == "conflict" and args.change_turn < 2:
         raise ValueError(f"--change-turn {args.change_turn} must be at least 2: recovery is to the turn before")
     if args.scenario == "conflict" and args.change_turn > args.turns:
@@ -567,12 +570,17 @@ def report(played: list[Played], compared: dict[str, Summary], args: argparse.Na
     print(f"results: {args.out}")
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Evaluate as the command line says; ValueError if of a subject no dialogue was left."""
+def run(argv: Sequence[str] | None) -> int:
+    """Evaluate as the command line says; 75 if an outage left no dialogue of a subject, ValueError if an error did."""
     played = evaluate(parse_args(argv))
     if lost := [p for p in played if not p.summary.personas]:
         causes = "; ".join(f"{p.name}: {', '.join(p.counts)}" for p in lost)
-        raise ValueError(f"no dialogue was left of {causes}; check the endpoints' URLs, models and keys")
+        if "outage)" not in causes:
+            raise ValueError(f"no dialogue was left of {causes}; check the endpoints' URLs, models and keys")
+        again = "evaluate again, with another --out, when they answer; what --record has kept is not asked again"
+        print(f"evaluate.py: no dialogue was left of {causes}; {again}", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

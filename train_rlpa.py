@@ -44,6 +44,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -297,7 +298,6 @@ LIMITS = {
             "episodes_every",
             "save_every",
             "keep_last",
-            "threads",
             "profile_weight",
             "response_weight",
             "kl_coef",
@@ -318,6 +318,7 @@ LIMITS = {
         (0, 1),
     ),
     **dict.fromkeys(("max_turns", "num_candidates"), (1, 10_000)),
+    "threads": (0, 1024),
     "reply_steps": (-1, MANY),
     **dict.fromkeys(("temperature", "request_timeout", "max_grad_norm", "clip_eps", "value_clip"), (1e-6, MANY)),
     "collective_timeout": (1, 10**7),
@@ -416,7 +417,10 @@ def resumed_config(given: dict) -> Config:
         raise ValueError(
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
         )
-    return Config(**{**read_settings(path), **given, "run_dir": given["resume"]})
+    config = Config(**{**read_settings(path), **given, "run_dir": given["resume"]})
+    if not config.ckpt:
+        raise ValueError(f"{path} names no ckpt; it is not as the run has written it")
+    return config
 
 
 def stream_seed(*key: object) -> int:
@@ -1478,8 +1482,8 @@ def writing(folder: Path, action: Callable[[], Result]) -> Result:
     """Call `action`; where it cannot write, raise a ValueError that tells of the checkpoint."""
     try:
         return action()
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{folder} cannot be written: {reason}; those before it are kept") from error
 
 

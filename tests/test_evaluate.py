@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -402,6 +403,16 @@ def test_dialogues_too_long_for_the_model_end_early_and_are_counted(tmp_path, me
     results = run(tmp_path, f"a={TINY}", *flags)["subjects"]["a"]
     assert results["counts"] == {"ended early (no more positions)": 2} and results["personas"] == 2
     assert results["turns"]["AL"][0]["value"] is not None and results["turns"]["AL"][3]["value"] is None
+
+
+def test_an_outage_is_told_from_an_error_by_its_exit_code(tmp_path, capsys):
+    """Guards scripts that shall come back later: a user who is away is 75, as in training, and not a bad flag's 2."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        away = ["--simulator-url", f"http://127.0.0.1:{nobody.getsockname()[1]}", "--outage-budget", "0.3"]
+        flags = ["--num-personas", "2", "--turns", "2", "--quiet", "--out", str(tmp_path / "none")]
+        assert evaluate.main([f"a={TINY}", *away, *flags]) == os.EX_TEMPFAIL
+    assert "dropped (simulator: outage)" in capsys.readouterr().err
 
 
 def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):

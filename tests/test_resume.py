@@ -216,6 +216,18 @@ def test_a_save_killed_at_any_step_leaves_whole_checkpoints(tmp_path, monkeypatc
     assert len(found) > 15 and found == sorted(found) and set(found) == {"iteration_000001", "iteration_000002"}
 
 
+def test_a_full_disk_is_one_line(arguments, tmp_path):
+    """Guards a traceback of safetensors, which has an error of its own, and half a checkpoint under its final name."""
+    small = "import resource, sys, train_rlpa; resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, 64_000));"
+    argv = [*arguments, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{small} sys.exit(train_rlpa.main())", *argv],
+        cwd=Path(train_rlpa.__file__).parent, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "cannot be written" in done.stderr and not checkpoints.published(tmp_path / "run" / "checkpoints")
+
+
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
     """Guards --keep-last: off by one, the best removed, or a later, damaged one kept in place of a whole one."""
     for number in range(1, 7):
