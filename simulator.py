@@ -438,6 +438,7 @@ class ChatClient:
     answers a probe (`Breaker`, after `breaker_failures` in a row). While none is left, calls wait, and that time is not
     theirs; after `outage_budget` seconds of it they fail with reason "outage", and `outage` says so. So no call is lost
     to an outage that is shorter; one whose attempts fail while others are answered is. A budget of 0: no breaker.
+    `notify` gets a line when an endpoint is left out and when it answers again, from whichever thread sees it.
     `quota`: requests and tokens per minute, perhaps shared with other clients; waiting for it is not the call's time.
 
     With a `tape`, calls are recorded or replayed under `name`; a replay needs no key and opens no connection.
@@ -463,6 +464,7 @@ class ChatClient:
         outage_budget: float = 0.0,
         breaker_failures: int = 5,
         quota: Quota | None = None,
+        notify: Callable[[str], object] = lambda line: None,
     ):
         _check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
                       max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens,
@@ -471,7 +473,7 @@ class ChatClient:
         urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
         self._turns = itertools.count()
-        self.outage_budget, self.quota = outage_budget, quota or Quota()
+        self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify
         self.outage = ""  # why calls were given up for an outage; empty: none was
         self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
         self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
@@ -577,6 +579,8 @@ class ChatClient:
         opened = sum(breaker.failed(trip=True) for breaker in self.breakers.values())
         with self._lock:
             self._tally["breaks"] += opened
+        if opened:
+            self.notify(f"{self.name or 'endpoints'}: {self._last_failure}; left alone until a probe is answered")
 
     def _admit(self, request: dict[str, Any]) -> str:
         """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
@@ -608,7 +612,7 @@ class ChatClient:
             self.quota.settle(-_most_tokens(request))
             self._judge_failure(url, error, probe)
             raise
-        self.breakers[url].answered()
+        self._note_answer(url)
         if reply.tokens is not None and reply.prompt_tokens is not None:
             self.quota.settle(reply.tokens + reply.prompt_tokens - _most_tokens(request))
         return reply
@@ -616,12 +620,18 @@ class ChatClient:
     def _judge_failure(self, url: str, error: ChatError, probe: bool) -> None:
         """Tell the breaker of a failure that is the endpoint's, not the request's own."""
         if error.reason in OWN_FAULT:
-            self.breakers[url].answered()
+            self._note_answer(url)
         elif self.outage_budget and not self._closed.is_set():
             opened = self.breakers[url].failed(error.retry_after, probe)
             with self._lock:
                 self._tally["breaks"] += opened
                 self._last_failure = str(error)
+            if opened:
+                self.notify(f"{self.name or url}: {error}; left alone until a probe is answered")
+
+    def _note_answer(self, url: str) -> None:
+        if self.breakers[url].answered():
+            self.notify(f"{self.name or 'an endpoint'}: {url} answers again")
 
     def _probe(self, url: str) -> None:
         """Send a short request to an endpoint that is out, to see whether it answers again."""

@@ -31,12 +31,14 @@ class Breaker:
         self._probing = False
         self._lock = threading.Lock()
 
-    def answered(self) -> None:
-        """Note an answer: requests may go out again."""
+    def answered(self) -> bool:
+        """Note an answer: requests may go out again. Returns True if this has closed the breaker."""
         with self._lock:
+            was_open = self.is_open
             self.answered_at = self.clock()
             self._failures = self._probes = 0
             self.is_open = self._probing = False
+            return was_open
 
     def failed(self, patience: float = 0.0, probe: bool = False, trip: bool = False) -> bool:
         """Note a failure after which nothing shall be sent for `patience` seconds; `trip` opens at once.

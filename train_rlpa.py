@@ -2174,6 +2174,7 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
             outage_budget=config.outage_budget,
             breaker_failures=config.breaker_failures,
             quota=quota,
+            notify=lambda line: tqdm.write(f"warning: {line}", file=sys.stderr),
         )
 
     quota = Quota(config.requests_per_minute / world_size(), config.tokens_per_minute / world_size())

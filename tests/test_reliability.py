@@ -173,7 +173,9 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
     switch.down.set()
     limits = {"total_timeout": 4, "read_timeout": 1} if failure == "hangs" else {"total_timeout": 20}
     with hostile_server(switch) as url:
-        with closing(ChatClient(url, "m", max_retries=retries, outage_budget=90, **limits)) as client:
+        told: list[str] = []
+        limits |= {"outage_budget": 90, "notify": told.append}
+        with closing(ChatClient(url, "m", max_retries=retries, **limits)) as client:
             replies: list = []
             threading.Thread(target=lambda: replies.extend(client.chat_many([ASK] * calls, range(calls)))).start()
             wait_until(lambda: switch.counts["probe"] >= 2)
@@ -185,6 +187,8 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
             wait_until(lambda: replies)
             assert replies == ["ok"] * calls and client.counts["breaks"] >= 1 and not client.outage
             assert client.counts["failures"] == {}
+            assert sum("left alone" in line for line in told) == client.counts["breaks"]
+            assert "answers again" in told[-1]  # who looks on is told that it waits, and for whom
 
 
 def test_an_outage_beyond_the_budget_is_a_typed_failure_of_all_calls():
