@@ -204,6 +204,7 @@ def sum_counters(counters: Sequence[Counter]) -> Counter:
 
 RECORDS = ("metrics.jsonl", "episodes.jsonl")
 FINISHED = "timeline.png"  # a run draws it last of all: without it, it has been killed
+UNBORN = ".config.json.tmp"  # what is left of a run that was killed while `checkpoints.write_text` began it
 RUN_FILES = ("checkpoints", "tensorboard", *RECORDS, "curve.png", FINISHED, "config.json")
 
 
@@ -236,6 +237,7 @@ def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
 
 def clear_folder(folder: Path, overwrite: bool) -> None:
     """Remove a run from its folder, if that is wanted; ValueError if not, or if the folder holds something else."""
+    (folder / UNBORN).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         return
     if not (folder / "config.json").is_file():

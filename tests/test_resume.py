@@ -337,6 +337,11 @@ def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
     assert not run.exists()  # a run that did not begin does not take the folder
     run.mkdir()
     (run / "config.json").write_text("{}")
+    other.mkdir()
+    (other / ".config.json.tmp").write_text("{")  # killed before its first file had its name: nothing is lost
+    assert train_rlpa.main([*one, "--run-dir", str(other)]) == 0
+    assert not (other / ".config.json.tmp").exists()
+    shutil.rmtree(other)
     assert train_rlpa.main([*one, "--run-dir", str(run)]) == 2 and "--overwrite" in capsys.readouterr().err
     assert train_rlpa.main([*one, "--run-dir", str(run), "--overwrite"]) == 0
     other.mkdir()
