@@ -22,6 +22,11 @@ SUMS = "SHA256SUMS"
 KINDS = (".json", ".jsonl", ".safetensors")  # all that a checkpoint may hold: none of them can run code when read
 
 
+def unborn(path: Path) -> Path:
+    """Return where a file or folder is written until it is whole and gets its name: what a kill may leave behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def published(root: Path) -> list[Path]:
     """List the checkpoints below `root`, whole or not, oldest first; of one iteration, a `.stopped` one comes first."""
     found = [folder for folder in root.glob("iteration_*") if folder.is_dir()]
@@ -32,7 +37,7 @@ def prepare(folder: Path) -> Path:
     """Remove what killed processes left, and make the temporary folder that `publish` will rename to `folder`."""
     for leftover in folder.parent.glob(".iteration_*"):
         shutil.rmtree(leftover)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = unborn(folder)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -132,7 +137,7 @@ def fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or as it was before, wherever one is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unborn(path)
     temporary.write_text(text)
     fsync(temporary)
     os.replace(temporary, path)

@@ -28,7 +28,7 @@ from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
 from perplexity import HELDOUT_FILE
-from train_rlpa import all_sum_gradients, rank, world_size
+from processes import all_sum_gradients, rank, world_size
 
 
 @dataclass(frozen=True)

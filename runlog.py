@@ -22,7 +22,7 @@ from pathlib import Path
 
 import rewards
 import world
-from checkpoints import fsync
+from checkpoints import fsync, unborn
 from dialogue import Candidate, Dialogue
 from plain_text import clean_text
 
@@ -204,7 +204,6 @@ def sum_counters(counters: Sequence[Counter]) -> Counter:
 
 RECORDS = ("metrics.jsonl", "episodes.jsonl")
 FINISHED = "timeline.png"  # a run draws it last of all: without it, it has been killed
-UNBORN = ".config.json.tmp"  # what is left of a run that was killed while `checkpoints.write_text` began it
 RUN_FILES = ("checkpoints", "tensorboard", *RECORDS, "curve.png", FINISHED, "config.json")
 
 
@@ -237,7 +236,7 @@ def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
 
 def clear_folder(folder: Path, overwrite: bool) -> None:
     """Remove a run from its folder, if that is wanted; ValueError if not, or if the folder holds something else."""
-    (folder / UNBORN).unlink(missing_ok=True)
+    unborn(folder / "config.json").unlink(missing_ok=True)  # killed before its first file had its name
     if not any(folder.iterdir()):
         return
     if not (folder / "config.json").is_file():
