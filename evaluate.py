@@ -186,7 +186,6 @@ def open_client(name: str, target: str, args: argparse.Namespace, tape: Tape | N
         read_timeout=config.request_timeout,
         total_timeout=config.request_timeout,
         max_retries=config.max_retries,
-        max_concurrency=config.max_concurrency,
         temperature=args.temperature,
         max_tokens=config.max_new_tokens,
         tape=tape,

@@ -28,7 +28,6 @@ from worlds.ledger import (
     mentions,
     sentences,
     split_fact,
-    theoretical_max_f1,
     words,
 )
 
@@ -45,6 +44,7 @@ PARSE_FAILURES = (
 )
 PROFILE_TARGETS = {"persona": "f1", "evidence": "evidence_f1", "ledger": "ledger_f1"}  # name → field of ProfileScore
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
+ARTICLES = {"a", "an", "the"}
 Ask = Callable[[list[dict], int], str | Exception]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,16 +130,13 @@ def line_matches_fact(line: str, fact: str) -> bool:
     """
     (line_slot, line_value), (slot, value) = split_fact(line), split_fact(fact)
     if slot and line_slot:
-        return slot == line_slot and _plain(line_value) == _plain(value)
+        said, wanted = ([word for word in words(v) if word not in ARTICLES] for v in (line_value, value))
+        return slot == line_slot and said == wanted
     said, wanted = content_words(line_value), content_words(value)
     if slot and len(wanted) <= 4:
         return contains_phrase(line_value, value) and len(said) <= len(wanted) + 3
     common = len(said & wanted)
     return bool(common) and 2 * common / (len(said) + len(wanted)) >= 0.5
-
-
-def _plain(value: str) -> list[str]:
-    return [word for word in words(value) if word not in {"a", "an", "the"}]
 
 
 def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
@@ -191,7 +188,7 @@ class ProfileScore:
     f1: float  # against the whole persona, as published: a lucky guess counts
     evidence_f1: float  # the same, but a match counts only if the dialogue has disclosed that fact
     ledger_f1: float  # against what the dialogue has disclosed, and nothing else: 1 is always within reach
-    max_f1: float  # the best honest profile at this point: theoretical_max_f1
+    max_f1: float  # of the best honest profile: all disclosed facts and nothing else
     n_lines: int
     n_disclosed: int
     n_recalled: int  # disclosed facts that the profile states
@@ -219,7 +216,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
         f1=f1_score(n_matched, len(lines), len(facts)),
         evidence_f1=f1_score(n_recalled, len(lines), len(facts)),
         ledger_f1=f1_score(n_recalled, len(lines), len(ledger)),
-        max_f1=theoretical_max_f1(len(facts), len(ledger)),
+        max_f1=f1_score(len(ledger), len(ledger), len(facts)),
         n_lines=len(lines),
         n_disclosed=len(ledger),
         n_recalled=n_recalled,
@@ -247,13 +244,15 @@ def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict
     """
     user_texts = [text for who, text in history if who == "user"]
     replies = [text for who, text in history if who == "assistant"]
-    spoken = sentences(response)
+    spoken, told = sentences(response), "\n".join(user_texts)
+    statements = [s for s in spoken if not s.endswith("?") and len(words(s)) >= 4]
+    earlier = {sentence.casefold() for reply in replies for sentence in sentences(reply)}
     return {
         "naturalness": _is_natural(response, spoken),
         "relevance": _is_relevant(response, user_texts, facts),
-        "logical_consistency": _is_consistent(response, user_texts),
+        "logical_consistency": all(contains_phrase(told, claim[0]) for claim in value_pattern().finditer(response)),
         "engagement": _is_engaging(response, user_texts, replies, facts),
-        "informativeness": _is_informative(spoken, replies),
+        "informativeness": any(statement.casefold() not in earlier for statement in statements),
     }
 
 
@@ -278,11 +277,6 @@ def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str])
     return "?" in response  # the user said next to nothing: ask on
 
 
-def _is_consistent(response: str, user_texts: Sequence[str]) -> bool:
-    told = "\n".join(user_texts)
-    return all(contains_phrase(told, match[0]) for match in value_pattern().finditer(response))
-
-
 def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
     if "?" not in response:
         return False
@@ -295,12 +289,6 @@ def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str
     return (
         bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(asked_slots(replies[-1])))
     )
-
-
-def _is_informative(spoken: Sequence[str], replies: Sequence[str]) -> bool:
-    earlier = {sentence.casefold() for reply in replies for sentence in sentences(reply)}
-    statements = (s for s in spoken if not s.endswith("?") and len(words(s)) >= 4)
-    return any(s.casefold() not in earlier for s in statements)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2172,7 +2172,6 @@ def open_world(config: Config, tape: Tape | None = None) -> Iterator[World]:
             read_timeout=config.request_timeout / 3,
             total_timeout=config.request_timeout,
             max_retries=config.max_retries,
-            max_concurrency=config.max_concurrency,
             tape=tape,
             name=name,
             outage_budget=config.outage_budget,

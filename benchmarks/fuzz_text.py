@@ -15,6 +15,7 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, redirect_stdout
 from html.parser import HTMLParser
 from io import StringIO
@@ -71,10 +72,10 @@ def ask_all(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     server.RequestHandlerClass, server.texts = FuzzHandler, texts
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     url, asked = f"http://127.0.0.1:{server.server_address[1]}", []
-    with closing(ChatClient(url, "m", max_concurrency=4, max_retries=0)) as client:
+    with closing(ChatClient(url, "m", max_retries=0)) as client, ThreadPoolExecutor(4) as pool:
         for words in ("speak", "fail"):
             messages = [[{"role": "user", "content": words}]] * len(texts)
-            asked.append(client.chat_many(messages, range(len(texts))))
+            asked.append(list(pool.map(client.ask, messages, range(len(texts)))))
     server.shutdown()
     server.server_close()
     said, errors = asked

@@ -1,4 +1,8 @@
-"""The HTTP client of an OpenAI-compatible endpoint: retries, deadlines, outages, quotas and the tape."""
+"""The HTTP client of an OpenAI-compatible endpoint: retries, deadlines, outages, quotas and the tape.
+
+The road of one call: `ask` looks on the tape, `_call` makes attempts until one succeeds, `_admit` waits until a request
+may be sent, `_send` sends it and tells the quota and the breaker what came of it, `_attempt` does the HTTP.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -43,21 +47,21 @@ POLL = 0.1  # seconds between two looks at a breaker
 
 
 class ChatClient:
-    """Ask an OpenAI-compatible endpoint for chat completions, many at a time and within bounded time.
+    """Ask an OpenAI-compatible endpoint for chat completions, in bounded time and from many threads at once.
 
     All time-outs are in seconds. `total_timeout` bounds one call with all its retries, even against a server that sends
-    one byte now and then; in `chat_many` it runs from the moment one of the `max_concurrency` workers takes the call.
-    Retried are connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies; any other status fails at
-    once. The key is read from the environment variable `api_key_env` and shows in no message.
+    one byte now and then. Connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies are retried; any
+    other status fails at once. The key is read from the environment variable `api_key_env`; no message shows it.
 
-    `base_url` may hold several, with commas between: they are asked in turn, and one that fails is left out until it
-    answers a probe (`Breaker`, after `breaker_failures` in a row). While none is left, calls wait, and that time is not
-    theirs; after `outage_budget` seconds of it they fail with reason "outage", and `outage` says so. So no call is lost
-    to an outage that is shorter; one whose attempts fail while others are answered is. A budget of 0: no breaker.
-    `notify` gets a line when an endpoint is left out and when it answers again, from whichever thread sees it.
-    `quota`: requests and tokens per minute, perhaps shared with other clients; waiting for it is not the call's time.
+    `base_url` may hold several URLs with commas between them. They are asked in turn. One that fails
+    `breaker_failures` times in a row is left out until it answers a probe (`Breaker`). While none is left, calls wait,
+    and this time does not count as theirs. After `outage_budget` seconds of it they fail with reason "outage", and
+    `outage` says why. So no call is lost to a shorter outage; a call is lost if its attempts fail while others are
+    answered. A budget of 0 turns the breakers off. `notify` gets a line when an endpoint is left out and when it
+    answers again; any thread may call it.
+    `quota`: requests and tokens per minute, perhaps shared with other clients. Waiting for it is not the call's time.
 
-    With a `tape`, calls are recorded or replayed under `name`; a replay needs no key and opens no connection.
+    With a `tape`, calls are recorded or replayed under `name`. A replay needs no key and opens no connection.
 
     Raises ValueError for a bad URL, a variable that is not set, and a limit below its minimum.
     """
@@ -71,7 +75,6 @@ class ChatClient:
         read_timeout: float = 60.0,
         total_timeout: float = 120.0,
         max_retries: int = 10,
-        max_concurrency: int = 64,
         max_reply_bytes: int = 262_144,
         temperature: float = 1.0,
         max_tokens: int = 300,
@@ -83,8 +86,7 @@ class ChatClient:
         notify: Callable[[str], object] = lambda line: None,
     ):
         check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
-                      max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens,
-                      breaker_failures=breaker_failures)
+                     max_reply_bytes=max_reply_bytes, max_tokens=max_tokens, breaker_failures=breaker_failures)
         check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
         urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
@@ -101,59 +103,19 @@ class ChatClient:
         self._idle: dict[str, list[tuple[requests.Session, CuttableAdapter]]] = {url: [] for url in urls}  # open
         self._in_flight: dict[int, tuple[CuttableAdapter, float]] = {}  # thread id → its adapter and its deadline
         self._closed = threading.Event()
-        self._workers = ThreadPoolExecutor(max_concurrency, thread_name_prefix="chat")
         self._probers = ThreadPoolExecutor(len(urls), thread_name_prefix="probe")
         threading.Thread(target=self._cut_off_late_replies, daemon=True).start()
 
-    def chat(self, messages: list[Message], seed: int | None = None) -> str:
-        """Return the reply's text (not blank, valid Unicode), or raise ChatError after the last retry."""
-        reply = self.chat_many([messages], [seed])[0]
-        if isinstance(reply, ChatError):
-            raise reply
-        return reply
-
-    def chat_many(self, batch: Sequence[list[Message]], seeds: Sequence[int | None]) -> list[str | ChatError]:
-        """Return, in order, for each list of messages a reply or the ChatError that ended it."""
-        if len(batch) != len(seeds):
-            raise ValueError(f"chat_many got {len(batch)} lists of messages but {len(seeds)} seeds")
-        start = time.monotonic()
-        replies = list(self._workers.map(self.ask, batch, seeds))
-        with self._lock:
-            self._tally["wait_seconds"] += time.monotonic() - start
-        return replies
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """Return totals: calls (requests), those of them answered from the tape (replayed), repeated attempts
-        (retries), failed attempts (errors) and failed calls (failures) by reason, tokens of prompts and replies
-        (prompt_tokens, completion_tokens; words, where the endpoint does not say: calls without_usage), how often a
-        breaker opened (breaks), and the seconds that callers spent in `chat` and `chat_many` (wait_seconds)."""
-        with self._lock:
-            tally = dict(self._tally)
-        by_reason = {kind: {key.partition(" ")[2]: n for key, n in tally.items() if key.startswith(f"{kind} ")}
-                     for kind in ("errors", "failures")}
-        totals = ("requests", "replayed", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
-        return {key: tally.get(key, 0) for key in (*totals, "wait_seconds")} | by_reason
-
-    def close(self) -> None:
-        """Cut off what is in flight and end the workers; the client cannot be used afterwards."""
-        self._closed.set()
-        for pool in (self._workers, self._probers):
-            pool.shutdown(cancel_futures=True)
-        for session, _ in itertools.chain(*self._idle.values()):
-            session.close()
-
     def ask(self, messages: list[Message], seed: int | None = None) -> ChatReply | ChatError:
-        """Return the reply's text, or the ChatError that ended the call; in the caller's own thread."""
+        """Return the reply's text, or the ChatError that ended the call; it runs in the caller's own thread."""
         request = self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})
         call = self.tape.find(self.name, request) if self.tape else None
-        replayed = call is not None
         if call is None:
             call = self._call(request)
             lost = self._closed.is_set() or getattr(call.reply, "reason", "") == "outage"
             if self.tape and not lost:  # these fail calls that the endpoint would have answered
                 call = self.tape.keep(self.name, request, call)
-        self._count_call(messages, call, replayed)
+        self._count_call(messages, call)
         return call.reply
 
     def _call(self, request: dict[str, Any]) -> Call:
@@ -186,23 +148,11 @@ class ChatClient:
                 request = request | {"seed": request["seed"] + 1}
         return Call(failure, tuple(failed))
 
-    def _may_be_out(self, failure: ChatError, since: float) -> bool:
-        """Say whether a failure may be that of all endpoints: none has answered anybody since then."""
-        unanswered = all(breaker.answered_at < since for breaker in self.breakers.values())
-        return bool(self.outage_budget) and failure.reason not in OWN_FAULT and unanswered
-
-    def _trip(self) -> None:
-        opened = sum(breaker.failed(trip=True) for breaker in self.breakers.values())
-        with self._lock:
-            self._tally["breaks"] += opened
-        if opened:
-            self.notify(f"{self.name or 'endpoints'}: {self._last_failure}; left alone until a probe is answered")
-
     def _admit(self, request: dict[str, Any]) -> str:
         """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
-        while True:
+        while not self._closed.is_set():
             for url, breaker in self.breakers.items():
-                if breaker.claim_probe() and not self._closed.is_set():
+                if breaker.is_open and breaker.claim_probe():
                     self._probers.submit(self._probe, url)
             usable = [url for url, breaker in self.breakers.items() if not breaker.is_open]
             if usable:
@@ -211,66 +161,30 @@ class ChatClient:
             if down >= self.outage_budget:
                 self.outage = f"no answer for {self.outage_budget:g} s; last: {self._last_failure}"
                 raise ChatError("outage", self.outage, retryable=False)
-            self._rest(POLL)
-        self._rest(self.quota.reserve(_most_tokens(request)))
+            self._closed.wait(POLL)
+        if self._closed.wait(self.quota.take(_most_tokens(request))):
+            raise ChatError("connect", CLOSED, retryable=False)
         return usable[next(self._turns) % len(usable)]
 
-    def _rest(self, seconds: float) -> None:
-        if self._closed.wait(seconds) if seconds else self._closed.is_set():
-            raise ChatError("connect", CLOSED, retryable=False)
-
     def _send(self, url: str, request: dict[str, Any], deadline: float, probe: bool = False) -> ChatReply:
-        """Send a request, and let breaker and quota know what came of it."""
+        """Send a request, and let the quota and the endpoint's breaker know what came of it."""
+        most_tokens, failure = _most_tokens(request), None
+        used = most_tokens  # where the endpoint does not say
         try:
             reply = self._attempt(url, json.dumps(request).encode(), deadline)
+            if reply.tokens is not None and reply.prompt_tokens is not None:
+                used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
             error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
-            self.quota.settle(-_most_tokens(request))
-            self._judge_failure(url, error, probe)
-            raise
-        self._note_answer(url)
-        if reply.tokens is not None and reply.prompt_tokens is not None:
-            self.quota.settle(reply.tokens + reply.prompt_tokens - _most_tokens(request))
-        return reply
-
-    def _judge_failure(self, url: str, error: ChatError, probe: bool) -> None:
-        """Tell the breaker of a failure that is the endpoint's, not the request's own."""
-        if error.reason in OWN_FAULT:
-            self._note_answer(url)
-        elif self.outage_budget and not self._closed.is_set():
-            opened = self.breakers[url].failed(error.retry_after, probe)
-            with self._lock:
-                self._tally["breaks"] += opened
-                self._last_failure = str(error)
-            if opened:
-                self.notify(f"{self.name or url}: {error}; left alone until a probe is answered")
-
-    def _note_answer(self, url: str) -> None:
-        if self.breakers[url].answered():
+            failure, used = error, 0
+        self.quota.take(used - most_tokens, requests=0)
+        if failure and failure.reason not in OWN_FAULT:
+            self._note_failure(url, failure, probe)
+        elif self.breakers[url].answered():
             self.notify(f"{self.name or 'an endpoint'}: {url} answers again")
-
-    def _probe(self, url: str) -> None:
-        """Send a short request to an endpoint that is out, to see whether it answers again."""
-        request = self._settings | {"messages": PING, "max_tokens": 1}
-        self.quota.reserve(_most_tokens(request))
-        with suppress(ChatError):  # counted by the breaker
-            self._send(url, request, time.monotonic() + min(self.read_timeout, self.total_timeout), probe=True)
-
-    def _count_call(self, messages: list[Message], call: Call, replayed: bool) -> None:
-        """Count a call, made or replayed; where the endpoint told no tokens, words stand in for them."""
-        reply, failed = call
-        lost = isinstance(reply, ChatError)
-        counts = Counter(f"errors {reason}" for reason in failed)
-        counts.update(requests=1, replayed=int(replayed), retries=len(failed) - lost)
-        if lost:
-            counts[f"failures {reply.reason}"] += 1
-        else:
-            prompt, said = reply.prompt_tokens, reply.tokens
-            counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
-            counts["completion_tokens"] = len(reply.split()) if said is None else said
-            counts["without_usage"] = int(prompt is None or said is None)
-        with self._lock:
-            self._tally.update(counts)
+        if failure:
+            raise failure
+        return reply
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
@@ -284,11 +198,38 @@ class ChatClient:
                 raise self._transport_error(url, error, deadline) from None
         if not 200 <= response.status_code < 300:
             raise self._status_error(url, response, raw)
-        return parse_reply(raw, self._redact)
+        return parse_reply(raw, self._key)
 
-    def _redact(self, text: str) -> str:
-        """Blot out the key; to be done before a text is shortened, or half of the key may stay."""
-        return text.replace(self._key, "***") if self._key else text
+    @contextmanager
+    def _session(self, url: str, deadline: float) -> Iterator[requests.Session]:
+        """Lend a session with an endpoint for one request until its deadline; its connection stays open for the next.
+
+        Sessions belong to the client and not to the threads that call it. Those come and go, and their connections
+        would stay open for ever.
+        """
+        with self._lock:
+            if self._closed.is_set():
+                raise ChatError("connect", CLOSED, retryable=False)
+            session, adapter = self._idle[url].pop() if self._idle[url] else self._open_session(url)
+            adapter.deadline = deadline
+            self._in_flight[threading.get_ident()] = adapter, deadline
+        try:
+            yield session
+        finally:
+            with self._lock:
+                del self._in_flight[threading.get_ident()]
+                self._idle[url].append((session, adapter))
+
+    def _open_session(self, url: str) -> tuple[requests.Session, CuttableAdapter]:
+        session, adapter = requests.Session(), CuttableAdapter(pool_connections=1, pool_maxsize=1)
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
+        session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+        if self._key:
+            session.headers["Authorization"] = f"Bearer {self._key}"
+        session.auth = lambda request: request  # changes nothing; without it, requests looks for a key in ~/.netrc
+        session.trust_env = not is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
+        return session, adapter
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:
         """Read the body as it arrives, up to `max_reply_bytes`, and blot out the key where it is quoted."""
@@ -301,6 +242,42 @@ class ChatClient:
             raise TimeoutError
         return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
 
+    def _count_call(self, messages: list[Message], call: Call) -> None:
+        """Count a call, made or replayed; where the endpoint told no tokens, words stand in for them."""
+        reply, failed = call
+        lost = isinstance(reply, ChatError)
+        counts = Counter(f"errors {reason}" for reason in failed)
+        counts.update(requests=1, retries=len(failed) - lost)
+        if not lost:
+            prompt, said = reply.prompt_tokens, reply.tokens
+            counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
+            counts["completion_tokens"] = len(reply.split()) if said is None else said
+            counts["without_usage"] = int(prompt is None or said is None)
+        with self._lock:
+            self._tally.update(counts)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Return totals of all calls so far.
+
+        requests (calls, made or replayed), retries (repeated attempts), errors (failed attempts by reason),
+        prompt_tokens and completion_tokens (words, where the endpoint does not say), without_usage (calls for which it
+        did not say) and breaks (how often a breaker opened).
+        """
+        with self._lock:
+            tally = dict(self._tally)
+        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
+        errors = {key.removeprefix("errors "): n for key, n in tally.items() if key.startswith("errors ")}
+        return {key: tally.get(key, 0) for key in totals} | {"errors": errors}
+
+    def close(self) -> None:
+        """Cut off what is in flight; the client cannot be used afterwards."""
+        self._closed.set()
+        self._probers.shutdown(cancel_futures=True)
+        for session, _ in itertools.chain(*self._idle.values()):
+            session.close()
+
+    # ---------------------------------------------------------------------------------------------- when a call fails
     def _transport_error(self, url: str, error: Exception, deadline: float) -> ChatError:
         if self._closed.is_set():
             return ChatError("connect", CLOSED, retryable=False)
@@ -321,38 +298,40 @@ class ChatClient:
                          retryable=status >= 500 or status in RETRIED_4XX,
                          retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()))
 
-    @contextmanager
-    def _session(self, url: str, deadline: float) -> Iterator[requests.Session]:
-        """Lend a session with an endpoint, for one request until its deadline; its connection stays open for the next.
+    def _redact(self, text: str) -> str:
+        """Blot out the key. Do this before a text is shortened, or half of the key may stay."""
+        return text.replace(self._key, "***") if self._key else text
 
-        They belong to the client and not to its callers' threads, which come and go: theirs would stay open for ever.
-        """
+    def _note_failure(self, url: str, error: ChatError, probe: bool) -> None:
+        """Tell the breaker of a failure that is the endpoint's, not the request's own."""
+        if not self.outage_budget or self._closed.is_set():
+            return
+        opened = self.breakers[url].failed(error.retry_after, probe)
         with self._lock:
-            if self._closed.is_set():
-                raise ChatError("connect", CLOSED, retryable=False)
-            session, adapter = self._idle[url].pop() if self._idle[url] else self._open_session(url)
-            adapter.deadline = deadline
-            self._in_flight[threading.get_ident()] = adapter, deadline
-        try:
-            yield session
-        finally:
-            with self._lock:
-                del self._in_flight[threading.get_ident()]
-                self._idle[url].append((session, adapter))
+            self._tally["breaks"] += opened
+            self._last_failure = str(error)
+        if opened:
+            self.notify(f"{self.name or url}: {error}; left alone until a probe is answered")
 
-    def _open_session(self, url: str) -> tuple[requests.Session, CuttableAdapter]:
-        session, adapter = requests.Session(), CuttableAdapter(pool_connections=1, pool_maxsize=1)
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
-        session.auth = self._authorize  # also without a key: else requests looks for one in ~/.netrc
-        session.trust_env = not is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
-        return session, adapter
+    def _may_be_out(self, failure: ChatError, since: float) -> bool:
+        """Say whether a failure may be that of all endpoints: none has answered anybody since then."""
+        unanswered = all(breaker.answered_at < since for breaker in self.breakers.values())
+        return bool(self.outage_budget) and failure.reason not in OWN_FAULT and unanswered
 
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._key:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
+    def _trip(self) -> None:
+        """Open all breakers, as if for an outage."""
+        opened = sum(breaker.failed(trip=True) for breaker in self.breakers.values())
+        with self._lock:
+            self._tally["breaks"] += opened
+        if opened:
+            self.notify(f"{self.name or 'endpoints'}: {self._last_failure}; left alone until a probe is answered")
+
+    def _probe(self, url: str) -> None:
+        """Send a short request to an endpoint that is out, to see whether it answers again."""
+        request = self._settings | {"messages": PING, "max_tokens": 1}
+        self.quota.take(_most_tokens(request))
+        with suppress(ChatError):  # counted by the breaker
+            self._send(url, request, time.monotonic() + min(self.read_timeout, self.total_timeout), probe=True)
 
     def _cut_off_late_replies(self) -> None:
         """Watch the deadlines, because socket time-outs start anew with every byte of a slow drip."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -79,30 +78,31 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-def parse_reply(raw: bytes, redact: Callable[[str], str] = str) -> ChatReply:
+def parse_reply(raw: bytes, secret: str = "") -> ChatReply:
     """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
 
-    The text is plain (`plain_text`), and `redact` has blotted out what nobody shall see.
-    `tokens` is usage.completion_tokens, which counts what a reasoning model thought too, and `prompt_tokens` its twin.
+    The text is plain (`plain_text`), and `secret` (the key) is blotted out. The reply's `tokens` is
+    usage.completion_tokens, which counts the thoughts of a reasoning model too, and its `prompt_tokens` is
+    usage.prompt_tokens.
 
     >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
     'Hi.'
     """
     if not raw.strip():
         raise ChatError("empty", "the reply has no body")
-    start = repr(shorten(raw[:200].decode(errors="replace")))
     try:
         content = body = json.loads(raw)
     except (ValueError, RecursionError):
-        raise ChatError("bad_json", f"the reply is not JSON: {start}") from None
+        raise ChatError("bad_json", f"the reply is not JSON: {_start_of(raw)}") from None
     try:
         for key in ("choices", 0, "message", "content"):
             content = content[key]
     except (KeyError, IndexError, TypeError):
-        raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {start}") from None
+        raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {_start_of(raw)}") from None
     if not isinstance(content, str):
         raise ChatError("bad_schema", f"choices[0].message.content is {json_type(content)}, not a string")
-    text = plain_text(redact(content.encode("utf-8", "replace").decode())).strip()  # a lone surrogate: tokenizers crash
+    content = content.encode("utf-8", "replace").decode()  # tokenizers crash at a lone surrogate
+    text = plain_text(content.replace(secret, "***") if secret else content).strip()
     if not text:
         raise ChatError("empty", "choices[0].message.content is blank")
     reply = ChatReply(text)
@@ -112,6 +112,10 @@ def parse_reply(raw: bytes, redact: Callable[[str], str] = str) -> ChatReply:
         n if type(n) is int and n > 0 else None for n in map(counts.get, ("completion_tokens", "prompt_tokens"))
     )
     return reply
+
+
+def _start_of(raw: bytes) -> str:
+    return repr(shorten(raw[:200].decode(errors="replace")))
 
 
 def parse_retry_after(header: str, now: float) -> float:

@@ -10,6 +10,7 @@ import threading
 from contextlib import closing
 
 import pytest
+from test_simulator import ask_all
 
 import evaluate
 import make_tiny
@@ -233,7 +234,7 @@ def test_it_is_served_under_its_own_model_name():
     messages = simulator_messages(Persona("x", tuple(PERSONA)), ASKED)
     for model, speaker in (("rule-user-2", second), ("rule-user", first)):
         with closing(ChatClient(url, model)) as client:
-            told = client.chat_many([messages] * 10, range(10))
+            told = ask_all(client, [messages] * 10, range(10))
         assert told == [speaker.user_reply(PERSONA, ASKED, seed) for seed in range(10)]
     server.shutdown()
     server.server_close()

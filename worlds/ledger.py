@@ -134,15 +134,6 @@ def allowance(n_facts: int, n_disclosed: int, n_turns: int) -> int:
     return per_turn if per_turn >= 1 else max(0, min(1, int(share * n_turns) - n_disclosed))
 
 
-def theoretical_max_f1(n_facts: int, n_disclosed: int) -> float:
-    """Return the best honest profile F1: every disclosed fact and nothing else, 2 r / (r + n); 1 if there are no facts.
-
-    >>> theoretical_max_f1(12, 0), theoretical_max_f1(12, 4)
-    (0.0, 0.5)
-    """
-    return 2 * n_disclosed / (n_disclosed + n_facts) if n_facts else 1.0
-
-
 def asked_slots(text: str) -> list[str]:
     """List the slots that the questions of a text are about, in slot order.
 
