@@ -17,8 +17,19 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import world
-from plain_text import indented
+from endpoints.plain_text import indented
+from worlds.first import COMPLAINTS, value_pattern
+from worlds.ledger import (
+    History,
+    asked_slots,
+    contains_phrase,
+    content_words,
+    disclosed,
+    mentions,
+    sentences,
+    split_fact,
+    words,
+)
 
 VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
 PARSE_FAILURES = (
@@ -33,6 +44,7 @@ PARSE_FAILURES = (
 )
 PROFILE_TARGETS = {"persona": "f1", "evidence": "evidence_f1", "ledger": "ledger_f1"}  # name → field of ProfileScore
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
+ARTICLES = {"a", "an", "the"}
 Ask = Callable[[list[dict], int], str | Exception]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,18 +128,15 @@ def line_matches_fact(line: str, fact: str) -> bool:
     >>> line_matches_fact("Plays guitar", "He plays the guitar.")
     True
     """
-    (line_slot, line_value), (slot, value) = world.split_fact(line), world.split_fact(fact)
+    (line_slot, line_value), (slot, value) = split_fact(line), split_fact(fact)
     if slot and line_slot:
-        return slot == line_slot and _plain(line_value) == _plain(value)
-    said, wanted = world.content_words(line_value), world.content_words(value)
+        said, wanted = ([word for word in words(v) if word not in ARTICLES] for v in (line_value, value))
+        return slot == line_slot and said == wanted
+    said, wanted = content_words(line_value), content_words(value)
     if slot and len(wanted) <= 4:
-        return world.contains_phrase(line_value, value) and len(said) <= len(wanted) + 3
+        return contains_phrase(line_value, value) and len(said) <= len(wanted) + 3
     common = len(said & wanted)
     return bool(common) and 2 * common / (len(said) + len(wanted)) >= 0.5
-
-
-def _plain(value: str) -> list[str]:
-    return [word for word in world.words(value) if word not in {"a", "an", "the"}]
 
 
 def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
@@ -138,7 +147,7 @@ def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
     >>> match_lines(["Age: 34", "Age: 34", "Location: Oslo"], ["Location: Oslo", "Age: 34"])
     [1, None, 0]
     """
-    said = [world.words(line) for line in lines]
+    said = [words(line) for line in lines]
     fits = [
         [f for f, fact in enumerate(facts) if said[i] not in said[:i] and line_matches_fact(line, fact)]
         for i, line in enumerate(lines)
@@ -179,7 +188,7 @@ class ProfileScore:
     f1: float  # against the whole persona, as published: a lucky guess counts
     evidence_f1: float  # the same, but a match counts only if the dialogue has disclosed that fact
     ledger_f1: float  # against what the dialogue has disclosed, and nothing else: 1 is always within reach
-    max_f1: float  # the best honest profile at this point: world.theoretical_max_f1
+    max_f1: float  # of the best honest profile: all disclosed facts and nothing else
     n_lines: int
     n_disclosed: int
     n_recalled: int  # disclosed facts that the profile states
@@ -199,7 +208,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
     >>> (score.f1, score.evidence_f1, round(score.ledger_f1, 3), round(score.max_f1, 3), score.n_unsupported)
     (1.0, 0.5, 0.667, 0.667, 1)
     """
-    ledger = world.disclosed(facts, user_texts)
+    ledger = disclosed(facts, user_texts)
     supported = match_lines(lines, [facts[i] for i in ledger])
     n_recalled = sum(match is not None for match in supported)
     n_matched = sum(match is not None for match in match_lines(lines, facts))
@@ -207,7 +216,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
         f1=f1_score(n_matched, len(lines), len(facts)),
         evidence_f1=f1_score(n_recalled, len(lines), len(facts)),
         ledger_f1=f1_score(n_recalled, len(lines), len(ledger)),
-        max_f1=world.theoretical_max_f1(len(facts), len(ledger)),
+        max_f1=f1_score(len(ledger), len(ledger), len(facts)),
         n_lines=len(lines),
         n_disclosed=len(ledger),
         n_recalled=n_recalled,
@@ -219,7 +228,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
 # Response Reward by rule (the embedded world)
 
 
-def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -> dict[str, bool]:
+def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict[str, bool]:
     """Judge a reply to the last user message of `history` by five rules, and name each verdict.
 
     naturalness          1–4 sentences, at most 60 words, capitalised, ended, and no sentence or word said twice running
@@ -235,18 +244,20 @@ def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -
     """
     user_texts = [text for who, text in history if who == "user"]
     replies = [text for who, text in history if who == "assistant"]
-    spoken = world.sentences(response)
+    spoken, told = sentences(response), "\n".join(user_texts)
+    statements = [s for s in spoken if not s.endswith("?") and len(words(s)) >= 4]
+    earlier = {sentence.casefold() for reply in replies for sentence in sentences(reply)}
     return {
         "naturalness": _is_natural(response, spoken),
         "relevance": _is_relevant(response, user_texts, facts),
-        "logical_consistency": _is_consistent(response, user_texts),
+        "logical_consistency": all(contains_phrase(told, claim[0]) for claim in value_pattern().finditer(response)),
         "engagement": _is_engaging(response, user_texts, replies, facts),
-        "informativeness": _is_informative(spoken, replies),
+        "informativeness": any(statement.casefold() not in earlier for statement in statements),
     }
 
 
 def _is_natural(response: str, spoken: Sequence[str]) -> bool:
-    said = world.words(response)
+    said = words(response)
     stutters = any(a == b for a, b in zip(said, said[1:], strict=False)) or len({s.casefold() for s in spoken}) < len(
         spoken
     )
@@ -256,39 +267,28 @@ def _is_natural(response: str, spoken: Sequence[str]) -> bool:
 
 def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str]) -> bool:
     latest = user_texts[-1]
-    news = [facts[i] for i in world.disclosed(facts, [latest])]
+    news = [facts[i] for i in disclosed(facts, [latest])]
     if news:
-        return any(world.mentions(fact, response) for fact in news)
-    if any(remark in latest for remark in world.COMPLAINTS):
+        return any(mentions(fact, response) for fact in news)
+    if any(remark in latest for remark in COMPLAINTS):
         return bool(re.search(r"\b(?:sorry|apolog\w+|my mistake|forgive)\b", response, re.IGNORECASE))
     if len(user_texts) == 1:
         return bool(re.search(r"\b(?:hello|hi|hey|welcome|nice to meet)\b", response, re.IGNORECASE))
     return "?" in response  # the user said next to nothing: ask on
 
 
-def _is_consistent(response: str, user_texts: Sequence[str]) -> bool:
-    told = "\n".join(user_texts)
-    return all(world.contains_phrase(told, match[0]) for match in world.value_pattern().finditer(response))
-
-
 def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
     if "?" not in response:
         return False
-    ledger = world.disclosed(facts, user_texts)
-    slots = [world.split_fact(fact)[0] for fact in facts]
+    ledger = disclosed(facts, user_texts)
+    slots = [split_fact(fact)[0] for fact in facts]
     open_slots = {slot for i, slot in enumerate(slots) if i not in ledger}
     if not open_slots or open_slots == {None}:  # all told, or prose: any question that is not the last one again
-        return not replies or world.sentences(response)[-1:] != world.sentences(replies[-1])[-1:]
-    asked = world.asked_slots(response)
+        return not replies or sentences(response)[-1:] != sentences(replies[-1])[-1:]
+    asked = asked_slots(response)
     return (
-        bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(world.asked_slots(replies[-1])))
+        bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(asked_slots(replies[-1])))
     )
-
-
-def _is_informative(spoken: Sequence[str], replies: Sequence[str]) -> bool:
-    earlier = {sentence.casefold() for reply in replies for sentence in world.sentences(reply)}
-    statements = (s for s in spoken if not s.endswith("?") and len(world.words(s)) >= 4)
-    return any(s.casefold() not in earlier for s in statements)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ How many of the hidden facts does the inferred list state? One trait may count f
 Answer with one JSON object and nothing else, for example {{"covered": 2}}"""
 
 
-def response_judge_messages(response: str, history: world.History, profile: Sequence[str]) -> list[dict]:
+def response_judge_messages(response: str, history: History, profile: Sequence[str]) -> list[dict]:
     """Build the judge's messages: roles by their names, and without the policy's system prompt."""
     dialogue = "\n".join(f"{'User' if who == 'user' else 'Assistant'}: {indented(text)}" for who, text in history)
     prompt = RESPONSE_JUDGE_PROMPT.format(profile=_bullets(profile), history=dialogue, response=indented(response))

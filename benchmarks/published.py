@@ -24,7 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 import train_rlpa
 from dialogue import Candidate, Dialogue, open_turn
-from simulator import Persona, simulator_messages
+from simulator import simulator_messages
+from worlds.personas import Persona
 
 
 @dataclass
@@ -169,9 +170,12 @@ class Published:
         if not dialogue.turns:
             return self.config.first_user_message
         messages = simulator_messages(Persona(dialogue.persona_id, dialogue.persona_facts), dialogue.history())
-        return self.env.user.chat(
+        reply = self.env.user.ask(
             messages, train_rlpa.stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns))
         )
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     @torch.no_grad()
     def sample(self, turns: list, recorded: list) -> None:

@@ -22,10 +22,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_simulator import ASK, completion, hostile_server, http_reply
+from test_simulator import ASK, ask_all, completion, hostile_server, http_reply
 from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa: F401
 
-import plain_text
 import report
 import rewards
 import runlog
@@ -33,8 +32,12 @@ import simulator
 import train_rlpa
 from benchmarks import chaos, fuzz_text
 from dialogue import ChatTokenizer
-from simulator import ChatClient, Tape
-from throttle import BACKOFF_CAP, Breaker, Quota, backoff
+from endpoints import client as endpoint_client
+from endpoints import plain_text, wire
+from endpoints.client import ChatClient
+from endpoints.tape import Tape
+from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
+from worlds import personas
 
 pytestmark = pytest.mark.timeout(300)  # what is guarded against would often show as a hang
 OK, BROKEN = http_reply(completion("ok")), http_reply(b"{}", "503 Busy")
@@ -104,7 +107,7 @@ def test_a_quota_is_never_exceeded_in_any_minute(per_minute, steps):
         quota = Quota(per_minute, 0, clock) if of_requests else Quota(0, per_minute, clock)
         for amount, gap in steps:
             clock.now += gap
-            sent.append((clock.now + quota.reserve(amount), 1 if of_requests else amount))
+            sent.append((clock.now + quota.take(amount), 1 if of_requests else amount))
         most = per_minute + (0 if of_requests else max(amount for amount, _ in steps)) + 1e-6
         assert all(sum(n for at, n in sent if start <= at < start + 59.999) <= most for start, _ in sent)
         needed = 61 * sum(n for _, n in sent) / per_minute
@@ -114,10 +117,10 @@ def test_a_quota_is_never_exceeded_in_any_minute(per_minute, steps):
 def test_tokens_that_were_not_used_are_given_back():
     """Guards a quota that charges max_tokens for replies of a few words."""
     quota = Quota(tokens=61, clock=Clock())
-    assert quota.reserve(31) == pytest.approx(30)
-    quota.settle(-30)
-    assert quota.reserve(0) == pytest.approx(0)
-    assert Quota().reserve(10**9) == 0
+    assert quota.take(31) == pytest.approx(30)
+    quota.take(-30, requests=0)
+    assert quota.take(0) == pytest.approx(0)
+    assert Quota().take(10**9) == 0
 
 
 def test_a_client_keeps_to_its_quota_outside_the_time_of_its_calls(monkeypatch):
@@ -146,7 +149,7 @@ class Switch:
         self.down, self.failure, self.counts, self.lock = threading.Event(), failure, Counter(), threading.Lock()
 
     def __call__(self, sock, request, headers):
-        probe = request["messages"] == simulator.PING
+        probe = request["messages"] == endpoint_client.PING
         with self.lock:
             self.counts["probe" if probe else "request"] += 1
         if self.down.is_set():
@@ -177,7 +180,7 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
         limits |= {"outage_budget": 90, "notify": told.append}
         with closing(ChatClient(url, "m", max_retries=retries, **limits)) as client:
             replies: list = []
-            threading.Thread(target=lambda: replies.extend(client.chat_many([ASK] * calls, range(calls)))).start()
+            threading.Thread(target=lambda: replies.extend(ask_all(client, [ASK] * calls, range(calls)))).start()
             wait_until(lambda: switch.counts["probe"] >= 2)
             before = switch.counts["request"]
             wait_until(lambda: switch.counts["probe"] >= 3)
@@ -186,7 +189,6 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
             release.set()
             wait_until(lambda: replies)
             assert replies == ["ok"] * calls and client.counts["breaks"] >= 1 and not client.outage
-            assert client.counts["failures"] == {}
             assert sum("left alone" in line for line in told) == client.counts["breaks"]
             assert "answers again" in told[-1]  # who looks on is told that it waits, and for whom
 
@@ -196,9 +198,9 @@ def test_an_outage_beyond_the_budget_is_a_typed_failure_of_all_calls():
     switch = Switch()
     switch.down.set()
     with hostile_server(switch) as url, closing(ChatClient(url, "m", outage_budget=0.5)) as client:
-        replies = client.chat_many([ASK] * 20, range(20))
+        replies = ask_all(client, [ASK] * 20, range(20))
         assert {r.reason for r in replies} == {"outage"} and "HTTP 503" in client.outage
-        assert "no answer for 0.5 s" in str(replies[0]) and client.counts["failures"] == {"outage": 20}
+        assert "no answer for 0.5 s" in str(replies[0])
         before = switch.counts["request"]
         assert client.ask(ASK).reason == "outage" and switch.counts["request"] == before  # the budget is spent
 
@@ -243,14 +245,14 @@ def test_several_endpoints_take_turns_and_stand_in_for_each_other():
     one, two = Switch(), Switch()
     with hostile_server(one) as a, hostile_server(two) as b:
         with closing(ChatClient(f"{a}, {b}/v1,{a}", "m", outage_budget=60, breaker_failures=2)) as client:
-            assert client.chat_many([ASK] * 40, range(40)) == ["ok"] * 40
+            assert ask_all(client, [ASK] * 40, range(40)) == ["ok"] * 40
             assert one.counts["request"] == two.counts["request"] == 20
             one.down.set()
-            assert client.chat_many([ASK] * 40, range(40)) == ["ok"] * 40
-            assert client.counts["failures"] == {} and not client.outage
+            assert ask_all(client, [ASK] * 40, range(40)) == ["ok"] * 40
+            assert not client.outage
             wait_until(lambda: client.ask(ASK) == "ok" and one.counts["probe"])
             before = one.counts["request"]
-            assert client.chat_many([ASK] * 10, range(10)) == ["ok"] * 10 and one.counts["request"] == before
+            assert ask_all(client, [ASK] * 10, range(10)) == ["ok"] * 10 and one.counts["request"] == before
             one.down.clear()
             wait_until(lambda: client.ask(ASK) == "ok" and one.counts["request"] > before)
 
@@ -269,7 +271,7 @@ def test_replies_on_tape_do_not_depend_on_the_endpoint(tmp_path):
     down.down.set()
     with hostile_server(ok) as a, hostile_server(down) as b:
         with recorded(path, True, f"{a},{b}", 60) as client:
-            assert client.chat_many([ASK] * 6, range(6)) == ["ok"] * 6
+            assert ask_all(client, [ASK] * 6, range(6)) == ["ok"] * 6
         with recorded(path, True, b, 0.2) as client:
             assert client.ask(ASK, 3) == "ok" and client.ask(ASK, 99).reason == "outage"
     assert path.read_text().count("\n") == 6
@@ -354,7 +356,7 @@ def counted_user(behave: Callable[[int], bytes | None]) -> Iterator[str]:
             asked[0] += 1
             said = behave(asked[0])
         raw = json.dumps(request).encode()
-        if said is None and request["messages"] != simulator.PING:
+        if said is None and request["messages"] != endpoint_client.PING:
             said = http_reply(json.dumps(simulator.complete(raw)).encode())
         sock.sendall(said or OK)
 
@@ -520,8 +522,8 @@ def test_no_text_forges_anything(texts):
 
 @pytest.mark.parametrize(
     ("module", "name", "finds"),
-    [(rewards, "indented", "forged role"), (simulator, "plain_text", "acting character in a reply"),
-     (simulator, "clean_text", "forged fact"), (runlog, "clean_text", "terminal escape"),
+    [(rewards, "indented", "forged role"), (wire, "plain_text", "acting character in a reply"),
+     (personas, "clean_text", "forged fact"), (runlog, "clean_text", "terminal escape"),
      (report, "visible", "acting character on the page"), (report, "embed", "forged markup")],
 )  # fmt: skip
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch, module, name, finds):
@@ -595,7 +597,7 @@ def test_a_key_in_the_wrong_place_is_not_shown():
     """Guards the two common mistakes: the key itself given as the variable's name, and a key inside the URL."""
     for name in (KEY, KEY.replace("-", "_")):
         with pytest.raises(ValueError) as caught:
-            simulator.read_key(name)
+            endpoint_client.read_key(name)
         assert "0123456789" not in str(caught.value) and "NAME" in str(caught.value)
     for url in (f"https://host/v1?key={KEY}", f"https://user:{KEY}@host/v1", f"https://user:{KEY}@host:port/v1"):
         with pytest.raises(ValueError) as caught:
@@ -605,4 +607,4 @@ def test_a_key_in_the_wrong_place_is_not_shown():
 
 def test_doctests():
     """Guards examples that were never run."""
-    assert doctest.testmod(plain_text).failed == doctest.testmod(simulator).failed == 0
+    assert doctest.testmod(plain_text).failed == 0

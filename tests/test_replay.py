@@ -24,13 +24,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_simulator import ask_all
 
 import evaluate
 import train_rlpa
+from endpoints.client import ChatClient
+from endpoints.tape import Tape
+from endpoints.wire import ChatError
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from rewards import VERDICTS
-from simulator import ChatClient, ChatError, Tape
 from train_rlpa import Config, calls_note, cost
 
 ASK = [{"role": "user", "content": "How are you?"}]
@@ -95,7 +98,7 @@ def client(url: str, path: Path, recording: bool, name: str = "user", **settings
 
 def told(clients: ChatClient, replies: list) -> tuple:
     """All that a caller can see of replies and counts, but for the time they took."""
-    counts = {k: v for k, v in clients.counts.items() if k not in ("wait_seconds", "replayed", "breaks")}
+    counts = {k: v for k, v in clients.counts.items() if k != "breaks"}
     return [(type(r), str(r), getattr(r, "tokens", 0), getattr(r, "reason", "")) for r in replies], counts
 
 
@@ -104,16 +107,15 @@ def test_a_recording_is_replayed_in_any_order_without_network_or_key(tmp_path, m
     monkeypatch.setenv("SOME_KEY", "secret-key")
     tape, seeds = tmp_path / "tape.jsonl", list(range(60))
     with chat_server(whimsical) as url, client(url, tape, True, max_retries=1, api_key_env="SOME_KEY") as recording:
-        replies = recording.chat_many([ASK] * 60, seeds)
+        replies = ask_all(recording, [ASK] * 60, seeds)
         first = told(recording, replies)
-        assert recording.counts["replayed"] == 0 and recording.counts["errors"]["http_5xx"] >= 6
+        assert recording.counts["errors"]["http_5xx"] >= 6
     assert "secret" not in tape.read_text() and len(tape.read_text().splitlines()) == 60
     monkeypatch.delenv("SOME_KEY")
     random.Random(1).shuffle(seeds)
     with client(nobody(), tape, False, max_retries=1, api_key_env="SOME_KEY") as replaying:
-        shuffled = dict(zip(seeds, replaying.chat_many([ASK] * 60, seeds), strict=True))
+        shuffled = dict(zip(seeds, ask_all(replaying, [ASK] * 60, seeds), strict=True))
         assert told(replaying, [shuffled[seed] for seed in range(60)]) == first
-        assert replaying.counts["replayed"] == 60
 
 
 def test_an_unknown_request_is_an_error_that_names_it_and_no_call(tmp_path):
@@ -149,7 +151,7 @@ def test_a_request_has_one_reply_whoever_asks(tmp_path):
 
 def record(tape: Path, seeds: list[int], answer=lambda request: f"It is {request['seed']}.") -> list:
     with chat_server(answer) as url, client(url, tape, True, max_retries=0) as recording:
-        return recording.chat_many([ASK] * len(seeds), seeds)
+        return ask_all(recording, [ASK] * len(seeds), seeds)
 
 
 @pytest.mark.parametrize("damage", [
@@ -432,7 +434,7 @@ def test_tokens_are_the_endpoints_or_else_words_and_that_is_said(tmp_path):
     ):
         with chat_server(lambda request: 404 if request["seed"] else "Very well.", usage) as url:
             with closing(ChatClient(url, "m")) as client:
-                client.chat_many([ASK, ASK], [0, 1])
+                ask_all(client, [ASK, ASK], [0, 1])
                 counts = client.counts
         names = ("prompt_tokens", "completion_tokens", "without_usage")
         assert tuple(counts[name] for name in names) == expected and counts["requests"] == 2

@@ -27,22 +27,17 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-import world
-from simulator import (
-    ChatClient,
-    ChatError,
-    Persona,
-    completions_url,
-    make_server,
-    parse_reply,
-    parse_retry_after,
-    simulator_messages,
-    start_embedded_server,
-)
+from endpoints import server as endpoint_server
+from endpoints.client import ChatClient
+from endpoints.wire import ChatError, RequestError, completions_url, parse_reply, parse_retry_after
+from simulator import make_user_server, simulator_messages, start_embedded_server
+from worlds import first
+from worlds.personas import Persona
 
 ROOT = Path(simulator.__file__).parent
 ASK = [{"role": "user", "content": "hi"}]
@@ -59,6 +54,20 @@ def completion(content) -> bytes:
 def http_reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
     head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: application/json", *headers]
     return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def reply_of(client: ChatClient, messages: list, seed: int | None = None) -> str:
+    """Return what an endpoint says, or raise the error that ended the call."""
+    reply = client.ask(messages, seed)
+    if isinstance(reply, ChatError):
+        raise reply
+    return reply
+
+
+def ask_all(client: ChatClient, batch: list, seeds, threads: int = 64) -> list:
+    """Return what became of many calls at once, in their order."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(client.ask, batch, seeds))
 
 
 @contextmanager
@@ -184,11 +193,11 @@ def test_a_thousand_malformed_replies():
     """
     def fail(cases, n, **limits):
         with hostile_server(misbehave(cases)) as url, closing(ChatClient(url, "m", max_retries=0, **limits)) as client:
-            replies = client.chat_many([ASK] * n, range(n))
+            replies = ask_all(client, [ASK] * n, range(n))
             expected = [cases[i % len(cases)][0] for i in range(n)]
             assert [getattr(reply, "reason", reply) for reply in replies] == expected
             assert all("\n" not in str(reply) and len(str(reply)) < 500 for reply in replies)
-            assert client.counts["failures"] == client.counts["errors"] == Counter(expected)
+            assert client.counts["errors"] == Counter(expected)
             assert (client.counts["requests"], client.counts["retries"]) == (n, 0)
 
     start = time.monotonic()
@@ -211,15 +220,15 @@ def test_malformed_replies_are_retried_within_bounds_and_the_good_one_is_kept():
 
     n = len(cases)
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
-        replies = client.chat_many([[{"role": "user", "content": f"{i}"}] for i in range(n)], range(n))
+        replies = ask_all(client, [[{"role": "user", "content": f"{i}"}] for i in range(n)], range(n))
         assert replies == [f"reply to {i}" for i in range(n)]
-        assert client.counts["failures"] == {} and client.counts["retries"] == n
+        assert client.counts["retries"] == n
         assert client.counts["errors"] == Counter(reason for reason, _ in cases)
     always_500 = scripted(http_reply(b"", "500 Oops"))
     with hostile_server(always_500) as url, closing(ChatClient(url, "m", max_retries=2)) as client:
         with pytest.raises(ChatError, match="http_5xx: HTTP 500"):
-            client.chat(ASK)
-        assert len(always_500.requests) == 3 and client.counts["failures"] == {"http_5xx": 1}
+            reply_of(client, ASK)
+        assert len(always_500.requests) == 3 and client.counts["errors"] == {"http_5xx": 3}
 
 
 def test_a_blank_reply_is_retried_with_another_seed_and_nothing_else_is():
@@ -232,26 +241,23 @@ def test_a_blank_reply_is_retried_with_another_seed_and_nothing_else_is():
         sock.sendall(replies[min(len(seeds), 3) - 1])
 
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
-        assert client.chat(ASK, seed=7) == "ok" and seeds == [7, 7, 8]
+        assert reply_of(client, ASK, seed=7) == "ok" and seeds == [7, 7, 8]
 
 
 def test_ask_returns_what_became_of_the_call_from_any_thread():
-    """Guards the rollout's own threads: a text or the error itself, never raised, whoever asks, and all are counted.
-
-    More threads than `max_concurrency`: that limits the client's workers, not those who ask for themselves.
-    """
+    """Guards the rollout's own threads: a text or the error itself, never raised, whoever asks, and all are counted."""
     def behave(sock, request, headers):
         text = request["messages"][0]["content"]
         sock.sendall(http_reply(b"", "400 Bad Request") if text == "bad" else http_reply(completion(f"re: {text}")))
 
-    with hostile_server(behave) as url, closing(ChatClient(url, "m", max_concurrency=1)) as client:
+    with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         failure = client.ask([{"role": "user", "content": "bad"}], 3)
         assert isinstance(failure, ChatError) and failure.reason == "http_4xx" and "HTTP 400" in str(failure)
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(client.ask, [{"role": "user", "content": f"{i}"}], i) for i in range(40)]
             assert [call.result() for call in asked] == [f"re: {i}" for i in range(40)]
         assert client.ask(ASK).startswith("re: ")  # without a seed
-        assert (client.counts["requests"], client.counts["failures"]) == (42, {"http_4xx": 1})
+        assert (client.counts["requests"], client.counts["errors"]) == (42, {"http_4xx": 1})
     late = client.ask(ASK, 1)
     assert isinstance(late, ChatError) and "the client was closed" in str(late)
 
@@ -261,7 +267,7 @@ def test_server_that_dies_and_comes_back():
     good = scripted(http_reply(completion("back")))
     with hostile_server(lambda sock, *_: (sock.sendall(http_reply(completion("first"))), False)[1]) as url:
         client = ChatClient(url, "m")
-        assert client.chat(ASK) == "first"
+        assert reply_of(client, ASK) == "first"
 
     def restart():
         time.sleep(2)
@@ -272,8 +278,8 @@ def test_server_that_dies_and_comes_back():
     thread = threading.Thread(target=restart)
     thread.start()
     with closing(client):
-        assert client.chat_many([ASK] * 8, range(8)) == ["back"] * 8
-        assert client.counts["errors"]["connect"] >= 8 and client.counts["failures"] == {}
+        assert ask_all(client, [ASK] * 8, range(8)) == ["back"] * 8
+        assert client.counts["errors"]["connect"] >= 8
     done.set()
     thread.join()
 
@@ -282,8 +288,8 @@ def test_server_that_stays_dead_is_a_typed_failure():
     """Guards: retrying for ever when nobody listens; the error names neither the address nor the cause."""
     with closing(ChatClient("http://127.0.0.1:9", "m", max_retries=1)) as client:
         with pytest.raises(ChatError, match=r"connection to http://127.0.0.1:9/v1/.*ConnectionRefused"):
-            client.chat(ASK)
-        assert client.counts["failures"] == {"connect": 1} and client.counts["retries"] == 1
+            reply_of(client, ASK)
+        assert client.counts["errors"] == {"connect": 2} and client.counts["retries"] == 1
 
 
 def test_total_timeout_spans_the_retries():
@@ -292,7 +298,7 @@ def test_total_timeout_spans_the_retries():
         with closing(ChatClient(url, "m", read_timeout=0.2, total_timeout=1.0, max_retries=1000)) as client:
             start = time.monotonic()
             with pytest.raises(ChatError) as caught:
-                client.chat(ASK)
+                reply_of(client, ASK)
     assert caught.value.reason == "timeout" and time.monotonic() - start < 20
 
 
@@ -312,7 +318,7 @@ def test_4xx_fails_at_once_with_the_servers_words(status, body, words):
     behave = scripted(http_reply(body, status))
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         with pytest.raises(ChatError) as caught:
-            client.chat(ASK)
+            reply_of(client, ASK)
     assert caught.value.reason == "http_4xx" and words in str(caught.value) and status[:3] in str(caught.value)
     assert len(behave.requests) == 1 and "\n" not in str(caught.value)
 
@@ -322,7 +328,7 @@ def test_transient_statuses_are_retried(status):
     """Guards: a status that means "try again" drops the dialogue."""
     behave = scripted(http_reply(b"", status), http_reply(completion("ok")))
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
-        assert client.chat(ASK) == "ok" and len(behave.requests) == 2
+        assert reply_of(client, ASK) == "ok" and len(behave.requests) == 2
 
 
 def test_retry_after_is_honoured_and_capped():
@@ -331,11 +337,11 @@ def test_retry_after_is_honoured_and_capped():
         behave = scripted(http_reply(b"", "429 Slow Down", f"Retry-After: {wait()}"), http_reply(completion("ok")))
         with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
             start = time.monotonic()
-            assert client.chat(ASK) == "ok" and time.monotonic() - start >= 1
+            assert reply_of(client, ASK) == "ok" and time.monotonic() - start >= 1
     behave = scripted(http_reply(b'{"error": {"message": "quota"}}', "429 Slow Down", "Retry-After: 3600"))
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         with pytest.raises(ChatError, match="rate_limited: .*quota"):
-            client.chat(ASK)
+            reply_of(client, ASK)
         assert len(behave.requests) == 1
 
 
@@ -380,13 +386,12 @@ def test_order_concurrency_and_request_body():
         sock.sendall(http_reply(completion(json.dumps(request))))
 
     with hostile_server(behave) as url:
-        with closing(ChatClient(url + "/v1/", "mm", max_concurrency=4, temperature=0.5, max_tokens=9)) as client:
-            requests = [json.loads(text) for text in client.chat_many([ASK] * 24, range(24))]
-            unseeded = json.loads(client.chat(ASK))
-            assert client.chat_many([], []) == []
-    assert [r["seed"] for r in requests] == list(range(24)) and 1 < peak[0] <= 4
+        with closing(ChatClient(url + "/v1/", "mm", temperature=0.5, max_tokens=9)) as client:
+            sent = [json.loads(text) for text in ask_all(client, [ASK] * 24, range(24), threads=4)]
+            unseeded = json.loads(reply_of(client, ASK))
+    assert [r["seed"] for r in sent] == list(range(24)) and 1 < peak[0] <= 4
     assert unseeded == {"model": "mm", "temperature": 0.5, "max_tokens": 9, "messages": ASK}
-    assert client.counts["requests"] == 25 and client.counts["wait_seconds"] > 0
+    assert client.counts["requests"] == 25
 
 
 def test_connections_are_kept():
@@ -397,8 +402,8 @@ def test_connections_are_kept():
         peers.add(sock.getpeername())
         sock.sendall(http_reply(completion("ok")))
 
-    with hostile_server(behave) as url, closing(ChatClient(url, "m", max_concurrency=2)) as client:
-        client.chat_many([ASK] * 20, range(20))
+    with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
+        ask_all(client, [ASK] * 20, range(20), threads=2)
     assert len(peers) <= 2
 
 
@@ -418,9 +423,9 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
             shown = [repr(client), str(client.counts)]
             for _ in echoes[:-1]:
                 with pytest.raises(ChatError) as caught:
-                    client.chat(ASK)
+                    reply_of(client, ASK)
                 shown += [str(caught.value), repr(caught.value), "".join(traceback.format_exception(caught.value))]
-            shown.append(client.chat(ASK))
+            shown.append(reply_of(client, ASK))
     assert all(headers["Authorization"] == f"Bearer {key}" for _, headers in behave.requests)
     assert key[:10] not in "\n".join(shown) and "***" in shown[-1]
 
@@ -445,7 +450,7 @@ def test_no_proxy_on_this_machine_and_no_netrc_anywhere(monkeypatch, tmp_path):
         for proxy, base in (("http://127.0.0.1:9", url), (url, "http://hosted.invalid")):
             monkeypatch.setenv("http_proxy", proxy)
             with closing(ChatClient(base, "m")) as client:
-                assert client.chat(ASK) == "ok"
+                assert reply_of(client, ASK) == "ok"
     assert len(behave.requests) == 2 and all("Authorization" not in headers for _, headers in behave.requests)
 
 
@@ -456,7 +461,7 @@ def test_drip_through_a_proxy_is_cut_off(monkeypatch):
         with closing(ChatClient("http://hosted.invalid", "m", total_timeout=0.5)) as client:
             start = time.monotonic()
             with pytest.raises(ChatError, match="timeout"):
-                client.chat(ASK)
+                reply_of(client, ASK)
             assert time.monotonic() - start < 20
 
 
@@ -465,7 +470,7 @@ def test_close_ends_what_is_in_flight():
     with hostile_server(lambda sock, *_: time.sleep(60)) as url:
         client = ChatClient(url, "m")
         replies: list = []
-        caller = threading.Thread(target=lambda: replies.extend(client.chat_many([ASK] * 3, range(3))))
+        caller = threading.Thread(target=lambda: replies.extend(ask_all(client, [ASK] * 3, range(3))))
         caller.start()
         time.sleep(0.3)
         client.close()
@@ -478,16 +483,14 @@ def test_retries_leave_the_global_generator_alone():
     behave = scripted(http_reply(b"", "500 Oops"), http_reply(completion("ok")))
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         state = random.getstate()
-        assert client.chat(ASK) == "ok" and random.getstate() == state
+        assert reply_of(client, ASK) == "ok" and random.getstate() == state
 
 
 def test_programming_errors_escape():
     """Guards: a bug in the caller is counted as a flaky server."""
     with closing(ChatClient("http://127.0.0.1:9", "m")) as client:
         with pytest.raises(TypeError):
-            client.chat_many([[{"role": "user", "content": object()}]], [0])
-        with pytest.raises(ValueError, match="2 lists of messages but 1 seeds"):
-            client.chat_many([ASK, ASK], [0])
+            client.ask([{"role": "user", "content": object()}], 0)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +518,7 @@ def test_bad_base_urls(base):
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("limit", [{"read_timeout": 0}, {"max_retries": -1}, {"max_concurrency": 0},
+@pytest.mark.parametrize("limit", [{"read_timeout": 0}, {"max_retries": -1}, {"max_reply_bytes": 0},
                                    {"total_timeout": float("nan")}, {"max_tokens": 0}, {"read_timeout": float("inf")},
                                    {"temperature": -0.5}])
 def test_bad_limits(limit):
@@ -544,8 +547,8 @@ def test_dialogue_over_http_is_the_worlds_dialogue(embedded):
     with closing(ChatClient(embedded.url, "m")) as client:
         history: list[tuple[str, str]] = []
         for turn, question in enumerate(("Hi! Where do you live?", "What do you do for a living?", "How old are you?")):
-            reply = client.chat(simulator_messages(PERSONA, history), seed=turn)
-            assert reply == world.user_reply(list(PERSONA.facts), history, turn)
+            reply = reply_of(client, simulator_messages(PERSONA, history), seed=turn)
+            assert reply == first.user_reply(list(PERSONA.facts), history, turn)
             history += [("user", reply), ("assistant", question)]
     assert history[0] == ("user", "Hello") and "Oslo" in history[2][1] and "baker" in history[4][1]
 
@@ -554,11 +557,11 @@ def test_the_seed_decides(embedded):
     """Guards: replies depend on time, process or order, or not on the seed at all."""
     messages = [simulator_messages(PERSONA, HISTORY)] * 64
     with closing(ChatClient(embedded.url, "m")) as client:
-        first, again = client.chat_many(messages, range(64)), client.chat_many(messages, range(64))
-        assert first == again and len(set(first)) > 5
-        assert len(set(client.chat_many(messages, [None] * 64))) == 1
+        once, again = ask_all(client, messages, range(64)), ask_all(client, messages, range(64))
+        assert once == again and len(set(once)) > 5
+        assert len(set(ask_all(client, messages, [None] * 64))) == 1
         other = simulator_messages(PERSONA, [("user", "Hello"), ("assistant", "So, where do you live?")])
-        assert client.chat(other) == client.chat(other)
+        assert reply_of(client, other) == reply_of(client, other)
 
 
 def test_sixty_four_requests_at_once(address):
@@ -579,7 +582,7 @@ def test_sixty_four_requests_at_once(address):
 
 def test_the_listen_backlog_takes_sixty_four_connections():
     """Guards: of simultaneous connections all but the first 5 (http.server's backlog) wait for a second SYN."""
-    with closing(make_server(port=0).socket) as listening:  # nobody accepts, so a full backlog stays full
+    with closing(make_user_server(port=0).socket) as listening:  # nobody accepts, so a full backlog stays full
         connections = [socket.create_connection(listening.getsockname(), timeout=10) for _ in range(64)]
     for connection in connections:
         connection.close()
@@ -597,7 +600,7 @@ def test_official_openai_client(embedded):
         model = client.models.list().data[0].id
         messages = simulator_messages(PERSONA, HISTORY)
         reply = client.chat.completions.create(model=model, messages=messages, seed=3, temperature=1.0, max_tokens=50)
-        text = world.user_reply(list(PERSONA.facts), HISTORY, 3)
+        text = first.user_reply(list(PERSONA.facts), HISTORY, 3)
         assert reply.choices[0].message.content == text and reply.choices[0].finish_reason == "stop"
         assert reply.usage.completion_tokens == len(text.split())
         with pytest.raises(openai.BadRequestError, match="stream"):
@@ -710,7 +713,7 @@ def test_any_request_body_is_answered_or_refused(raw):
     """Guards: a 500 from a body that nobody thought of."""
     try:
         simulator.complete(raw)
-    except simulator.RequestError as error:
+    except RequestError as error:
         assert error.status in {400, 422}
 
 
@@ -726,8 +729,8 @@ def in_process(server):
 
 def test_a_bug_behind_the_server_is_a_500(monkeypatch, capfd):
     """Guards: an exception in the world drops the connection, or shows the client a traceback."""
-    monkeypatch.setattr(world, "user_reply", lambda *_: 1 / 0)
-    with in_process(make_server(port=0)) as connection:
+    monkeypatch.setitem(simulator.EMBEDDED_USERS, "rule-user", lambda *_: 1 / 0)
+    with in_process(make_user_server(port=0)) as connection:
         response, reply = exchange(connection, "POST", CHAT, GOOD)
         assert response.status == 500 and json.loads(reply)["error"]["type"] == "server_error"
         assert b"Traceback" not in reply and "ZeroDivisionError" in capfd.readouterr().err
@@ -736,8 +739,8 @@ def test_a_bug_behind_the_server_is_a_500(monkeypatch, capfd):
 
 def test_a_body_that_never_comes_is_a_408(monkeypatch):
     """Guards: a client that stalls holds a thread for ever, or is dropped without a status."""
-    monkeypatch.setattr(simulator._Handler, "timeout", 0.2)
-    with in_process(make_server(port=0)) as connection:
+    monkeypatch.setattr(endpoint_server.Handler, "timeout", 0.2)
+    with in_process(make_user_server(port=0)) as connection:
         connection.putrequest("POST", CHAT)
         connection.putheader("Content-Length", "10")
         connection.endheaders(b"{")
@@ -748,7 +751,7 @@ def test_a_body_that_never_comes_is_a_408(monkeypatch):
 def test_only_loopback(host):
     """Guards: a server without access control is open to the network."""
     with pytest.raises(ValueError, match="use --host 127.0.0.1"):
-        make_server(host, 0)
+        make_user_server(host, 0)
 
 
 @pytest.mark.parametrize("port", ["taken", "99999", "-1", "x"])
@@ -768,7 +771,7 @@ print(server.process.pid, server.url, flush=True)
 time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pid, url = parent.stdout.readline().split()
-    assert simulator.requests.get(url + "/models", timeout=10).status_code == 200
+    assert requests.get(url + "/models", timeout=10).status_code == 200
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -844,11 +847,11 @@ def test_our_client_talks_to_transformers_serve(tmp_path):
             base = f"http://127.0.0.1:{port}"
             limits = {"max_tokens": 8, "total_timeout": 90.0, "max_retries": 60}
             with closing(ChatClient(base, str(tmp_path / "tiny"), **limits)) as client:
-                replies = client.chat_many([simulator_messages(PERSONA, HISTORY)] * 3, range(3))  # waits until it is up
+                replies = ask_all(client, [simulator_messages(PERSONA, HISTORY)] * 3, range(3))  # waits until it is up
                 assert all(isinstance(reply, str) for reply in replies), (replies, (tmp_path / "log").read_text())
             with closing(ChatClient(base, str(tmp_path / "no-such-model"))) as client:
                 with pytest.raises(ChatError) as caught:
-                    client.chat(ASK)
+                    reply_of(client, ASK)
                 assert caught.value.reason in {"http_4xx", "http_5xx"} and len(str(caught.value)) > 40
         finally:
             server.kill()

@@ -77,8 +77,11 @@ class Quota:
         self.clock, self._lock = clock, threading.Lock()
         self._levels, self._at = [max(1.0, self.rates[0]), self.rates[1]], clock()
 
-    def reserve(self, tokens: float, requests: int = 1) -> float:
-        """Take a request and the tokens it may cost; return the seconds to wait before it is sent."""
+    def take(self, tokens: float, requests: int = 1) -> float:
+        """Take a request and the tokens it may cost; return the seconds to wait before it is sent.
+
+        Once the cost is known, take the difference with `requests=0`; a negative one is given back.
+        """
         with self._lock:
             now = self.clock()
             waits = [0.0]
@@ -88,7 +91,3 @@ class Quota:
                     waits.append(-self._levels[i] / self.rates[i])
             self._at = now
             return max(waits)
-
-    def settle(self, tokens: float) -> None:
-        """Take (or, negative, give back) the tokens by which a call differed from what was reserved."""
-        self.reserve(tokens, requests=0)
