@@ -721,7 +721,7 @@ def test_clipped_loss_against_a_loop(policy, monkeypatch):
     new, entropy = (x.detach() for x in policy_logprobs(policy, together([p]), config.temperature))
     generator = torch.Generator().manual_seed(4)
     p.advantages = torch.randn(120, generator=generator)
-    p.old_logprobs = new + 0.6 * torch.randn(120, generator=generator)
+    p.old_logprobs = p.ref_logprobs = new + 0.6 * torch.randn(120, generator=generator)
     loss, statistics = loss_of(policy, None, together([p]), config)
     loss.backward()
     plain, _ = loss_of(policy, None, together([p]), replace(config, entropy_coef=0.0))
