@@ -35,7 +35,8 @@ import rewards
 import train_rlpa
 import world
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
-from model import Qwen2ForCausalLM, resolve_checkpoint
+from learners.weights import resolve_checkpoint
+from model import Qwen2ForCausalLM
 from plain_text import clean_text
 from sampler import Draw, Sampler
 from simulator import Message, RequestError, json_type, make_server, parse_request, read_key

@@ -30,8 +30,8 @@ import second_world
 import subjects
 import train_rlpa
 from dialogue import Dialogue
+from learners.weights import resolve_checkpoint
 from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
-from model import resolve_checkpoint
 from perplexity import Text, perplexity_samples, read_texts, text_scores
 from plain_text import clean_text
 from rewards import VERDICTS

@@ -26,9 +26,10 @@ from tqdm import tqdm
 import world
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
-from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
+from learners.processes import all_sum_gradients, rank, world_size
+from learners.weights import save_pretrained
+from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from perplexity import HELDOUT_FILE
-from processes import all_sum_gradients, rank, world_size
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ import rewards
 import train_rlpa
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn
 from kernels import set_backend
-from model import Qwen2ForCausalLM, load_policy
+from learners.weights import load_policy
+from model import Qwen2ForCausalLM
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, ChatReply, Message, Persona, simulator_messages
 from train_rlpa import Config, Play, World, stream_seed

@@ -56,30 +56,14 @@ import checkpoints
 import command_line
 import memory
 import rewards
-import sharding
 import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
 from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
 from kernels.tree_attention import Block, Tree, make_tree
-from model import (
-    SINGLE,
-    Critic,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    ValueHead,
-    draw_value_head,
-    load_critic,
-    load_policy,
-    load_value_head,
-    resolve_checkpoint,
-    save_config,
-    save_pretrained,
-    stored_tensors,
-)
-from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
-from processes import (
+from learners import sharding
+from learners.processes import (
     AgreedError,
     LostProcess,
     Result,
@@ -99,6 +83,18 @@ from processes import (
     wait_for_ranks,
     world_size,
 )
+from learners.weights import (
+    SINGLE,
+    load_critic,
+    load_policy,
+    load_value_head,
+    resolve_checkpoint,
+    save_config,
+    save_pretrained,
+    stored_tensors,
+)
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, draw_value_head
+from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server

@@ -39,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 import train_rlpa  # noqa: E402
 from dialogue import Dialogue  # noqa: E402
 from kernels import ppo_head  # noqa: E402
-from model import Qwen2Config, load_policy, random_policy, save_pretrained  # noqa: E402
+from learners.weights import load_policy, save_pretrained  # noqa: E402
+from model import Qwen2Config, random_policy  # noqa: E402
 from sampler import generate  # noqa: E402
 
 TINY = str(ROOT / "tiny")

@@ -21,8 +21,9 @@ import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import reference_ppo
+from learners.weights import load_policy, save_pretrained
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy, save_pretrained
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
 from simulator import Persona
 from train_rlpa import (
     Config,

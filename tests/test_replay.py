@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_rlpa
+from learners.weights import save_pretrained
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Qwen2Config, random_policy, save_pretrained
+from model import Qwen2Config, random_policy
 from rewards import VERDICTS
 from simulator import ChatClient, ChatError, Tape
 from train_rlpa import Config, calls_note, cost
