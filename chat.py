@@ -38,7 +38,8 @@ from endpoints.client import read_key
 from endpoints.plain_text import clean_text, json_type
 from endpoints.server import make_server
 from endpoints.wire import Message, RequestError, parse_request
-from model import Qwen2ForCausalLM, resolve_checkpoint
+from learners.weights import resolve_checkpoint
+from model import Qwen2ForCausalLM
 from sampler import Draw, Sampler
 from subjects import load_checkpoint
 from train_rlpa import Config, stream_seed

@@ -32,8 +32,8 @@ from dialogue import Dialogue
 from endpoints.client import ChatClient
 from endpoints.plain_text import clean_text
 from endpoints.tape import Tape
+from learners.weights import resolve_checkpoint
 from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
-from model import resolve_checkpoint
 from perplexity import Text, perplexity_samples, read_texts, text_scores
 from rewards import VERDICTS
 from runlog import DISTINCT, GUARDS, PROFILE_GUARDS, distinct, episode_record, guards, ngram_counts, sum_counters

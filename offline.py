@@ -37,7 +37,8 @@ import command_line
 import train_rlpa
 from dialogue import Candidate, Dialogue, Turn
 from kernels import linear_logprob
-from model import Qwen2ForCausalLM, resolve_checkpoint, save_pretrained
+from learners.weights import resolve_checkpoint, save_pretrained
+from model import Qwen2ForCausalLM
 from runlog import RunLog
 from train_rlpa import (
     Batch,

@@ -28,7 +28,8 @@ from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn
 from endpoints.client import ChatClient
 from endpoints.wire import ChatError, ChatReply, Message
 from kernels import set_backend
-from model import Qwen2ForCausalLM, load_policy
+from learners.weights import load_policy
+from model import Qwen2ForCausalLM
 from sampler import Draw, Sampler
 from simulator import simulator_messages
 from train_rlpa import Config, Play, World, stream_seed

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -55,7 +56,6 @@ import checkpoints
 import command_line
 import memory
 import rewards
-import sharding
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
@@ -65,23 +65,8 @@ from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
 from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
 from kernels.tree_attention import Block, Tree, make_tree
-from model import (
-    SINGLE,
-    Critic,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    ValueHead,
-    draw_value_head,
-    load_critic,
-    load_policy,
-    load_value_head,
-    resolve_checkpoint,
-    save_config,
-    save_pretrained,
-    stored_tensors,
-)
-from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
-from processes import (
+from learners import sharding
+from learners.processes import (
     AgreedError,
     LostProcess,
     Result,
@@ -101,6 +86,18 @@ from processes import (
     wait_for_ranks,
     world_size,
 )
+from learners.weights import (
+    SINGLE,
+    load_critic,
+    load_policy,
+    load_value_head,
+    resolve_checkpoint,
+    save_config,
+    save_pretrained,
+    stored_tensors,
+)
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, draw_value_head
+from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
 from simulator import simulator_messages, start_embedded_server
@@ -1184,32 +1181,79 @@ def whiten_advantages(packed: list[Packed], advantage: str = "gae") -> tuple[flo
 # Losses and update
 
 
+# Estimators of KL(policy ‖ reference) at a token y that the policy sampled, as functions of the gap
+# log π(y) − log π_ref(y)  (J. Schulman, "Approximating KL divergence", 2020). The mean of an estimator's gradient
+# decides where the estimator belongs, and it is not always the gradient of its mean:
+#
+#   k1  gap                  Unbiased, but noisy, and it can be negative. The mean of its gradient is 0, so as a loss it
+#                            is pure noise: k1 belongs in the reward, which is not differentiated.
+#   k2  gap² / 2             Biased, with little noise. On-policy, the mean of its gradient is the gradient of
+#                            KL(policy ‖ reference): it belongs in the loss.
+#   k3  exp(−gap) − 1 + gap  Unbiased, never negative, and with little noise while the two models are close. It belongs
+#                            in the loss, where the mean of its gradient is that of the reverse KL(reference ‖ policy).
+#
+# Every estimator here but k1 is added to the loss. The exact KL over the whole vocabulary (`--kl-estimator exact`) is
+# the head's (`kernels/linear_kl.py`). `tests/test_head_kernels.py` shows these means.
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda gap: gap,
+    "k3": lambda gap: torch.expm1(-gap) + gap,
+}
+
+
+def token_losses(
+    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, ref_logprobs: Tensor, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return PPO's loss of each action token, and statistics of each; all tensors are (N,).
+
+    −min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A), with ratio = π(y) / π_old(y)      (arXiv 1707.06347, eq. 7)
+
+    Log-ratio and gap are clamped to ±20: one token of exp(20) = 5·10⁸ would be the whole batch's loss.
+
+    >>> x = torch.tensor([0.0, 0.5])  # log-probs rose by 0 and by 0.5; the second ratio, 1.65, is clipped at 1.2
+    >>> losses, statistics = token_losses(x, torch.zeros(2), torch.ones(2), torch.zeros(2), Config(ckpt="x"))
+    >>> losses, statistics["clip_frac"]
+    (tensor([-1.0000, -1.2000]), tensor([0., 1.]))
+    """
+    log_ratio = (new_logprobs - old_logprobs).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
+    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    if config.kl_estimator not in ("k1", "exact"):
+        gap = (new_logprobs - ref_logprobs).clamp(-20, 20)
+        losses = losses + config.kl_coef * KL_ESTIMATORS[config.kl_estimator](gap)
+    deviation = (ratio - 1).abs()
+    return losses, {
+        "approx_kl": ratio - 1 - log_ratio,  # k3 of KL(old policy ‖ new policy)
+        "clip_frac": (deviation > config.clip_eps).to(ratio.dtype),
+        "ratio_dev": deviation,
+        "ratio": ratio,
+    }
+
+
 def policy_loss(
     hidden: Tensor, head: Tensor, ref_policy: Qwen2ForCausalLM | None, batch: Batch, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the summed PPO loss of a micro-batch's action tokens and its statistics (`kernels/ppo_head.py`).
+    """Return the summed loss of a micro-batch's action tokens, and sums and extremes of its statistics.
 
     hidden: (N, D), by `policy_hidden`; head: the policy's head weight (V, D).
     The sum, not the mean: the caller divides by the global count of action tokens in the mini-batch, so that neither
     micro-batch size nor the number of ranks changes the gradient.
     """
-    kl: dict = {}
-    if config.kl_estimator == "k3" and config.kl_coef:
-        kl = {"ref_logprobs": batch.gather("ref_logprobs")}
-    if config.kl_estimator == "exact" and config.kl_coef:
-        kl = {"reference": (batch.gather("ref_hidden"), ref_policy.head_weight)}
-    return ppo_head(
+    exact = config.kl_estimator == "exact" and config.kl_coef
+    loss, statistics = ppo_head(
         hidden,
         head,
         batch.targets,
-        batch.gather("old_logprobs"),
-        batch.gather("advantages"),
-        **kl,
+        functools.partial(token_losses, config=config),
+        tuple(batch.gather(name) for name in ("old_logprobs", "advantages", "ref_logprobs")),
+        reference=(batch.gather("ref_hidden"), ref_policy.head_weight) if exact else None,
         temperature=config.temperature,
-        clip_eps=config.clip_eps,
         entropy_coef=config.entropy_coef,
         kl_coef=config.kl_coef,
     )
+    ratio = statistics.pop("ratio")
+    sums = {"kl_exact": torch.zeros(())} | {name: values.sum() for name, values in statistics.items()}
+    return loss, sums | ({"ratio_min": ratio.min(), "ratio_max": ratio.max()} if len(ratio) else {})
 
 
 def value_loss(new_values: Tensor, batch: Batch, config: Config) -> Tensor:

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from benchmarks.cases import PPO
 from kernels import ppo_head
-from kernels.ppo_head import Settings, token_losses
 
 N, D, V = int(sys.argv[1]) if len(sys.argv) > 1 else 2048, 896, 151_936
 
@@ -27,13 +27,14 @@ def main() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, D).requires_grad_(), (0.02 * torch.randn(V, D)).requires_grad_()
     targets, old, advantages = torch.randint(V, (N,)), 0.1 * torch.randn(N) - 12, torch.randn(N)
+    known = old, advantages, old
 
     def ours():
-        return ppo_head(hidden, weight, targets, old, advantages)[0]
+        return ppo_head(hidden, weight, targets, PPO, known)[0]
 
     def eager():
         logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return token_losses(logprobs, old, advantages, None, Settings(1.0, 0.2, 0.0, 0.0))[0].sum()
+        return PPO(logprobs, *known)[0].sum()
 
     def products():
         gradient, out, dW = torch.ones(410, V), torch.empty(410, V), torch.empty(V, D)

@@ -18,12 +18,13 @@ from benchmarks.measure import Result, copy_seconds, product_seconds
 from kernels.decode_attention import decode_attention
 from kernels.linear_kl import linear_kl, reference_kl
 from kernels.linear_logprob import linear_logprob, reference_logprob
-from kernels.ppo_head import Settings, ppo_head, token_losses
+from kernels.ppo_head import ppo_head
 from kernels.rmsnorm import reference_rmsnorm, rmsnorm
 from kernels.rope import reference_rope, rope
 from kernels.rows import Rows
 from kernels.sample_head import sample_head
 from kernels.swiglu import reference_swiglu, swiglu
+from train_rlpa import Config, token_losses
 
 FORWARD, BOTH = "forward", "both"
 PRODUCTS = {  # (kernel, direction): of logits, and of gradients of hidden and weight
@@ -35,8 +36,8 @@ PRODUCTS = {  # (kernel, direction): of logits, and of gradients of hidden and w
     ("ppo_head_exact", BOTH): (2, 1, 1),
     ("sample_head", FORWARD): (1, 0, 0),
 }
-PPO = Settings(temperature=1.0, clip_eps=0.2, entropy_coef=0.0, kl_coef=0.0)
-PPO_EXACT = PPO._replace(kl_coef=0.1)
+PPO = functools.partial(token_losses, config=Config(ckpt="none"))  # the trainer's loss of a token, as published
+KL_COEF = 0.1  # of the exact KL
 
 
 @dataclass(frozen=True)
@@ -226,18 +227,21 @@ def eager_ppo(hidden, weight, targets, old_logprobs, advantages, ref_hidden=None
     """Compute the PPO loss from all logits, in the fewest plain operations."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     log_p = (hidden @ weight.T).to(wide).log_softmax(-1)
-    losses = token_losses(log_p.gather(1, targets[:, None])[:, 0], old_logprobs, advantages, None, PPO)[0]
+    losses = PPO(log_p.gather(1, targets[:, None])[:, 0], old_logprobs, advantages, old_logprobs)[0]
     if ref_hidden is not None:
         log_r = (ref_hidden @ ref_weight.T).to(wide).log_softmax(-1)
-        losses = losses + PPO_EXACT.kl_coef * (log_p.exp() * (log_p - log_r)).sum(-1)
+        losses = losses + KL_COEF * (log_p.exp() * (log_p - log_r)).sum(-1)
     return dict(loss=losses.sum())
 
 
-def ours_ppo(hidden, weight, targets, old_logprobs, advantages, ref_hidden=None, ref_weight=None) -> Result:
+def ours_ppo(
+    hidden, weight, targets, old_logprobs, advantages, ref_hidden=None, ref_weight=None, workspace_bytes=None
+) -> Result:
     """Compute the PPO loss in the chunk loop."""
-    reference, settings = (None, PPO) if ref_hidden is None else ((ref_hidden, ref_weight), PPO_EXACT)
-    given = hidden, weight, targets, old_logprobs, advantages
-    return dict(loss=ppo_head(*given, reference=reference, **settings._asdict())[0])
+    reference = None if ref_hidden is None else (ref_hidden, ref_weight)
+    known = old_logprobs, advantages, old_logprobs  # the last for k3, which this loss does not have
+    settings = dict(reference=reference, kl_coef=KL_COEF, workspace_bytes=workspace_bytes)
+    return dict(loss=ppo_head(hidden, weight, targets, PPO, known, **settings)[0])
 
 
 def make_ppo_head(size: Size, dtype: torch.dtype, device: str, exact: bool = False) -> Case:
@@ -250,13 +254,13 @@ def make_ppo_head(size: Size, dtype: torch.dtype, device: str, exact: bool = Fal
     logprobs = linear_logprob(**inputs)[0]
     inputs |= dict(old_logprobs=logprobs + 0.1 * torch.randn_like(logprobs), advantages=torch.randn_like(logprobs))
     leaf = logprobs.clone().requires_grad_()
-    losses = token_losses(leaf, inputs["old_logprobs"], inputs["advantages"], None, PPO)[0]
+    losses = PPO(leaf, inputs["old_logprobs"], inputs["advantages"], inputs["old_logprobs"])[0]
     (slope,) = torch.autograd.grad(losses.sum(), leaf)
     kernel = "ppo_head_exact" if exact else "ppo_head"
     return Case(
         kernel, head_shape(size.N, size, dtype), with_reference(inputs) if exact else inputs, eager_ppo, ours_ppo,
         wrt=("hidden", "weight"), block=256,
-        upstream=dict(loss=torch.ones((), device=device), logprobs=slope, kl=torch.full_like(slope, PPO_EXACT.kl_coef)),
+        upstream=dict(loss=torch.ones((), device=device), logprobs=slope, kl=torch.full_like(slope, KL_COEF)),
         **head_work(kernel, size.N, size, dtype, device),
     )  # fmt: skip
 

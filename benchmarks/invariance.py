@@ -30,11 +30,11 @@ from torch.distributed.tensor import DTensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import processes  # noqa: E402
-import sharding  # noqa: E402
 import train_rlpa  # noqa: E402
 from dialogue import Candidate, Dialogue, Turn  # noqa: E402
-from model import Qwen2Config, random_policy, save_pretrained  # noqa: E402
+from learners import processes, sharding  # noqa: E402
+from learners.weights import save_pretrained  # noqa: E402
+from model import Qwen2Config, random_policy  # noqa: E402
 from train_rlpa import Config, Learner  # noqa: E402
 
 SHAPE = Qwen2Config(61, 32, 48, 2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
@@ -162,7 +162,7 @@ def run_cases(size: int, cases: Cases, run: Run = run_case) -> dict[str, dict[st
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        multiprocessing.set_forkserver_preload(["train_rlpa", "sharding"])  # imported once for all processes
+        multiprocessing.set_forkserver_preload(["train_rlpa", "learners.sharding"])  # imported once for all processes
         mp.start_processes(work, (size, folder, cases, run), nprocs=size, start_method="forkserver")
         return {name: load_file(folder / f"{name}.safetensors") for name in cases}
 

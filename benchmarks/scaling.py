@@ -19,12 +19,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import memory  # noqa: E402
-import processes  # noqa: E402
 import train_rlpa  # noqa: E402
 from benchmarks import invariance  # noqa: E402
 from kernels.cpu import HEAD_DIMS, use_cpu  # noqa: E402
 from kernels.ppo_head import WORKSPACE  # noqa: E402
-from model import Qwen2Config, random_policy, save_pretrained  # noqa: E402
+from learners import processes  # noqa: E402
+from learners.weights import save_pretrained  # noqa: E402
+from model import Qwen2Config, random_policy  # noqa: E402
 
 SHAPE = Qwen2Config(20_000, 512, 2_048, 8, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)
 LENGTHS = (20, [10] * 2, [10] * 2, 4)  # system, user, reply, candidates

@@ -13,6 +13,7 @@ Peaks are those of a child process each. Run it alone on the machine, with OMP_N
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -38,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 import train_rlpa  # noqa: E402
 from dialogue import Dialogue  # noqa: E402
 from kernels import ppo_head  # noqa: E402
-from model import Qwen2Config, load_policy, random_policy, save_pretrained  # noqa: E402
+from learners.weights import load_policy, save_pretrained  # noqa: E402
+from model import Qwen2Config, random_policy  # noqa: E402
 from sampler import generate  # noqa: E402
 
 TINY = str(ROOT / "tiny")
@@ -300,9 +302,9 @@ def per_turn_update(state: train_rlpa.State, samples: list, count: float, most_t
     for batch in microbatches(samples, most_tokens):
         token_ids, rows, columns = right_padded(batch)
         hidden, targets = policy.model(token_ids)[rows, columns], token_ids[rows, columns + 1]
-        known = gathered(batch, "old_logprobs"), gathered(batch, "advantages")
-        loss, _ = ppo_head(hidden, policy.model.head_weight, targets, *known, temperature=config.temperature,
-                           clip_eps=config.clip_eps)  # fmt: skip
+        known = [gathered(batch, name) for name in ("old_logprobs", "advantages", "old_logprobs")]
+        losses = functools.partial(train_rlpa.token_losses, config=config)
+        loss, _ = ppo_head(hidden, policy.model.head_weight, targets, losses, known, temperature=config.temperature)
         (loss / count).backward()
         values = critic.model(token_ids)[rows, columns]
         (value_loss(values, batch, config.value_clip) / count).backward()

@@ -87,9 +87,12 @@ def tile_slices(N: int, V: int, elements: int) -> Iterator[tuple[slice, slice]]:
             yield slice(start, min(N, start + height)), slice(first, min(V, first + width))
 
 
-def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, action_mask: Tensor | None) -> None:
-    """Raise ValueError unless hidden is (N, D), weight (V, D) of its dtype and on its device, targets (N,) long in
-    [0, V), action_mask (N,) bool, and temperature > 0. On CUDA the range is not looked at: the host would wait."""
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+    """Check the inputs of a head: hidden (N, D), weight (V, D), targets (N,) long in [0, V), temperature > 0.
+
+    On CUDA the range of the targets is not checked, because the host would have to wait for the device. Raises
+    ValueError for everything else.
+    """
     N, V = hidden.shape[:1], len(weight)
     if hidden.dim() != 2 or weight.dim() != 2 or not V or hidden.shape[1] != weight.shape[1] or targets.shape != N:
         raise ValueError(
@@ -99,16 +102,9 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     if weight.dtype != hidden.dtype or not hidden.device == weight.device == targets.device:
         raise ValueError(f"weight is {weight.dtype} on {weight.device}, hidden {hidden.dtype} on {hidden.device}")
     if targets.dtype != torch.long or not targets.is_cuda and bool(((targets < 0) | (targets >= V)).any()):
-        raise ValueError(f"targets must be long ids in [0, {V}); mask rows without one by action_mask")
-    if action_mask is not None and (action_mask.shape != N or action_mask.dtype != torch.bool):
-        raise ValueError(f"action_mask is {tuple(action_mask.shape)} {action_mask.dtype}; it must be {tuple(N)} bool")
+        raise ValueError(f"targets must be long ids in [0, {V})")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be positive (--temperature)")
-
-
-def scatter_rows(kept: Tensor, action_mask: Tensor) -> Tensor:
-    """Put the values of the kept rows (K,) back to their places among all rows (N,); the others are 0."""
-    return torch.zeros(action_mask.shape, dtype=kept.dtype, device=kept.device).masked_scatter(action_mask, kept)
 
 
 def keep_targets(z: Tensor, columns: Tensor, z_y: Tensor) -> None:

@@ -2,17 +2,18 @@
 
     p = softmax(h Wᵀ / τ)  policy        r = softmax(h′ W′ᵀ / τ)  reference        gap δⱼ = log pⱼ − log rⱼ
 
-    forward  KL(p ‖ r) = Σ pⱼ δⱼ          ∂/∂zⱼ = pⱼ (δⱼ − KL)
-    reverse  KL(r ‖ p) = −Σ rⱼ δⱼ         ∂/∂zⱼ = pⱼ − rⱼ
+    KL(p ‖ r) = Σⱼ pⱼ δⱼ          ∂/∂zⱼ = pⱼ (δⱼ − KL)
 
-The usual estimates (`kl_estimates.py`) see the sampled token only; this sees all V, for one more matrix product. Two
-running sums for each model and one for the gap are folded tile by tile, as in `linear_logprob`:
+The usual estimates (KL_ESTIMATORS in `train_rlpa.py`) see only the sampled token. This sees the whole vocabulary, for
+one more matrix product. Six running sums are updated tile by tile, as in `linear_logprob`, and one for the gap:
 
-    m, s, u, z_y of the policy        m′, s′ of the reference        c = Σ w ((z − m) − (z′ − m′))
+    m, s, u, z_y of the policy        m′, s′ of the reference        c = Σ exp(z − m) ((z − m) − (z′ − m′))
 
-with w = exp(z − m) forward and exp(z′ − m′) reverse, so that KL = c/s − log s + log s′, or −c/s′ − log s′ + log s: the
-gap of two close models is summed itself, not as the difference of two large sums. Log-prob and entropy of the policy
-come out of the same pass. 4NDV FLOP forward, 8NDV backward: both products again, and the policy's two gradients.
+so that KL = c/s − log s + log s′. For two close models the gap itself is summed, and not the difference of two large
+sums. Log-prob and entropy of the policy come out of the same pass. 4NDV FLOP forward, 8NDV backward: both products
+again, and the policy's two gradients.
+
+Letters: N action tokens (the rows of the head), D hidden, V vocabulary; a tile has n of the N rows and v of the V ids.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from kernels import head
 from kernels.backend import LOWEST, first_order, jit, tl, use_triton
 from kernels.linear_logprob import WORKSPACE, finish, new_stats
 
-DIRECTIONS = ("forward", "reverse")
 TILE = dict(BLOCK=2048, num_warps=8)  # two logits for each column: half the columns of linear_logprob's tile
 
 
-def reference_kl(hidden, weight, ref_hidden, ref_weight, targets, temperature=1.0, direction="forward"):
+def reference_kl(hidden, weight, ref_hidden, ref_weight, targets, temperature=1.0):
     """Return what `linear_kl` returns, with all logits of both models at once."""
     dtype = head.sum_dtype(hidden)
     log_p = ((hidden @ weight.T).to(dtype) / temperature).log_softmax(-1)  # (N, V)
     log_r = ((ref_hidden @ ref_weight.T).to(dtype) / temperature).log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_r)) if direction == "forward" else (log_r.exp() * (log_r - log_p))
-    return kl.sum(-1), log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    kl = (log_p.exp() * (log_p - log_r)).sum(-1)
+    return kl, log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
 # ------------------------------------------------------------------------------------------------- the two row kernels
@@ -43,7 +43,7 @@ def reference_kl(hidden, weight, ref_hidden, ref_weight, targets, temperature=1.
 @jit(do_not_specialize=("first", "stats_stride"))
 def fold_kl_kernel(
     logits, ref_logits, targets, stats, first, V, stride, stats_stride, inv_temperature,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fold row `program_id` of two tiles into its m, s, u, z_y, m′, s′ and c."""
     row = tl.program_id(0).to(tl.int64)
@@ -63,10 +63,7 @@ def fold_kl_kernel(
         e, ref_e = tl.exp(z), tl.exp(ref_z)
         scale, ref_scale = tl.exp(m - m_new), tl.exp(ref_m - ref_m_new)
         moved = (m - m_new) - (ref_m - ref_m_new)  # the maxima moved: so did every gap that is summed already
-        if REVERSE:
-            c = ref_scale * (c + moved * ref_s) + tl.sum(tl.where(inside, ref_e * (z - ref_z), 0.0), 0)
-        else:
-            c = scale * (c + moved * s) + tl.sum(tl.where(inside, e * (z - ref_z), 0.0), 0)
+        c = scale * (c + moved * s) + tl.sum(tl.where(inside, e * (z - ref_z), 0.0), 0)
         u = scale * (u + (m - m_new) * s) + tl.sum(tl.where(inside, e * z, 0.0), 0)
         s, ref_s = scale * s + tl.sum(e, 0), ref_scale * ref_s + tl.sum(ref_e, 0)
         m, ref_m = m_new, ref_m_new
@@ -84,7 +81,7 @@ def fold_kl_kernel(
 @jit(do_not_specialize=("first", "rows_stride"))
 def dlogits_kl_kernel(
     logits, ref_logits, out, targets, rows, first, V, stride, out_stride, rows_stride, inv_temperature,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ∂/∂(h Wᵀ) of row `program_id`; `rows` holds m, log s, g, H, e, m′, log s′, KL and k of each row."""
     row = tl.program_id(0).to(tl.int64)
@@ -104,23 +101,19 @@ def dlogits_kl_kernel(
         log_r = (tl.load(ref_logits + columns, mask=inside, other=0.0) * inv_temperature - ref_m) - ref_log_s
         p = tl.exp(log_p)
         dz = tl.where(columns == target, g, 0.0) - p * (g + e * (log_p + entropy))
-        if REVERSE:
-            dz += k * (p - tl.exp(log_r))
-        else:
-            dz += k * p * (log_p - log_r - kl)
+        dz += k * p * (log_p - log_r - kl)
         tl.store(out + columns, (dz * inv_temperature).to(out.dtype.element_ty), mask=inside)
 
 
 # ------------------------------------------------------------------------------------ their launchers and their twins
 
 
-def fold_kl(logits, ref_logits, targets, first: int, temperature: float, direction: str, stats: Tensor) -> None:
+def fold_kl(logits, ref_logits, targets, first: int, temperature: float, stats: Tensor) -> None:
     """Fold tiles (n, v) of both models, of ids [first, first + v), into stats (7, n)."""
     if use_triton(logits):
         strides = logits.stride(0), stats.stride(0)
         fold_kl_kernel[(len(logits),)](
-            logits, ref_logits, targets, stats, first, logits.shape[1], *strides, 1 / temperature,
-            direction == "reverse", **TILE,
+            logits, ref_logits, targets, stats, first, logits.shape[1], *strides, 1 / temperature, **TILE,
         )  # fmt: skip
         return
     for block in head.row_blocks(logits):
@@ -131,10 +124,7 @@ def fold_kl(logits, ref_logits, targets, first: int, temperature: float, directi
         e, ref_e = z.sub_(m_new[:, None]).exp(), ref_z.sub_(ref_m_new[:, None]).exp()
         scale, ref_scale = (m - m_new).exp(), (ref_m - ref_m_new).exp()
         moved, gap = (m - m_new) - (ref_m - ref_m_new), ref_z.neg_().add_(z)
-        if direction == "reverse":
-            c.copy_(ref_scale * (c + moved * ref_s) + gap.mul_(ref_e).sum(1))
-        else:
-            c.copy_(scale * (c + moved * s) + gap.mul_(e).sum(1))
+        c.copy_(scale * (c + moved * s) + gap.mul_(e).sum(1))
         u.copy_(scale * (u + (m - m_new) * s) + z.mul_(e).sum(1))
         s.copy_(scale * s + e.sum(1))
         ref_s.copy_(ref_scale * ref_s + ref_e.sum(1))
@@ -142,14 +132,13 @@ def fold_kl(logits, ref_logits, targets, first: int, temperature: float, directi
         ref_m.copy_(ref_m_new)
 
 
-def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, direction: str, rows, dtype) -> Tensor:
+def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, rows, dtype) -> Tensor:
     """Turn the policy's tile into the gradient of h Wᵀ, in place where dtype is its own; rows (9, n) as the kernel."""
     out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     if use_triton(logits):
         strides = logits.stride(0), out.stride(0), rows.stride(0)
         dlogits_kl_kernel[(len(logits),)](
-            logits, ref_logits, out, targets, rows, first, logits.shape[1], *strides, 1 / temperature,
-            direction == "reverse", **TILE,
+            logits, ref_logits, out, targets, rows, first, logits.shape[1], *strides, 1 / temperature, **TILE,
         )  # fmt: skip
         return out
     for block in head.row_blocks(logits):
@@ -157,10 +146,7 @@ def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, dire
         log_p = logits[block].div_(temperature).sub_(m).sub_(log_s)
         log_r = ref_logits[block].div_(temperature).sub_(ref_m).sub_(ref_log_s)
         p, slope = log_p.exp(), (log_p + entropy).mul_(e).add_(g)
-        if direction == "reverse":
-            dz = p.mul(slope).neg_().add_((p - log_r.exp_()).mul_(k))
-        else:
-            dz = log_p.sub_(log_r).sub_(kl).mul_(k).sub_(slope).mul_(p)
+        dz = log_p.sub_(log_r).sub_(kl).mul_(k).sub_(slope).mul_(p)
         head.add_at_targets(dz, targets[block] - first, g)
         out[block] = dz.div_(temperature)
     return out
@@ -173,13 +159,12 @@ def new_kl_stats(N: int, like: Tensor) -> Tensor:
     return stats
 
 
-def finish_kl(stats: Tensor, direction: str) -> tuple[Tensor, ...]:
+def finish_kl(stats: Tensor) -> tuple[Tensor, ...]:
     """Return KL, log p(y), H, m, log s, m′ and log s′ (N,) from the finished running numbers."""
     logprobs, entropy, m, log_s = finish(stats[:4])
     ref_m, ref_s, c = stats[4:]
     ref_log_s = ref_s.log()
-    kl = c / stats[1] - log_s + ref_log_s if direction == "forward" else log_s - ref_log_s - c / ref_s
-    return kl, logprobs, entropy, m, log_s, ref_m, ref_log_s
+    return c / stats[1] - log_s + ref_log_s, logprobs, entropy, m, log_s, ref_m, ref_log_s
 
 
 # ---------------------------------------------------------------------------------------------------- forward, backward
@@ -197,53 +182,51 @@ class LinearKL(torch.autograd.Function):
     """Tiles of both models forward, and the same tiles again backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, targets, temperature, direction, workspace_bytes):
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, targets, temperature, workspace_bytes):
         stats = new_kl_stats(len(hidden), hidden)
         for rows, ids, *both in both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes):
-            fold_kl(*both, targets[rows], ids.start, temperature, direction, stats[:, rows])
-        kl, logprobs, entropy, *numbers = finish_kl(stats, direction)
+            fold_kl(*both, targets[rows], ids.start, temperature, stats[:, rows])
+        kl, logprobs, entropy, *numbers = finish_kl(stats)
         ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, targets, kl, entropy, *numbers)
-        ctx.settings = temperature, direction, workspace_bytes
+        ctx.settings = temperature, workspace_bytes
         return kl, logprobs, entropy
 
     @staticmethod
     @first_order
     def backward(ctx, k, g, e):
         hidden, weight, ref_hidden, ref_weight, targets, kl, entropy, m, log_s, ref_m, ref_log_s = ctx.saved_tensors
-        temperature, direction, workspace_bytes = ctx.settings
+        temperature, workspace_bytes = ctx.settings
         per_row = torch.stack([m, log_s, g, entropy, e, ref_m, ref_log_s, kl, k])
         gradients = head.HeadGradients(hidden, weight)
         for rows, ids, *both in both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes):
-            tile = *both, targets[rows], ids.start, temperature, direction
+            tile = *both, targets[rows], ids.start, temperature
             gradients.add(rows, ids, dlogits_kl(*tile, per_row[:, rows], hidden.dtype))
-        return gradients.hidden.to(hidden.dtype), gradients.weight, *(None,) * 6
+        return gradients.hidden.to(hidden.dtype), gradients.weight, *(None,) * 5
 
 
 def linear_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float = 1.0,
-    *, direction: str = "forward", action_mask: Tensor | None = None, workspace_bytes: int = WORKSPACE,
+    *, workspace_bytes: int = WORKSPACE,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the exact KL of each token's two distributions, and log p(target) and entropy of the policy.
 
     Args:
         hidden, ref_hidden: (N, D) and (N, D′) hidden states of policy and reference after their final norms.
         weight, ref_weight: (V, D) and (V, D′) their head weights.
-        targets, temperature, action_mask, workspace_bytes: as for `linear_logprob`; both models' tiles share the bytes.
-        direction: forward, KL(policy ‖ reference), or reverse, KL(reference ‖ policy).
+        targets, temperature, workspace_bytes: as for `linear_logprob`; the tiles of both models share the bytes.
     Returns:
-        kl, logprobs and entropy, (N,) fp32 each, in nats; differentiable for the policy, the reference is a constant.
+        kl (KL(policy ‖ reference)), logprobs and entropy, (N,) fp32 each, in nats. They are differentiable in hidden
+        and weight; the reference is a constant.
     Raises:
-        ValueError: shapes that do not fit, an unknown direction, or a temperature that is not positive.
+        ValueError: shapes that do not fit, or a temperature that is not positive.
 
     >>> h, W = torch.zeros(1, 2), torch.eye(2)
     >>> [round(x.item(), 4) for x in linear_kl(h, W, torch.tensor([[1.0, 0.0]]), W, torch.tensor([0]))]
     [0.1201, -0.6931, 0.6931]
     """
-    head.check_head(hidden, weight, targets, temperature, action_mask)
-    head.check_head(ref_hidden, ref_weight, targets, temperature, action_mask)
-    if len(weight) != len(ref_weight) or direction not in DIRECTIONS:
-        raise ValueError(f"heads of {len(weight)} and {len(ref_weight)} ids, direction {direction!r} of {DIRECTIONS}")
-    rows = slice(None) if action_mask is None else action_mask
-    tensors = hidden[rows], weight, ref_hidden[rows], ref_weight, targets[rows].contiguous()
-    values = LinearKL.apply(*tensors, temperature, direction, workspace_bytes)
-    return values if action_mask is None else tuple(head.scatter_rows(x, action_mask) for x in values)
+    head.check_head(hidden, weight, targets, temperature)
+    head.check_head(ref_hidden, ref_weight, targets, temperature)
+    if len(weight) != len(ref_weight):
+        raise ValueError(f"policy and reference must have equally many ids, not {len(weight)} and {len(ref_weight)}")
+    tensors = hidden, weight, ref_hidden, ref_weight, targets.contiguous()
+    return LinearKL.apply(*tensors, temperature, workspace_bytes)

@@ -188,7 +188,6 @@ def linear_logprob(
     targets: Tensor,
     temperature: float = 1.0,
     *,
-    action_mask: Tensor | None = None,
     workspace_bytes: int = WORKSPACE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log softmax(hidden @ weight.T / temperature)[targets], its entropy (nats) and its log-sum-exp.
@@ -198,7 +197,6 @@ def linear_logprob(
         weight: (V, D) head weight, of the same dtype.
         targets: (N,) long, token ids in [0, V).
         temperature: > 0; divides the logits, as it did in sampling.
-        action_mask: (N,) bool; rows where it is False are not computed: zeros, and no gradient.
         workspace_bytes: bound on the logits that exist at one time.
     Returns:
         logprobs, entropy and logsumexp, (N,) fp32 each (fp64 for fp64); the first two differentiable, with any
@@ -210,8 +208,5 @@ def linear_logprob(
     >>> round(logprobs.item(), 4), round(entropy.item(), 4), round(logsumexp.item(), 4)
     (-0.6931, 0.6931, 0.6931)
     """
-    head.check_head(hidden, weight, targets, temperature, action_mask)
-    if action_mask is None:
-        return LinearLogprob.apply(hidden, weight, targets.contiguous(), temperature, workspace_bytes)
-    kept = LinearLogprob.apply(hidden[action_mask], weight, targets[action_mask], temperature, workspace_bytes)
-    return tuple(head.scatter_rows(x, action_mask) for x in kept)
+    head.check_head(hidden, weight, targets, temperature)
+    return LinearLogprob.apply(hidden, weight, targets.contiguous(), temperature, workspace_bytes)

@@ -32,8 +32,6 @@ from kernels.linear_kl import TILE as KL_TILE
 from kernels.linear_kl import dlogits_kl_kernel, fold_kl_kernel
 from kernels.linear_logprob import TILE as HEAD_TILE
 from kernels.linear_logprob import dlogits_kernel, fold_kernel
-from kernels.ppo_head import TILE as PPO_TILE
-from kernels.ppo_head import ppo_kernel
 
 # not "from kernels import rmsnorm": a package's attribute may be the function of that name
 rmsnorm, rope, swiglu = (importlib.import_module(f"kernels.{name}") for name in ("rmsnorm", "rope", "swiglu"))
@@ -78,14 +76,11 @@ def head_cases() -> list[Case]:
         for entropy in (False, True):
             types, aligned = one | grads | dict(out=out), ("V", "logits_stride", "out_stride")
             cases.append(with_tile(dlogits_kernel, types, HEAD_TILE, aligned, ENTROPY=entropy))
-    for reverse in (False, True):
-        cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("V", "stride"), REVERSE=reverse))
-        for out in (BF16, FP32):
-            types, aligned = both | grads | dict(out=out), ("V", "stride", "out_stride")
-            cases.append(with_tile(dlogits_kl_kernel, types, KL_TILE, aligned, REVERSE=reverse))
-    tokens = dict.fromkeys(("logprobs", "old_logprobs", "advantages", "ref_logprobs", "out"), FP32)
-    tokens |= dict(N="i32", stride="i32", clip_eps="fp32", kl_coef="fp32")
-    return cases + [with_tile(ppo_kernel, tokens, PPO_TILE, (), K3=k3) for k3 in (False, True)]
+    cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("V", "stride")))
+    for out in (BF16, FP32):
+        types, aligned = both | grads | dict(out=out), ("V", "stride", "out_stride")
+        cases.append(with_tile(dlogits_kl_kernel, types, KL_TILE, aligned))
+    return cases
 
 
 class Model(NamedTuple):

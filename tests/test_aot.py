@@ -44,7 +44,7 @@ def test_lengths_do_not_recompile(case):
     assert set(case.types) | set(case.constants) == set(parameters)
 
 
-@pytest.mark.parametrize("case", aot.head_cases()[:-2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", aot.head_cases(), ids=lambda case: case.name)
 def test_rows_of_logits_move_16_bytes_at_a_time(case):
     """Guards the loads that the floor assumes: a length the compiler knows nothing of makes them 4 bytes each."""
     assert aot.compile_ahead(case, 90)["wide"] >= 4

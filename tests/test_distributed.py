@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoints
-import processes
 import train_rlpa
+from learners import processes
+from learners.weights import save_pretrained
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Qwen2Config, random_policy, save_pretrained
+from model import Qwen2Config, random_policy
 from simulator import make_user_server
 
 ROOT = Path(train_rlpa.__file__).parent

@@ -22,7 +22,8 @@ import runlog
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
 from endpoints.client import ChatClient
-from model import Qwen2ForCausalLM, load_policy
+from learners.weights import load_policy
+from model import Qwen2ForCausalLM
 from perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
 from rewards import VERDICTS, score_profile
 

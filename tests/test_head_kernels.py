@@ -1,20 +1,22 @@
-"""The head kernels' torch paths: gradients in fp64, errors, masks, workspaces, and what the KL estimates estimate.
+"""The head kernels' torch paths: gradients in fp64, errors, workspaces, and what the KL estimators estimate.
 
 The Triton paths are held against these in `tests/triton_head_kernels.py`, which `tests/test_triton.py` runs.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from kernels import kl_estimates, linear_kl, linear_logprob, ppo_head
+from kernels import linear_kl, linear_logprob, ppo_head
 from kernels.head import tile_slices
 from kernels.linear_kl import reference_kl
 from kernels.linear_logprob import reference_logprob
-from kernels.ppo_head import Settings, reference_ppo
+from kernels.ppo_head import reference_ppo
+from train_rlpa import KL_ESTIMATORS, Config, token_losses
 
 V, D = 300, 6
 
@@ -35,18 +37,21 @@ def test_logprob_gradcheck():
     )
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_kl_gradcheck(direction):
+def test_kl_gradcheck():
     """Guards the policy side of the KL's backward, together with log-prob and entropy, against finite differences."""
     hidden, weight, targets = head(4)
     ref_hidden, ref_weight, _ = (x.detach() for x in head(4, seed=1))
     assert torch.autograd.gradcheck(
-        lambda h, W: linear_kl(
-            h, W, ref_hidden, ref_weight, targets, 0.8, direction=direction, workspace_bytes=8 * 512
-        ),
+        lambda h, W: linear_kl(h, W, ref_hidden, ref_weight, targets, 0.8, workspace_bytes=8 * 512),
         (hidden, weight),
         atol=1e-6,
     )
+
+
+def ppo_loss(kl: str = "none", kl_coef: float = 0.0):
+    """The trainer's loss of a token, with this estimator of the KL; "none" and "exact" have no KL there."""
+    config = Config(ckpt="x", kl_estimator="k3" if kl == "k3" else "k1", kl_coef=kl_coef)
+    return functools.partial(token_losses, config=config)
 
 
 def ppo_case(hidden, weight, targets, seed: int = 2) -> tuple[torch.Tensor, ...]:
@@ -61,81 +66,51 @@ def ppo_case(hidden, weight, targets, seed: int = 2) -> tuple[torch.Tensor, ...]
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 @pytest.mark.parametrize("workspace_bytes", [8 * V * 4, 1 << 20])
 def test_ppo_head_is_the_eager_loss(kl, entropy_coef, workspace_bytes):
-    """Guards loss and both gradients of the chunk loop, in fp64, scaled by an upstream gradient."""
+    """Guards loss, both gradients and statistics of the chunk loop, in fp64, scaled by an upstream gradient."""
     hidden, weight, targets = head(7)
-    old, advantages, ref = ppo_case(hidden, weight, targets)
-    reference = tuple(x.detach() for x in head(7, seed=1)[:2]) if kl == "exact" else None
-    settings = Settings(0.7, 0.2, entropy_coef, 0.3 if kl != "none" else 0.0)
-    ref = ref if kl == "k3" else None
-    loss, statistics = ppo_head(
-        hidden, weight, targets, old, advantages, ref_logprobs=ref, reference=reference,
-        **settings._asdict(), workspace_bytes=workspace_bytes,
-    )  # fmt: skip
-    expected = reference_ppo(hidden, weight, targets, old, advantages, settings, ref, reference)
+    known = ppo_case(hidden, weight, targets)
+    settings = dict(temperature=0.7, entropy_coef=entropy_coef, kl_coef=0.3)
+    if kl == "exact":
+        settings["reference"] = tuple(x.detach() for x in head(7, seed=1)[:2])
+    given = hidden, weight, targets, ppo_loss(kl, 0.3), known
+    loss, statistics = ppo_head(*given, **settings, workspace_bytes=workspace_bytes)
+    expected, expected_statistics = reference_ppo(*given, **settings)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     ours, theirs = (torch.autograd.grad(-3 * x, (hidden, weight)) for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(statistics, expected_statistics, rtol=1e-9, atol=1e-10)
+    assert ("kl_exact" in statistics) == (kl == "exact")
+    assert not any(values.requires_grad for values in statistics.values())
     logprobs, entropy, _ = reference_logprob(hidden, weight, targets, 0.7)
-    ratio = (logprobs - old).exp()
-    assert statistics["entropy"].item() == pytest.approx(entropy.sum().item())
-    assert statistics["clip_frac"].item() == ((ratio - 1).abs() > 0.2).sum().item() > 0
-    assert statistics["approx_kl"].item() == pytest.approx((ratio - 1 - ratio.log()).sum().item())
-    assert (statistics["ratio_min"].item(), statistics["ratio_max"].item()) == pytest.approx(
-        (ratio.min().item(), ratio.max().item())
-    )
-    if kl == "exact":
-        kls = reference_kl(hidden, weight, *reference, targets, 0.7)[0]
-        assert statistics["kl_exact"].item() == pytest.approx(kls.sum().item())
+    ratio = (logprobs - known[0]).exp()
+    torch.testing.assert_close(statistics["entropy"], entropy.detach())
+    torch.testing.assert_close(statistics["ratio"], ratio.detach())
+    assert statistics["clip_frac"].tolist() == ((ratio - 1).abs() > 0.2).double().tolist()
+    assert statistics["clip_frac"].sum() > 0
+
+
+def test_no_tokens():
+    """Guards a rank that has no action token in a micro-batch: no loss, no gradient, and statistics of no token."""
+    hidden, weight, targets = (x.detach()[:0] if x.shape[0] == 3 else x.detach() for x in head(3))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    for kl in ("none", "exact"):
+        reference = (hidden.detach(), weight.detach()) if kl == "exact" else None
+        known = [hidden.detach()[:, 0]] * 3
+        loss, statistics = ppo_head(hidden, weight, targets, ppo_loss(kl), known, reference=reference, entropy_coef=0.1)
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.item() == 0 and not any(g.any() for g in gradients)
+        assert statistics["ratio"].shape == statistics["entropy"].shape == (0,)
+    logprobs, entropy, _ = linear_logprob(hidden, weight, targets)
+    assert logprobs.shape == entropy.shape == (0,)
 
 
 def test_a_second_backward_of_ppo_head_is_refused():
     """Guards the in-place scaling: a second backward would multiply by the upstream gradient twice, silently."""
     hidden, weight, targets = head(3)
-    old, advantages, _ = ppo_case(hidden, weight, targets)
-    loss, _ = ppo_head(hidden, weight, targets, old, advantages)
+    loss, _ = ppo_head(hidden, weight, targets, ppo_loss(), ppo_case(hidden, weight, targets))
     (2 * loss).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@pytest.mark.parametrize("kept", [[True, False, True, True, False], [False] * 5])
-def test_masked_rows_are_not_computed(kept):
-    """Guards "computed and multiplied by zero": a masked row may hold NaN, and what is left equals a shorter batch."""
-    hidden, weight, targets = head(5)
-    mask = torch.tensor(kept)
-    with torch.no_grad():
-        hidden[~mask] = torch.nan
-    ref_hidden, ref_weight, _ = (x.detach() for x in head(5, seed=1))
-    old, advantages, _ = (torch.where(mask, x, torch.nan) for x in ppo_case(hidden, weight, targets))
-    calls = {
-        "logprob": lambda m, h, r, y, o, a: sum(x.sum() for x in linear_logprob(h, weight, y, action_mask=m)[:2]),
-        "kl": lambda m, h, r, y, o, a: sum(
-            x.sum() for x in linear_kl(h, weight, r, ref_weight, y, action_mask=m)
-        ),
-        "ppo": lambda m, h, r, y, o, a: ppo_head(h, weight, y, o, a, action_mask=m)[0],
-        "exact": lambda m, h, r, y, o, a: ppo_head(
-            h, weight, y, o, a, reference=(r, ref_weight), kl_coef=0.5, action_mask=m
-        )[0],
-    }  # fmt: skip
-    for name, call in calls.items():
-        whole = call(mask, hidden, ref_hidden, targets, old, advantages)
-        part = call(None, *(x[mask] for x in (hidden, ref_hidden, targets, old, advantages)))
-        ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (whole, part))
-        torch.testing.assert_close((whole, *ours), (part, *theirs), msg=name)
-        assert (ours[0][~mask] == 0).all(), name
-
-
-def test_values_of_masked_rows_are_zero():
-    """Guards the places of the kept rows: each value comes back at its own row, zeros elsewhere."""
-    hidden, weight, targets = head(4)
-    mask = torch.tensor([False, True, False, True])
-    for whole, kept in (
-        (linear_logprob(hidden, weight, targets), linear_logprob(hidden, weight, targets, action_mask=mask)),
-        (linear_kl(hidden, weight, -hidden.detach(), weight.detach(), targets),
-         linear_kl(hidden, weight, -hidden.detach(), weight.detach(), targets, action_mask=mask)),
-    ):  # fmt: skip
-        for x, y in zip(whole, kept, strict=True):
-            torch.testing.assert_close(torch.where(mask, x, 0), y)
 
 
 def test_tiles_cover_everything_once():
@@ -183,18 +158,17 @@ def test_the_kl_of_close_models_keeps_its_digits():
     assert linear_kl(hidden, weight, hidden.detach(), weight.detach(), targets)[0].abs().max().item() == 0.0
 
 
-def test_what_the_kl_estimates_estimate():
-    """Guards their documentation: means of k1 and k3 are the KL; of their gradients as losses 0, forward or reverse."""
+def test_what_the_kl_estimators_estimate():
+    """Guards their documentation: the means of k1 and k3 are the KL, and the mean gradients 0, forward and reverse."""
     hidden, weight, _ = head(1)
     ref_hidden, ref_weight, _ = (x.detach() for x in head(1, seed=1))
     every = torch.arange(V)  # the expectation over y ~ p, exactly: each token with its probability
     logprobs = reference_logprob(hidden.expand(V, D), weight, every)[0]
     ref = reference_logprob(ref_hidden.expand(V, D), ref_weight, every)[0]
     p = logprobs.detach().exp()
-    k1, k2, k3 = kl_estimates(logprobs, ref)
-    forward, reverse = (
-        linear_kl(hidden, weight, ref_hidden, ref_weight, every[:1], direction=d)[0] for d in ("forward", "reverse")
-    )
+    k1, k2, k3 = (k(logprobs - ref) for k in (KL_ESTIMATORS["k1"], lambda gap: gap**2 / 2, KL_ESTIMATORS["k3"]))
+    forward = linear_kl(hidden, weight, ref_hidden, ref_weight, every[:1])[0]
+    reverse = (ref.exp() * (ref - logprobs)).sum()
     assert (p @ k1).item() == pytest.approx((p @ k3).item()) == pytest.approx(forward.item())
     assert (p @ k2).item() != pytest.approx(forward.item(), rel=0.05)
     slopes = [torch.autograd.grad(p @ k, hidden, retain_graph=True)[0] for k in (k1, k2, k3)]
@@ -224,9 +198,13 @@ def test_a_frozen_head_gets_no_gradient():
     hidden, weight, targets = head(3)
     weight = weight.detach()
     linear_logprob(hidden, weight, targets)[0].sum().backward()
-    old, advantages, _ = ppo_case(hidden, weight, targets)
-    ppo_head(hidden, weight, targets, old, advantages)[0].backward()
+    ppo_head(hidden, weight, targets, ppo_loss(), ppo_case(hidden, weight, targets))[0].backward()
     assert weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def surprise(new_logprobs, *_):
+    """The smallest loss."""
+    return -new_logprobs, {}
 
 
 @pytest.mark.parametrize(
@@ -235,18 +213,16 @@ def test_a_frozen_head_gets_no_gradient():
         (lambda h, W, y: linear_logprob(h[:, :5], W, y), r"must be \(N, D\), \(V, D\) and \(N,\)"),
         (lambda h, W, y: linear_logprob(h, W, y[:2]), r"must be \(N, D\)"),
         (lambda h, W, y: linear_logprob(h, W, y, 0.0), r"temperature is 0.0; it must be positive \(--temperature\)"),
-        (lambda h, W, y: linear_logprob(h, W, y, action_mask=torch.ones(2, dtype=torch.bool)), r"must be \(3,\) bool"),
         (lambda h, W, y: linear_logprob(h, W, y, workspace_bytes=100), "a tile needs at least 128"),
         (lambda h, W, y: linear_kl(h, W, h, W[:9], y), r"long ids in \[0, 9\)"),
-        (lambda h, W, y: linear_kl(h, W, h, W, y, direction="both"), "direction 'both'"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:2, 0]), r"must be \(3,\) fp32, as targets"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], ref_logprobs=h[:, 0], reference=(h, W)), "exclude each"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], workspace_bytes=512), "one token's logits need 2400"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], workspace_bytes=0), "one token's logits need 2400"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], ref_logprobs=h[:1, 0]), r"must be \(3,\) fp32"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], reference=(h[:2], W)), r"must be \(N, D\)"),
-        (lambda h, W, y: ppo_head(h, W, y, h[:, 0], h[:, 0], reference=(h, W[:9])), "long ids in|heads of 300"),
-        (lambda h, W, y: linear_logprob(h, W, y - 300), r"long ids in \[0, 300\); mask rows"),
+        (lambda h, W, y: linear_kl(h, W, h, torch.cat((W, W)), y), "equally many ids, not 300 and 600"),
+        (lambda h, W, y: ppo_head(h, W, y, surprise, (h[:, 0], h[:2, 0])), r"they must be \(3,\), as targets"),
+        (lambda h, W, y: ppo_head(h, W, y, lambda x: (x.sum(), {}), ()), r"token_losses gave \(\) for \(3,\)"),
+        (lambda h, W, y: ppo_head(h, W, y, surprise, (), workspace_bytes=512), "512; one token's logits need 2400"),
+        (lambda h, W, y: ppo_head(h, W, y, surprise, (), workspace_bytes=0), "one token's logits need 2400"),
+        (lambda h, W, y: ppo_head(h, W, y, surprise, (), reference=(h[:2], W)), r"must be \(N, D\)"),
+        (lambda h, W, y: ppo_head(h, W, y, surprise, (), reference=(h, torch.cat((W, W)))), "ids, not 300 and 600"),
+        (lambda h, W, y: linear_logprob(h, W, y - 300), r"long ids in \[0, 300\)"),
         (lambda h, W, y: linear_logprob(h, W, y.int()), r"long ids in \[0, 300\)"),
         (lambda h, W, y: linear_logprob(h, W.float(), y), "weight is torch.float32 on cpu, hidden torch.float64"),
         (lambda h, W, y: linear_logprob(h, W[:0], y), r"must be \(N, D\), \(V, D\)"),
@@ -282,11 +258,10 @@ def test_bf16_keeps_its_sums_in_fp32():
 def test_a_second_derivative_is_refused():
     """Guards a penalty on gradients that would silently count as nothing."""
     hidden, weight, targets = head(3)
-    old, advantages, _ = ppo_case(hidden, weight, targets)
     for value in (
         linear_logprob(hidden, weight, targets)[0].sum(),
         linear_kl(hidden, weight, -hidden.detach(), weight.detach(), targets)[0].sum(),
-        ppo_head(hidden, weight, targets, old, advantages)[0],
+        ppo_head(hidden, weight, targets, surprise, ())[0],
     ):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(value, hidden, create_graph=True)

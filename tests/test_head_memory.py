@@ -6,12 +6,14 @@ sixteenth of the logits and of the workspace.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from benchmarks.cases import BOTH, PPO, Size, make_ppo_head
+from benchmarks.cases import BOTH, Size, make_ppo_head, ours_ppo
 from benchmarks.measure import run_once
-from kernels.ppo_head import WORKSPACE, ppo_head
+from kernels.ppo_head import WORKSPACE
 
 SIZE = Size("bar/16", 512, 512, 224, 37_984, 14, 2, 16, 64, 1, 1)
 
@@ -34,10 +36,7 @@ def test_ppo_head_needs_a_tenth_of_eagers_memory():
     """Guards the point of the kernel: a temporary as large as the logits would show at once."""
     case = make_ppo_head(SIZE, torch.float32, "cpu")
     workspace_bytes = WORKSPACE["cpu"] // 16
-
-    def ours(**given):
-        return dict(loss=ppo_head(**given, **PPO._asdict(), workspace_bytes=workspace_bytes)[0])
-
+    ours = functools.partial(ours_ppo, workspace_bytes=workspace_bytes)
     _, eager_bytes, _ = run_once(case.call(case.eager, BOTH), "cpu")
     _, our_bytes, _ = run_once(case.call(ours, BOTH), "cpu")
     logits = SIZE.N * SIZE.V * 4

@@ -55,7 +55,8 @@ def make_packed(config: Qwen2Config, shape: tuple) -> tuple[train_rlpa.Packed, T
         position_ids=torch.tensor(tree.positions)[layout.order], enter=torch.tensor(layout.enter),
         leave=torch.tensor(layout.leave), blocks=[Block(*block) for block in layout.blocks],
         predict=torch.tensor(actions) - 1, targets=torch.zeros(len(actions), dtype=torch.long), sampler_logprobs=zeros,
-        spans=[], row_tokens=0, old_logprobs=zeros, values=zeros, advantages=zeros + 1, returns=zeros + 1,
+        spans=[], row_tokens=0, old_logprobs=zeros, ref_logprobs=zeros, values=zeros, advantages=zeros + 1,
+        returns=zeros + 1,
     ), tree  # fmt: skip
 
 

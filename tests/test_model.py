@@ -8,24 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import model as model_module
 from benchmarks.throughput import forget_peak, in_child, memory_status
 from kernels.tree_attention import Block, make_tree
-from model import (
-    INDEX,
-    SINGLE,
-    Cached,
-    Chunk,
-    Critic,
-    KVCache,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    load_critic,
-    load_policy,
-    random_policy,
-    resolve_checkpoint,
-    save_pretrained,
-)
+from learners import weights as weights_module
+from learners.weights import INDEX, SINGLE, load_critic, load_policy, resolve_checkpoint, save_pretrained
+from model import Cached, Chunk, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from sampler import generate
 
 transformers = pytest.importorskip("transformers", reason="the parity tests compare with transformers' Qwen2")
@@ -500,7 +487,7 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
         asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(model_module, "snapshot_download", fake_download)
+    monkeypatch.setattr(weights_module, "snapshot_download", fake_download)
     assert resolve_checkpoint("owner/name") == tmp_path
     assert asked == dict(repo_id="owner/name", allow_patterns=["*.json", "*.safetensors"])
 

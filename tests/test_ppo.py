@@ -20,10 +20,10 @@ import memory
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from kernels.linear_logprob import linear_logprob, reference_logprob
-from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo
+from learners.weights import load_policy, save_pretrained
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy, save_pretrained
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
 from train_rlpa import (
     Config,
     Packed,
@@ -722,7 +722,7 @@ def test_clipped_loss_against_a_loop(policy, monkeypatch):
     new, entropy = (x.detach() for x in policy_logprobs(policy, together([p]), config.temperature))
     generator = torch.Generator().manual_seed(4)
     p.advantages = torch.randn(120, generator=generator)
-    p.old_logprobs = new + 0.6 * torch.randn(120, generator=generator)
+    p.old_logprobs = p.ref_logprobs = new + 0.6 * torch.randn(120, generator=generator)
     loss, statistics = loss_of(policy, None, together([p]), config)
     loss.backward()
     plain, _ = loss_of(policy, None, together([p]), replace(config, entropy_coef=0.0))
@@ -1057,7 +1057,7 @@ def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
             dialogues = play_with_varied_rewards(policy, chat, config)
         if eager:
             monkeypatch.setattr(train_rlpa, "linear_logprob", reference_logprob)
-            monkeypatch.setattr(train_rlpa, "ppo_head", eager_ppo)
+            monkeypatch.setattr(train_rlpa, "ppo_head", reference_ppo)
         packed, batches = ready_to_train(dialogues, policy, ref_policy, critic, config)
         learners = make_learner(policy, config.lr, config), make_learner(critic, config.critic_lr, config)
         run = []
@@ -1071,27 +1071,6 @@ def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
             size = ours["tokens"] if name == "policy_loss" else 0  # a sum over tokens of mixed signs, each about 1
             assert abs(ours[name] - theirs[name]) <= 1e-5 * max(abs(theirs[name]), size, 1e-3), name
     assert losses[0][-1]["approx_kl"] > 0 and losses[0][-1]["clip_frac"] > 0  # it moved
-
-
-def eager_ppo(hidden, weight, targets, old_logprobs, advantages, *, ref_logprobs=None, reference=None, **coefficients):
-    """The reference of `kernels.ppo_head` in its place: all logits at once, and autograd."""
-    config = PPOSettings(**coefficients)
-    with torch.no_grad():
-        logprobs, entropy, _ = reference_logprob(hidden, weight, targets, config.temperature)
-    logratio = logprobs - old_logprobs
-    ratio = logratio.exp()
-    statistics = {
-        "approx_kl": (ratio - 1 - logratio).sum(),
-        "clip_frac": ((ratio - 1).abs() > config.clip_eps).float().sum(),
-        "ratio_dev": (ratio - 1).abs().sum(),
-        "entropy": entropy.sum(),
-        "kl_exact": torch.tensor(0.0),
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-    }
-    return reference_ppo(
-        hidden, weight, targets, old_logprobs, advantages, config, ref_logprobs, reference
-    ), statistics  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- old log-probs from the sampler

@@ -31,8 +31,9 @@ import train_rlpa
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.wire import ChatError
+from learners.weights import save_pretrained
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Qwen2Config, random_policy, save_pretrained
+from model import Qwen2Config, random_policy
 from rewards import VERDICTS
 from train_rlpa import Config, calls_note, cost
 

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 import checkpoints
 import train_rlpa
 from benchmarks import corrupt
+from learners.weights import save_pretrained
 from make_tiny import scripted_dialogue, train_tokenizer
-from model import Qwen2Config, random_policy, save_pretrained
+from model import Qwen2Config, random_policy
 from runlog import claim_folder
 from simulator import make_user_server
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sharding
 from benchmarks.invariance import (
     KINDS,
     MICROBATCHES,
@@ -27,7 +26,8 @@ from benchmarks.invariance import (
     settings,
     write_policy,
 )
-from model import load_policy
+from learners import sharding
+from learners.weights import load_policy
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -35,7 +35,7 @@ OPENED = [("user", "Hello"), ("assistant", "Hi!")]
 
 
 
-KERNELS = ["backend", "decode_attention", "head", "kl_estimates", "linear_kl", "linear_logprob", "ppo_head", "rmsnorm",
+KERNELS = ["backend", "decode_attention", "head", "linear_kl", "linear_logprob", "ppo_head", "rmsnorm",
            "rope", "rows", "sample_head", "swiglu"]  # fmt: skip
 
 

@@ -5,6 +5,8 @@ The bound everywhere: the error is at most twice that of plain torch in the same
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from kernels import linear_kl, linear_logprob, ppo_head, set_backend
 from kernels.backend import INTERPRETED
 from kernels.linear_kl import reference_kl
 from kernels.linear_logprob import fold_kernel, reference_logprob
-from kernels.ppo_head import Settings, reference_ppo
+from kernels.ppo_head import reference_ppo
+from train_rlpa import Config, token_losses
 
 CUDA = torch.cuda.is_available()
 if not (CUDA or INTERPRETED):
@@ -85,15 +88,14 @@ def test_linear_logprob(shape, scale, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_kl(shape, scale, direction, dtype):
-    """Guards the gap's running sum over tiles, in both directions, and the gradients of all three results."""
+def test_linear_kl(shape, scale, dtype):
+    """Guards the gap's running sum over tiles, and the gradients of all three results."""
     tensors, targets, upstream = inputs(shape, dtype, scale)
     compare(
-        lambda *four: linear_kl(*four, targets, 0.7, direction=direction, workspace_bytes=2 * WORKSPACE),
-        lambda *four: reference_kl(*four, targets, 0.7, direction),
+        lambda *four: linear_kl(*four, targets, 0.7, workspace_bytes=2 * WORKSPACE),
+        lambda *four: reference_kl(*four, targets, 0.7),
         tensors, upstream,
     )  # fmt: skip
 
@@ -103,24 +105,24 @@ def test_linear_kl(shape, scale, direction, dtype):
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ppo_head(shape, entropy_coef, kl, dtype):
-    """Guards the hand-written slope of the loss, clipped and unclipped, and chunks of every size."""
+    """Guards the loop over chunks of every size, with the trainer's loss, clipped and unclipped."""
     tensors, targets, noise = inputs(shape, dtype)
-    settings = Settings(0.7, 0.2, entropy_coef, 0.3 if kl != "none" else 0.0)
+    config = Config(ckpt="x", kl_estimator="k3" if kl == "k3" else "k1", kl_coef=0.3)
+    losses = functools.partial(token_losses, config=config)
+    settings = dict(temperature=0.7, entropy_coef=entropy_coef, kl_coef=0.3)
     logprobs = reference_logprob(*(x.double() for x in tensors[:2]), targets, 0.7)[0].float()
     old, advantages, ref = logprobs + 0.3 * noise[0], noise[1], logprobs + 0.5 * noise[2]
     old[0] += 30  # a ratio beyond the clamp: finite, and without a slope
-    ref = ref if kl == "k3" else None
+    known = old, advantages, ref
     used = tensors if kl == "exact" else tensors[:2]
     workspace_bytes = 4 * shape[2] * max(1, shape[0] // 3) * (1 + (kl == "exact"))
     compare(
         lambda h, W, *r: ppo_head(
-            h, W, targets, old, advantages, ref_logprobs=ref, reference=r or None,
-            **settings._asdict(), workspace_bytes=workspace_bytes,
+            h, W, targets, losses, known, reference=r or None, **settings, workspace_bytes=workspace_bytes
         )[:1],
-        lambda h, W, *r: [
-            reference_ppo(h, W, targets, old.to(sum_of(h)), advantages.to(sum_of(h)), settings,
-                          None if ref is None else ref.to(sum_of(h)), r or None)
-        ],
+        lambda h, W, *r: reference_ppo(
+            h, W, targets, losses, [x.to(sum_of(h)) for x in known], reference=r or None, **settings
+        )[:1],
         used, torch.full((1,), -1.5, device=DEVICE),
     )  # fmt: skip
 
@@ -130,16 +132,18 @@ def sum_of(x):
 
 
 def test_ppo_statistics():
-    """Guards the statistics that the kernel writes: equal to the torch path's."""
+    """Guards the statistics that come out of the chunk loop: equal to the torch path's."""
     tensors, targets, noise = inputs((33, 32, 300), torch.float32)
     old = reference_logprob(*tensors[:2], targets)[0] + 0.3 * noise[0]
     results = []
     for backend in ("triton", "torch"):
         set_backend(backend)
-        results.append(ppo_head(*tensors[:2], targets, old, noise[1], reference=tensors[2:], kl_coef=0.1)[1])
+        losses = functools.partial(token_losses, config=Config(ckpt="x"))
+        known = old, noise[1], old
+        results.append(ppo_head(*tensors[:2], targets, losses, known, reference=tensors[2:], kl_coef=0.1)[1])
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5, msg=name)
-    assert results[0]["clip_frac"] > 0 and results[0]["kl_exact"] > 0
+    assert results[0]["clip_frac"].sum() > 0 and results[0]["kl_exact"].sum() > 0
 
 
 def test_strided_inputs():
@@ -148,26 +152,31 @@ def test_strided_inputs():
     table = torch.stack([targets, targets * 0], 1)[:, 0]
     wide = torch.stack([noise, -noise], 2)[..., 0]  # the same numbers, two apart
     assert not table.is_contiguous() and not wide[0].is_contiguous()
+    reinforce = lambda new_logprobs, advantages: (-advantages * new_logprobs, {})  # noqa: E731
     for strided, plain in (
         (linear_logprob(hidden, weight, table), linear_logprob(hidden, weight, targets)),
         (linear_kl(hidden, weight, *reference, table), linear_kl(hidden, weight, *reference, targets)),
-        (ppo_head(hidden, weight, table, wide[0], wide[1], ref_logprobs=wide[2], kl_coef=0.1)[:1],
-         ppo_head(hidden, weight, targets, noise[0], noise[1], ref_logprobs=noise[2], kl_coef=0.1)[:1]),
+        (ppo_head(hidden, weight, table, reinforce, (wide[0],))[:1],
+         ppo_head(hidden, weight, targets, reinforce, (noise[0],))[:1]),
         (linear_logprob(hidden, weight, targets[:1].expand(7)), linear_logprob(hidden, weight, targets[:1].repeat(7))),
     ):  # fmt: skip
         torch.testing.assert_close(strided, plain)
 
 
-def test_all_rows_masked():
+def test_no_tokens():
     """Guards launches of zero programs: no values, no gradients, no error."""
     tensors, targets, noise = inputs((5, 16, 130), torch.float32)
-    hidden, weight = (x.requires_grad_() for x in tensors[:2])
-    mask = torch.zeros(5, dtype=torch.bool, device=DEVICE)
-    logprobs, entropy, _ = linear_logprob(hidden, weight, targets, action_mask=mask)
-    loss, _ = ppo_head(hidden, weight, targets, noise[0], noise[1], action_mask=mask)
-    (logprobs.sum() + entropy.sum() + loss).backward()
-    assert logprobs.tolist() == [0.0] * 5 and loss.item() == 0
-    assert not hidden.grad.any() and not weight.grad.any()
+    hidden, weight, ref_hidden, ref_weight = tensors[0][:0], tensors[1], tensors[2][:0], tensors[3]
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    logprobs, entropy, _ = linear_logprob(hidden, weight, targets[:0])
+    total = logprobs.sum() + entropy.sum()
+    for reference in (None, (ref_hidden, ref_weight)):
+        surprise = lambda new_logprobs: (-new_logprobs, {"p": new_logprobs.exp()})  # noqa: E731
+        loss, statistics = ppo_head(hidden, weight, targets[:0], surprise, (), reference=reference, entropy_coef=0.1)
+        assert loss.item() == 0 and statistics["p"].shape == (0,)
+        total = total + loss
+    total.backward()
+    assert logprobs.shape == (0,) and not weight.grad.any()
 
 
 @pytest.mark.skipif(not CUDA, reason="interpreted kernels are not compiled; tests/test_aot.py looks at the arguments")

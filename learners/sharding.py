@@ -26,8 +26,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from model import INDEX, SINGLE, Critic, Qwen2Config, Qwen2ForCausalLM, read_weights, resolve_checkpoint
-from processes import collective, rank, world_size
+from learners.processes import collective, rank, world_size
+from learners.weights import INDEX, SINGLE, read_weights, resolve_checkpoint
+from model import Critic, Qwen2Config, Qwen2ForCausalLM
 
 
 def make_mesh() -> DeviceMesh:
@@ -58,7 +59,7 @@ def load(
 ) -> Qwen2ForCausalLM | Critic:
     """Build a sharded model from a checkpoint, one tensor at a time; its rows are `stored`, its products in `dtype`.
 
-    Nobody is talked to. Raises ValueError as `model.load_policy` does.
+    Nobody is talked to. Raises ValueError as `weights.load_policy` does.
     """
     folder = resolve_checkpoint(path_or_hub_id)
     with torch.device("meta"):
