@@ -33,14 +33,16 @@ from threading import Thread
 import command_line
 import rewards
 import train_rlpa
-import world
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
+from endpoints.client import read_key
+from endpoints.plain_text import clean_text, json_type
+from endpoints.server import make_server
+from endpoints.wire import Message, RequestError, parse_request
 from model import Qwen2ForCausalLM, resolve_checkpoint
-from plain_text import clean_text
 from sampler import Draw, Sampler
-from simulator import Message, RequestError, json_type, make_server, parse_request, read_key
 from subjects import load_checkpoint
 from train_rlpa import Config, stream_seed
+from worlds import ledger
 
 HELP = """\
 /profile        what the policy has inferred of you, and since which turn
@@ -171,7 +173,7 @@ class Talk:
 
     def is_forgotten(self, text: str) -> bool:
         """Tell whether a text holds the words of a forgotten trait."""
-        return any(world.contains_phrase(text, trait) for trait in self.forgotten)
+        return any(ledger.contains_phrase(text, trait) for trait in self.forgotten)
 
     def without_forgotten(self, reply: Candidate) -> Candidate:
         """Return a turn without forgotten traits; one that could not be parsed is cut down to what the user saw."""
@@ -211,15 +213,15 @@ def marked(before: Sequence[str], now: Sequence[str]) -> list[str]:
     gone = [line for line in before if line not in now]
     lines = []
     for line in now:
-        slot = world.split_fact(line)[0]
-        old = next((g for g in gone if slot and world.split_fact(g)[0] == slot), None)
+        slot = ledger.split_fact(line)[0]
+        old = next((g for g in gone if slot and ledger.split_fact(g)[0] == slot), None)
         if line in before:
             lines.append(f"  {line}")
         elif old is None:
             lines.append(f"+ {line}")
         else:
             gone.remove(old)
-            lines.append(f"~ {line} (was {world.split_fact(old)[1]})")
+            lines.append(f"~ {line} (was {ledger.split_fact(old)[1]})")
     return lines + [f"- {line}" for line in gone]
 
 
@@ -252,11 +254,11 @@ def show_profile(talk: Talk) -> str:
 
 def forget(talk: Talk, trait: str) -> str:
     """Forget a trait, and say what that did and what it did not do."""
-    if not world.words(trait):
+    if not ledger.words(trait):
         return "/forget takes words of a trait, for example /forget Age, or /forget chess"
     struck = talk.forget(trait)
-    values = [trait, *(world.split_fact(line)[1] for line in struck)]
-    said = sum(any(world.contains_phrase(text, value) for value in values) for _, text in talk.dialogue.history())
+    values = [trait, *(ledger.split_fact(line)[1] for line in struck)]
+    said = sum(any(ledger.contains_phrase(text, value) for value in values) for _, text in talk.dialogue.history())
     lines = [f"  struck: {line}" for line in struck] or ["  no profile has such a line"]
     lines += [f'  Profile lines with "{trait}" stay out until /reset.']
     lines += [f"  Messages and replies stay as they are, and the policy still reads them: {said} mention it."]
@@ -542,7 +544,7 @@ def serve(server: ThreadingHTTPServer, service: Service) -> None:
     """Let a server answer for a policy until Ctrl-C."""
     server.answer = service.answer
     address = f"http://{server.server_address[0]}:{server.server_address[1]}/v1"
-    print(f"{server.model} at {address}{' (with a key)' if server.key else ''}", flush=True)
+    print(f"{server.models[0]} at {address}{' (with a key)' if server.key else ''}", flush=True)
     with server:
         server.serve_forever(poll_interval=0.1)
 
@@ -580,7 +582,8 @@ def run(argv: Sequence[str] | None) -> None:
     key = read_key(args.api_key_env or None)
     folder = resolve_checkpoint(args.ckpt)
     model = Path(folder).resolve().name
-    server = make_server(args.host, args.port, model=model, key=key) if args.serve else None  # before the slow loading
+    # before the slow loading: a port that is taken is told at once
+    server = make_server(args.host, args.port, models=[model], key=key) if args.serve else None
     given = {name: value for name, value in vars(args).items() if name in PASSED}
     config = Config(**{**train_rlpa.checkpoint_defaults(folder), **given})
     policy, chat = load_checkpoint(folder, config)

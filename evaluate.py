@@ -26,20 +26,22 @@ from pathlib import Path
 import numpy as np
 
 import command_line
-import second_world
 import subjects
 import train_rlpa
 from dialogue import Dialogue
+from endpoints.client import ChatClient
+from endpoints.plain_text import clean_text
+from endpoints.tape import Tape
 from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
 from model import resolve_checkpoint
 from perplexity import Text, perplexity_samples, read_texts, text_scores
-from plain_text import clean_text
 from rewards import VERDICTS
 from runlog import DISTINCT, GUARDS, PROFILE_GUARDS, distinct, episode_record, guards, ngram_counts, sum_counters
 from scenarios import SCENARIOS, choose_personas, make_dialogues
-from simulator import ChatClient, Persona, Tape
 from subjects import METHODS, RLPA
 from train_rlpa import Config, Play, World
+from worlds import second
+from worlds.personas import Persona
 
 PASSED = (  # flags that go to the rollout as they are; their help stands in train_rlpa.Config
     "simulator_url",
@@ -114,7 +116,7 @@ def subject_config(target: str | Path, args: argparse.Namespace) -> Config:
     own = train_rlpa.checkpoint_defaults(target) if isinstance(target, Path) else {}
     fixed = {"max_turns": args.turns, "profile_target": "persona"}
     if args.world == "second":
-        fixed["simulator_model"] = second_world.MODEL_NAME
+        fixed["simulator_model"] = "rule-user-2"
     config = Config(**{**own, **given, **fixed})
     if args.world == "second" and (config.simulator_url or config.judge_url):
         raise ValueError("--world second has a user and a judge of its own; drop --simulator-url and --judge-url")
@@ -445,7 +447,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="first",
         help="embedded user and rule judge. first: those of training; second: ones that no training meets, with other"
         " phrases, a chatty and impatient temper, late and evasive answers, and stricter rules: does what was learned"
-        " transfer? (second_world.py)",
+        " transfer? (worlds/second.py)",
     )
     parser.add_argument(
         "--perplexity",
@@ -533,7 +535,7 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
         perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
         make_out(args.out)
         if args.world == "second":
-            env.rule_verdicts = second_world.rule_verdicts
+            env.rule_verdicts = second.rule_verdicts
         for name, player in players.items():
             for method in args.method:
                 row = name if len(args.method) == 1 else f"{name}/{method}"

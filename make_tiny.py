@@ -23,12 +23,13 @@ import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-import world
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
 from perplexity import HELDOUT_FILE
 from processes import all_sum_gradients, rank, world_size
+from worlds.first import COMPLAINTS, VALUES, fill, generate_personas, user_reply
+from worlds.ledger import SLOTS, asked_slots, disclosed, split_fact
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ def made_up_word(rng: random.Random) -> str:
 
 def warmup_persona(rng: random.Random) -> list[str]:
     """Draw a training persona; sometimes its values are made-up words (ages: made-up numbers)."""
-    facts = world.generate_personas(1, seed=rng.randrange(2**31))[0]
+    facts = generate_personas(1, seed=rng.randrange(2**31))[0]
     if rng.random() >= MADE_UP:
         return facts
-    slots = [world.split_fact(fact)[0] for fact in facts]
+    slots = [split_fact(fact)[0] for fact in facts]
     return [
         f"{slot}: {rng.randrange(10, 100)}"
         if slot == "Age"
@@ -130,13 +131,13 @@ def warmup_persona(rng: random.Random) -> list[str]:
 def scripted_profile(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> list[str]:
     """Write profile lines in the order of disclosure; a forgetful assistant leaves some out and guesses others."""
     texts = [text for who, text in history if who == "user"]
-    news = set(world.disclosed(facts, texts[-1:]))
+    news = set(disclosed(facts, texts[-1:]))
     lines = [
         facts[i]
-        for i in world.disclosed(facts, texts)
+        for i in disclosed(facts, texts)
         if rng.random() < (habits.keep_news if i in news else habits.keep_older)
     ]
-    lines = [random_fact(rng, world.split_fact(line)[0]) if rng.random() < habits.corrupt else line for line in lines]
+    lines = [random_fact(rng, split_fact(line)[0]) if rng.random() < habits.corrupt else line for line in lines]
     if rng.random() < habits.guess:
         lines.append(random_fact(rng))
     return lines
@@ -144,8 +145,8 @@ def scripted_profile(facts: list[str], history: list[tuple[str, str]], habits: H
 
 def random_fact(rng: random.Random, slot: str | None = None) -> str:
     """Invent a fact; most inventions are about gender and the other slots with few values."""
-    slot = slot or rng.choice(("Gender", "Gender", "Marital Status", *world.SLOTS))
-    return f"{slot}: {rng.choice(world.VALUES[slot][0])}"
+    slot = slot or rng.choice(("Gender", "Gender", "Marital Status", *SLOTS))
+    return f"{slot}: {rng.choice(VALUES[slot][0])}"
 
 
 def scripted_response(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> str:
@@ -163,36 +164,36 @@ def scripted_response(facts: list[str], history: list[tuple[str, str]], habits: 
 def scripted_opening(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> str:
     """Greet, apologise or take up what the user has just told, if the assistant is attentive at all."""
     texts = [text for who, text in history if who == "user"]
-    news = world.disclosed(facts, texts[-1:])
+    news = disclosed(facts, texts[-1:])
     if rng.random() < habits.hallucinate:
-        slot, value = world.split_fact(random_fact(rng))
-        return world.fill(rng.choice(ACKNOWLEDGEMENTS[slot]), value)
+        slot, value = split_fact(random_fact(rng))
+        return fill(rng.choice(ACKNOWLEDGEMENTS[slot]), value)
     if rng.random() >= habits.acknowledge:
         return rng.choice(BLANDS)
     if news:
-        slot, value = world.split_fact(facts[news[0]])
-        return world.fill(rng.choice(ACKNOWLEDGEMENTS[slot]), value)
+        slot, value = split_fact(facts[news[0]])
+        return fill(rng.choice(ACKNOWLEDGEMENTS[slot]), value)
     if len(texts) == 1:
         return rng.choice(GREETINGS)
-    complains = any(remark in texts[-1] for remark in world.COMPLAINTS)
+    complains = any(remark in texts[-1] for remark in COMPLAINTS)
     return rng.choice(APOLOGIES) if complains else rng.choice(BLANDS)
 
 
 def scripted_question(facts: list[str], history: list[tuple[str, str]], habits: Habits, rng: random.Random) -> str:
     """Ask about an open slot (the next one round after the last question), about a known one, or not at all."""
-    ledger = world.disclosed(facts, [text for who, text in history if who == "user"])
-    known = {world.split_fact(facts[i])[0] for i in ledger}
-    asked = [slot for who, text in history if who == "assistant" for slot in world.asked_slots(text)]
+    ledger = disclosed(facts, [text for who, text in history if who == "user"])
+    known = {split_fact(facts[i])[0] for i in ledger}
+    asked = [slot for who, text in history if who == "assistant" for slot in asked_slots(text)]
     weights = {"open": habits.ask_open, "again": habits.ask_again, "any": habits.ask_any}
     kind = rng.choices([*weights, "none"], weights=[*weights.values(), 1 - sum(weights.values())])[0]
     if kind == "none":
         return ""
-    slot = rng.choice(world.SLOTS)
+    slot = rng.choice(SLOTS)
     if kind == "again" and (known or asked):
         slot = rng.choice(sorted(known | set(asked)))
     if kind == "open":
-        at = world.SLOTS.index(asked[-1]) if asked else rng.randrange(len(world.SLOTS))
-        round_trip = world.SLOTS[at + 1 :] + world.SLOTS[: at + 1]
+        at = SLOTS.index(asked[-1]) if asked else rng.randrange(len(SLOTS))
+        round_trip = SLOTS[at + 1 :] + SLOTS[: at + 1]
         slot = next((s for s in round_trip if s not in known), slot)
     return rng.choice(QUESTION_PHRASES[slot])
 
@@ -201,7 +202,7 @@ def scripted_dialogue(rng: random.Random, n_turns: int, habits: Habits = FORGETF
     """Play a whole dialogue; returns (user text, assistant text as the policy would have to write it) per turn."""
     facts, history, turns = warmup_persona(rng), [], []
     for _ in range(n_turns):
-        user = world.user_reply(facts, history, seed=rng.randrange(2**31))
+        user = user_reply(facts, history, seed=rng.randrange(2**31))
         history.append(("user", user))
         lines, response = scripted_profile(facts, history, habits, rng), scripted_response(facts, history, habits, rng)
         history.append(("assistant", response))

@@ -14,11 +14,11 @@ from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
-import world
-from plain_text import indented
+from endpoints.plain_text import indented
+from worlds import ledger
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
-Method = Callable[[world.History], Generator[list[Message], str, str]]
+Method = Callable[[ledger.History], Generator[list[Message], str, str]]
 
 CHAT = "You chat with a user. Write your next reply, as you would say it, and nothing else."
 REMINDER = """In your reply, take into account what the user has told you earlier in this chat, and give an answer \
@@ -38,22 +38,22 @@ RETRIEVED = "Earlier exchanges of this chat that bear on the user's newest messa
 TOP_EXCHANGES = 5
 
 
-def messages_of(system: str, history: world.History) -> list[Message]:
+def messages_of(system: str, history: ledger.History) -> list[Message]:
     """Write a dialogue as chat messages behind a system prompt."""
     return [{"role": "system", "content": system}, *({"role": role, "content": text} for role, text in history)]
 
 
-def base(history: world.History, system: str = CHAT) -> Generator[list[Message], str, str]:
+def base(history: ledger.History, system: str = CHAT) -> Generator[list[Message], str, str]:
     """Ask once, with a plain system prompt."""
     return (yield messages_of(system, history))
 
 
-def reminder(history: world.History) -> Generator[list[Message], str, str]:
+def reminder(history: ledger.History) -> Generator[list[Message], str, str]:
     """Ask once, with a reminder of the user's preferences as the newest system message."""
     return (yield [*messages_of(CHAT, history), {"role": "system", "content": REMINDER}])
 
 
-def self_critic(history: world.History) -> Generator[list[Message], str, str]:
+def self_critic(history: ledger.History) -> Generator[list[Message], str, str]:
     """Ask three times: a draft, a critique of two sentences, and the draft rewritten."""
     messages = messages_of(CHAT, history)
     for instruction in (CRITIQUE, REWRITE):
@@ -62,14 +62,14 @@ def self_critic(history: world.History) -> Generator[list[Message], str, str]:
     return (yield messages)
 
 
-def cot(history: world.History) -> Generator[list[Message], str, str]:
+def cot(history: ledger.History) -> Generator[list[Message], str, str]:
     """Ask once for thoughts and a reply; the user sees what follows the last tag, or all of it if there is none."""
     thoughts = yield messages_of(THINK, history)
     reply = thoughts.rpartition(ANSWER_TAG)[2].replace(ANSWER_TAG.replace("<", "</"), "").strip()
     return reply or thoughts
 
 
-def rag(history: world.History) -> Generator[list[Message], str, str]:
+def rag(history: ledger.History) -> Generator[list[Message], str, str]:
     """Ask once, reminded of the five earlier exchanges that are most like the user's newest message."""
     earlier, newest = history[:-1], history[-1][1]
     exchanges = [
@@ -103,13 +103,13 @@ def retrieve(query: str, documents: Sequence[str], top: int, k1: float = 1.5, b:
     >>> retrieve("Do you like chess?", ["I play chess a lot", "I live in Oslo", "Chess? Yes, chess!"], top=2)
     [2, 0]
     """
-    counts = [Counter(stem for word in world.words(text) for stem in world.content_words(word)) for text in documents]
+    counts = [Counter(stem for word in ledger.words(text) for stem in ledger.content_words(word)) for text in documents]
     if not counts:
         return []
     lengths = np.array([count.total() for count in counts])
     penalty = k1 * (1 - b + b * lengths / max(1.0, lengths.mean()))
     scores = np.zeros(len(counts))
-    for word in world.content_words(query):
+    for word in ledger.content_words(query):
         tf = np.array([count[word] for count in counts])
         n = np.count_nonzero(tf)
         scores += math.log(1 + (len(counts) - n + 0.5) / (n + 0.5)) * tf * (k1 + 1) / (tf + penalty)

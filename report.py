@@ -26,7 +26,7 @@ from typing import Any
 
 import command_line
 import rewards
-import world
+from worlds.ledger import disclosed, split_fact
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 200  # of a curve; a longer one is drawn as means of equal stretches with their extremes
@@ -226,7 +226,7 @@ def dialogue_view(record: Record) -> Record:
         version = max(i for i, start in enumerate(starts) if start <= t)
         texts = [earlier["user_text"] for earlier in record["turns"][: t + 1]]
         facts, past = versions[starts[version]], [fact for start in starts[:version] for fact in versions[start]]
-        told = world.disclosed(facts, texts)
+        told = disclosed(facts, texts)
         candidates = [candidate_view(c, facts, told, past, before) for c in turn["candidates"]]
         turns.append({"user": texts[-1], "persona": version, "told": told, "candidates": candidates})
         turns[-1]["chosen"] = turn["chosen"]
@@ -270,7 +270,7 @@ def mark_profile(
     open_facts = [facts[i] for i in told]
     evidence = rewards.match_lines(lines, open_facts)  # as in the ledger of rewards.score_profile
     gone = [line for line in before if line not in lines and not states_any(line, facts)]
-    corrected_slots = {world.split_fact(line)[0] for line in gone} - {None}
+    corrected_slots = {split_fact(line)[0] for line in gone} - {None}
     marked = []
     for line, i in zip(lines, evidence, strict=True):
         if i is None:
@@ -278,7 +278,7 @@ def mark_profile(
         elif any(rewards.line_matches_fact(earlier, open_facts[i]) for earlier in before):
             mark = "kept"
         else:
-            mark = "corrected" if world.split_fact(line)[0] in corrected_slots else "new"
+            mark = "corrected" if split_fact(line)[0] in corrected_slots else "new"
         marked.append([line, mark])
     missing = [fact for i, fact in enumerate(open_facts) if i not in evidence]
     known = {fact: any(rewards.line_matches_fact(line, fact) for line in before) for fact in missing}

@@ -22,11 +22,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import world
 from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue
-from plain_text import indented
+from endpoints.plain_text import indented
 from sampler import Draw
+from worlds.first import COMPLAINTS, value_pattern
+from worlds.ledger import (
+    History,
+    asked_slots,
+    contains_phrase,
+    content_words,
+    disclosed,
+    mentions,
+    sentences,
+    split_fact,
+    theoretical_max_f1,
+    words,
+)
 
 VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
 PARSE_FAILURES = (
@@ -195,18 +207,18 @@ def line_matches_fact(line: str, fact: str) -> bool:
     >>> line_matches_fact("Plays guitar", "He plays the guitar.")
     True
     """
-    (line_slot, line_value), (slot, value) = world.split_fact(line), world.split_fact(fact)
+    (line_slot, line_value), (slot, value) = split_fact(line), split_fact(fact)
     if slot and line_slot:
         return slot == line_slot and _plain(line_value) == _plain(value)
-    said, wanted = world.content_words(line_value), world.content_words(value)
+    said, wanted = content_words(line_value), content_words(value)
     if slot and len(wanted) <= 4:
-        return world.contains_phrase(line_value, value) and len(said) <= len(wanted) + 3
+        return contains_phrase(line_value, value) and len(said) <= len(wanted) + 3
     common = len(said & wanted)
     return bool(common) and 2 * common / (len(said) + len(wanted)) >= 0.5
 
 
 def _plain(value: str) -> list[str]:
-    return [word for word in world.words(value) if word not in {"a", "an", "the"}]
+    return [word for word in words(value) if word not in {"a", "an", "the"}]
 
 
 def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
@@ -217,7 +229,7 @@ def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
     >>> match_lines(["Age: 34", "Age: 34", "Location: Oslo"], ["Location: Oslo", "Age: 34"])
     [1, None, 0]
     """
-    said = [world.words(line) for line in lines]
+    said = [words(line) for line in lines]
     fits = [
         [f for f, fact in enumerate(facts) if said[i] not in said[:i] and line_matches_fact(line, fact)]
         for i, line in enumerate(lines)
@@ -258,7 +270,7 @@ class ProfileScore:
     f1: float  # against the whole persona, as published: a lucky guess counts
     evidence_f1: float  # the same, but a match counts only if the dialogue has disclosed that fact
     ledger_f1: float  # against what the dialogue has disclosed, and nothing else: 1 is always within reach
-    max_f1: float  # the best honest profile at this point: world.theoretical_max_f1
+    max_f1: float  # the best honest profile at this point: theoretical_max_f1
     n_lines: int
     n_disclosed: int
     n_recalled: int  # disclosed facts that the profile states
@@ -278,7 +290,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
     >>> (score.f1, score.evidence_f1, round(score.ledger_f1, 3), round(score.max_f1, 3), score.n_unsupported)
     (1.0, 0.5, 0.667, 0.667, 1)
     """
-    ledger = world.disclosed(facts, user_texts)
+    ledger = disclosed(facts, user_texts)
     supported = match_lines(lines, [facts[i] for i in ledger])
     n_recalled = sum(match is not None for match in supported)
     n_matched = sum(match is not None for match in match_lines(lines, facts))
@@ -286,7 +298,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
         f1=f1_score(n_matched, len(lines), len(facts)),
         evidence_f1=f1_score(n_recalled, len(lines), len(facts)),
         ledger_f1=f1_score(n_recalled, len(lines), len(ledger)),
-        max_f1=world.theoretical_max_f1(len(facts), len(ledger)),
+        max_f1=theoretical_max_f1(len(facts), len(ledger)),
         n_lines=len(lines),
         n_disclosed=len(ledger),
         n_recalled=n_recalled,
@@ -298,7 +310,7 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
 # Response Reward by rule (the embedded world)
 
 
-def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -> dict[str, bool]:
+def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict[str, bool]:
     """Judge a reply to the last user message of `history` by five rules, and name each verdict.
 
     naturalness          1–4 sentences, at most 60 words, capitalised, ended, and no sentence or word said twice running
@@ -314,7 +326,7 @@ def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -
     """
     user_texts = [text for who, text in history if who == "user"]
     replies = [text for who, text in history if who == "assistant"]
-    spoken = world.sentences(response)
+    spoken = sentences(response)
     return {
         "naturalness": _is_natural(response, spoken),
         "relevance": _is_relevant(response, user_texts, facts),
@@ -325,7 +337,7 @@ def rule_verdicts(response: str, history: world.History, facts: Sequence[str]) -
 
 
 def _is_natural(response: str, spoken: Sequence[str]) -> bool:
-    said = world.words(response)
+    said = words(response)
     stutters = any(a == b for a, b in zip(said, said[1:], strict=False)) or len({s.casefold() for s in spoken}) < len(
         spoken
     )
@@ -335,10 +347,10 @@ def _is_natural(response: str, spoken: Sequence[str]) -> bool:
 
 def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str]) -> bool:
     latest = user_texts[-1]
-    news = [facts[i] for i in world.disclosed(facts, [latest])]
+    news = [facts[i] for i in disclosed(facts, [latest])]
     if news:
-        return any(world.mentions(fact, response) for fact in news)
-    if any(remark in latest for remark in world.COMPLAINTS):
+        return any(mentions(fact, response) for fact in news)
+    if any(remark in latest for remark in COMPLAINTS):
         return bool(re.search(r"\b(?:sorry|apolog\w+|my mistake|forgive)\b", response, re.IGNORECASE))
     if len(user_texts) == 1:
         return bool(re.search(r"\b(?:hello|hi|hey|welcome|nice to meet)\b", response, re.IGNORECASE))
@@ -347,26 +359,26 @@ def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str])
 
 def _is_consistent(response: str, user_texts: Sequence[str]) -> bool:
     told = "\n".join(user_texts)
-    return all(world.contains_phrase(told, match[0]) for match in world.value_pattern().finditer(response))
+    return all(contains_phrase(told, match[0]) for match in value_pattern().finditer(response))
 
 
 def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
     if "?" not in response:
         return False
-    ledger = world.disclosed(facts, user_texts)
-    slots = [world.split_fact(fact)[0] for fact in facts]
+    ledger = disclosed(facts, user_texts)
+    slots = [split_fact(fact)[0] for fact in facts]
     open_slots = {slot for i, slot in enumerate(slots) if i not in ledger}
     if not open_slots or open_slots == {None}:  # all told, or prose: any question that is not the last one again
-        return not replies or world.sentences(response)[-1:] != world.sentences(replies[-1])[-1:]
-    asked = world.asked_slots(response)
+        return not replies or sentences(response)[-1:] != sentences(replies[-1])[-1:]
+    asked = asked_slots(response)
     return (
-        bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(world.asked_slots(replies[-1])))
+        bool(asked) and set(asked) <= open_slots and not (replies and set(asked) & set(asked_slots(replies[-1])))
     )
 
 
 def _is_informative(spoken: Sequence[str], replies: Sequence[str]) -> bool:
-    earlier = {sentence.casefold() for reply in replies for sentence in world.sentences(reply)}
-    statements = (s for s in spoken if not s.endswith("?") and len(world.words(s)) >= 4)
+    earlier = {sentence.casefold() for reply in replies for sentence in sentences(reply)}
+    statements = (s for s in spoken if not s.endswith("?") and len(words(s)) >= 4)
     return any(s.casefold() not in earlier for s in statements)
 
 
@@ -406,7 +418,7 @@ How many of the hidden facts does the inferred list state? One trait may count f
 Answer with one JSON object and nothing else, for example {{"covered": 2}}"""
 
 
-def response_judge_messages(response: str, history: world.History, profile: Sequence[str]) -> list[dict]:
+def response_judge_messages(response: str, history: History, profile: Sequence[str]) -> list[dict]:
     """Build the judge's messages: roles by their names, and without the policy's system prompt."""
     dialogue = "\n".join(f"{'User' if who == 'user' else 'Assistant'}: {indented(text)}" for who, text in history)
     prompt = RESPONSE_JUDGE_PROMPT.format(profile=_bullets(profile), history=dialogue, response=indented(response))

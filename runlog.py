@@ -21,10 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import rewards
-import world
 from checkpoints import fsync, unborn
 from dialogue import Candidate, Dialogue
-from plain_text import clean_text
+from endpoints.plain_text import clean_text
+from worlds.first import unseen_values
+from worlds.ledger import asked_slots, content_words, disclosed, mentions, split_fact, words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of dialogues
@@ -84,15 +85,15 @@ def guards(candidate: Candidate, before: Sequence[str], user_text: str) -> dict[
         before: the replies that the dialogue had already heard.
         user_text: the message that it answers.
     """
-    response, asked_before = candidate.response, {slot for reply in before for slot in world.asked_slots(reply)}
+    response, asked_before = candidate.response, {slot for reply in before for slot in asked_slots(reply)}
     return {
-        "reply_words": len(world.words(response)),
+        "reply_words": len(words(response)),
         "reply_repeated": response in before,
-        "question_repeated": bool(asked_before & set(world.asked_slots(response))),
+        "question_repeated": bool(asked_before & set(asked_slots(response))),
         "parroting": parroting(response, user_text),
         "unsupported_lines": candidate.ledger["n_unsupported"],
         "duplicate_lines": duplicate_lines(candidate.profile),
-        "lines_recited": sum(world.mentions(line, response) for line in candidate.profile),
+        "lines_recited": sum(mentions(line, response) for line in candidate.profile),
     }
 
 
@@ -102,7 +103,7 @@ def ngrams(text: str, n: int) -> list[str]:
     >>> ngrams("So you bake?", 2)
     ['so you', 'you bake']
     """
-    said = world.words(text)
+    said = words(text)
     return [" ".join(said[i : i + n]) for i in range(len(said) - n + 1)]
 
 
@@ -122,7 +123,7 @@ def duplicate_lines(lines: Sequence[str]) -> int:
     >>> duplicate_lines(["Occupation: head nurse", "works as a nurse", "Others: the nurse", "Age: 34", "Age:"])
     2
     """
-    values = [world.content_words(world.split_fact(line)[1]) for line in lines]
+    values = [content_words(split_fact(line)[1]) for line in lines]
     return sum(not value or any(value <= earlier for earlier in values[:i]) for i, value in enumerate(values))
 
 
@@ -147,8 +148,8 @@ def distinct(sums: Counter) -> dict[str, float]:
 def unseen_facts(dialogue: Dialogue, t: int) -> list[str]:
     """List the facts disclosed up to turn `t` whose value no training persona has (embedded world)."""
     texts = [turn.user_text for turn in dialogue.turns[: t + 1]]
-    facts = [dialogue.persona_facts[i] for i in world.disclosed(dialogue.persona_facts, texts)]
-    return [fact for fact in facts if fact in world.unseen_values()]
+    facts = [dialogue.persona_facts[i] for i in disclosed(dialogue.persona_facts, texts)]
+    return [fact for fact in facts if fact in unseen_values()]
 
 
 def unseen_sums(candidate: Candidate, unseen: list[str]) -> dict[str, float]:

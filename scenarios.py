@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import world
 from dialogue import Dialogue
-from simulator import Persona, load_personas
+from worlds import first, ledger
+from worlds.personas import Persona, load_personas
 
 SCENARIOS = {
     "vanilla": "the personas as they are",
@@ -35,7 +35,7 @@ def choose_personas(path: str, split: str, number: int, scenario: str, embedded:
     if path:
         personas = load_personas(path)[: number or None]
     else:
-        synthetic = world.generate_personas(number or 100, 0, split)  # of seed 0, as in the trainer's evaluation
+        synthetic = first.generate_personas(number or 100, 0, split)  # of seed 0, as in the trainer's evaluation
         personas = [Persona(f"{split}-{i}", tuple(facts)) for i, facts in enumerate(synthetic)]
     if scenario == "conflict" and len(personas) < 2:
         raise ValueError("--scenario conflict needs two personas at least: each takes over the ways of the next one")
@@ -52,7 +52,7 @@ def fit_slots(fact: str) -> str:
     >>> fit_slots("Pet: parrot"), fit_slots("Location: Oslo"), fit_slots("I ski.")
     ('Others: pet parrot', 'Location: Oslo', 'I ski.')
     """
-    if world.split_fact(fact)[0] or ":" not in fact:
+    if ledger.split_fact(fact)[0] or ":" not in fact:
         return fact
     key, _, value = fact.partition(":")
     return f"Others: {key.strip().lower()} {value.strip()}"
@@ -62,7 +62,7 @@ def with_other_keys(facts: Sequence[str], seed: str) -> tuple[str, ...]:
     """Return a synthetic persona of as many facts that keeps half of them; what fills it up is under Others."""
     rng = random.Random(seed)
     kept = [facts[i] for i in sorted(rng.sample(range(len(facts)), len(facts) // 2))]
-    pool = [fact for value in world.VALUES["Others"][0] if (fact := f"Others: {value}") not in kept]
+    pool = [fact for value in first.VALUES["Others"][0] if (fact := f"Others: {value}") not in kept]
     return (*kept, *rng.sample(pool, len(facts) - len(kept)))
 
 
@@ -72,13 +72,13 @@ def changed_facts(facts: Sequence[str], donor: Sequence[str]) -> tuple[str, ...]
     >>> changed_facts(["Age: 34", "Location: Oslo"], ["Age: 50", "Location: Lima"])
     ('Age: 34', 'Location: Lima')
     """
-    slots = [world.split_fact(fact)[0] for fact in facts]
+    slots = [ledger.split_fact(fact)[0] for fact in facts]
     can_change = set(slots) & set(CHANGEABLE)
     if not can_change:
         half = len(facts) // 2
         return (*facts[:half], *(fact for fact in donor[half:] if fact not in facts[:half]))
-    fresh = [fact for fact in donor if world.split_fact(fact)[0] in can_change and fact not in facts]
-    replaced = {world.split_fact(fact)[0] for fact in fresh}
+    fresh = [fact for fact in donor if ledger.split_fact(fact)[0] in can_change and fact not in facts]
+    replaced = {ledger.split_fact(fact)[0] for fact in fresh}
     return (*(fact for fact, slot in zip(facts, slots, strict=True) if slot not in replaced), *fresh)
 
 

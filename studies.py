@@ -29,10 +29,10 @@ import numpy as np
 
 import command_line
 import evaluate
-import world
 from evaluate import Played
 from metrics import LEVEL, Array, Estimate, Summary, compare, shown, summarize
 from runlog import GUARDS
+from worlds.first import generate_personas
 
 ROOT = Path(__file__).parent
 TINY = str(ROOT / "tiny")
@@ -206,7 +206,7 @@ def personas_file(args: argparse.Namespace) -> Path:
     """Write held-out personas that no run was tuned or evaluated on: those behind the first hundred."""
     path = args.runs / "personas.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    personas = world.generate_personas(200, 0, "heldout")[100:]
+    personas = generate_personas(200, 0, "heldout")[100:]
     path.write_text("".join(json.dumps({"facts": facts}) + "\n" for facts in personas))
     return path
 

@@ -25,11 +25,14 @@ import prompting
 import rewards
 import train_rlpa
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn
+from endpoints.client import ChatClient
+from endpoints.wire import ChatError, ChatReply, Message
 from kernels import set_backend
 from model import Qwen2ForCausalLM, load_policy
 from sampler import Draw, Sampler
-from simulator import ChatClient, ChatError, ChatReply, Message, Persona, simulator_messages
+from simulator import simulator_messages
 from train_rlpa import Config, Play, World, stream_seed
+from worlds.personas import Persona
 
 RLPA = "rlpa"  # the method with a profile: the system prompt of training, and replies that are parsed
 METHODS: dict[str, prompting.Method] = {RLPA: partial(prompting.base, system=SYSTEM_PROMPT), **prompting.METHODS}

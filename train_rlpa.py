@@ -56,8 +56,11 @@ import command_line
 import memory
 import rewards
 import sharding
-import world
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
+from endpoints.client import ChatClient
+from endpoints.tape import Tape
+from endpoints.throttle import Quota
+from endpoints.wire import ChatError
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
 from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
@@ -100,8 +103,9 @@ from processes import (
 )
 from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
 from sampler import Draw, Sampler
-from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
-from throttle import Quota
+from simulator import simulator_messages, start_embedded_server
+from worlds.first import generate_personas
+from worlds.personas import Persona, load_personas
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny"
 
@@ -1733,7 +1737,7 @@ def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Per
 def synthetic_personas(config: Config, split: str, seed: int) -> list[Persona]:
     """Make the personas of one split of the embedded world, as many as training or an evaluation needs."""
     n = config.num_personas if split == "train" else config.eval_dialogues
-    return [Persona(f"{split}-{i}", tuple(facts)) for i, facts in enumerate(world.generate_personas(n, seed, split))]
+    return [Persona(f"{split}-{i}", tuple(facts)) for i, facts in enumerate(generate_personas(n, seed, split))]
 
 
 def set_threads(policy: nn.Module, config: Config) -> None:

@@ -25,8 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rewards  # noqa: E402
 import simulator  # noqa: E402
-import world  # noqa: E402
+from endpoints.server import Handler  # noqa: E402
 from train_rlpa import stream_seed  # noqa: E402
+from worlds import first  # noqa: E402
+from worlds.personas import Persona  # noqa: E402
 
 MALFORMED = (b"{", b"<html>Bad gateway</html>", b'{"choices": []}', b'{"choices": [{"message": "hi"}]}', b"\xff")
 
@@ -61,7 +63,7 @@ class Chaos:
         self.down.clear()
 
 
-class Handler(simulator._Handler):
+class ChaosHandler(Handler):
     """The embedded server's handler, whom chaos befalls."""
 
     def do_POST(self) -> None:
@@ -89,8 +91,8 @@ class Handler(simulator._Handler):
 
 def make_server(chaos: Chaos, port: int = 0) -> ThreadingHTTPServer:
     """Bind the embedded user behind chaos."""
-    server = simulator.make_server(port=port)
-    server.RequestHandlerClass, server.chaos = Handler, chaos
+    server = simulator.make_user_server(port=port)
+    server.RequestHandlerClass, server.chaos = ChaosHandler, chaos
     return server
 
 
@@ -129,12 +131,12 @@ def wrong(run: Path) -> Counter[str]:
 def check_turns(episode: dict, stream: tuple, check: Callable[[str, bool], None]) -> None:
     """Check a dialogue's messages against the undisturbed user's, and its profile scores against their words."""
     history: list[tuple[str, str]] = []
-    persona = simulator.Persona(episode["persona_id"], tuple(episode["persona_facts"]))
+    persona = Persona(episode["persona_id"], tuple(episode["persona_facts"]))
     for t, turn in enumerate(episode["turns"]):
         if t:
             facts, heard = simulator.parse_simulator_messages(simulator.simulator_messages(persona, history))
             seed = stream_seed(*stream, "user", episode["index"], t)
-            check("messages of the user", turn["user_text"] == world.user_reply(list(facts), heard, seed))
+            check("messages of the user", turn["user_text"] == first.user_reply(list(facts), heard, seed))
         history.append(("user", turn["user_text"]))
         said = [text for role, text in history if role == "user"]
         for c in turn["candidates"]:

@@ -27,6 +27,9 @@ import runlog  # noqa: E402
 import simulator  # noqa: E402
 import train_rlpa  # noqa: E402
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, render_turn  # noqa: E402
+from endpoints.client import ChatClient  # noqa: E402
+from endpoints.server import Handler  # noqa: E402
+from worlds.personas import Persona, load_personas  # noqa: E402
 
 TURNS = 5
 FRAGMENTS = (
@@ -49,7 +52,7 @@ def hostile_text(rng: random.Random) -> str:
     return "".join(pool[rng.random() < 0.2]() for _ in range(rng.randint(1, 8)))
 
 
-class Handler(simulator._Handler):
+class FuzzHandler(Handler):
     """Says of text i what request i asks for: as a reply, or as the message of an error, byte for byte."""
 
     def do_POST(self) -> None:
@@ -64,11 +67,11 @@ class Handler(simulator._Handler):
 
 def ask_all(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the texts as the client hands them on: as replies, blank ones left out, and as messages of its errors."""
-    server = simulator.make_server(port=0)
-    server.RequestHandlerClass, server.texts = Handler, texts
+    server = simulator.make_user_server(port=0)
+    server.RequestHandlerClass, server.texts = FuzzHandler, texts
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     url, asked = f"http://127.0.0.1:{server.server_address[1]}", []
-    with closing(simulator.ChatClient(url, "m", max_concurrency=4, max_retries=0)) as client:
+    with closing(ChatClient(url, "m", max_concurrency=4, max_retries=0)) as client:
         for words in ("speak", "fail"):
             messages = [[{"role": "user", "content": words}]] * len(texts)
             asked.append(client.chat_many(messages, range(len(texts))))
@@ -86,16 +89,16 @@ def acts(text: str, spared: str = "") -> bool:
     return any(unicodedata.category(ch) in {"Cc", "Cf", "Cs", "Zl", "Zp"} and ch not in spared for ch in text)
 
 
-def make_personas(texts: Sequence[str], folder: Path) -> list[simulator.Persona]:
+def make_personas(texts: Sequence[str], folder: Path) -> list[Persona]:
     """Read a persona file whose facts and ids are the texts, TURNS at a time."""
     groups = [texts[i : i + TURNS] for i in range(0, len(texts), TURNS)]
     lines = [json.dumps({"id": f"{i} {group[0]}", "facts": ["Age: 34", *group]}) for i, group in enumerate(groups)]
     (folder / "personas.jsonl").write_text("".join(line + "\n" for line in lines))
-    return simulator.load_personas(folder / "personas.jsonl")
+    return load_personas(folder / "personas.jsonl")
 
 
 def make_dialogue(
-    i: int, persona: simulator.Persona, said: Sequence[str], texts: Sequence[str], chat: ChatTokenizer
+    i: int, persona: Persona, said: Sequence[str], texts: Sequence[str], chat: ChatTokenizer
 ) -> Dialogue:
     """Play a dialogue in which the user says what the client handed on, and the policy the texts as they are."""
     dialogue = Dialogue(i, persona.persona_id, persona.facts)
@@ -115,7 +118,7 @@ def check_dialogue(dialogue: Dialogue, chat: ChatTokenizer) -> Counter:
     controls = set(chat.tokenizer.get_added_tokens_decoder())
     ids = Counter(id_ for id_ in dialogue.turns[-1].prompt_ids if id_ in controls)
     found["forged token"] += ids != Counter({chat.im_start: 2 * n + 1, chat.im_end: 2 * n})
-    persona = simulator.Persona(dialogue.persona_id, dialogue.persona_facts)
+    persona = Persona(dialogue.persona_id, dialogue.persona_facts)
     messages = simulator.simulator_messages(persona, dialogue.history())
     facts, history = simulator.parse_simulator_messages(json.loads(json.dumps(messages)))
     found["forged fact"] += facts != dialogue.persona_facts or acts(messages[0]["content"], "\n")

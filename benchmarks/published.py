@@ -24,7 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 import train_rlpa
 from dialogue import Candidate, Dialogue, open_turn
-from simulator import Persona, simulator_messages
+from simulator import simulator_messages
+from worlds.personas import Persona
 
 
 @dataclass

@@ -31,9 +31,9 @@ import evaluate
 import train_rlpa
 from chat import HELP, Service, Talk, harmless, respond, show_turn
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
+from endpoints.server import make_server
 from model import Qwen2ForCausalLM
 from sampler import Sampler, generate
-from simulator import make_server
 from subjects import load_checkpoint
 from train_rlpa import Config
 
@@ -309,7 +309,7 @@ def test_ctrl_c_at_the_prompt_ends_the_talk():
 def served(loaded: Loaded, key: str = "", temperature: float = 0.0, **changes) -> Iterator[tuple[Service, str]]:
     """Serve the tiny checkpoint; yields the service and its URL."""
     service = Service(*loaded, replace(CONFIG, **changes), "tiny", temperature)
-    server = make_server(port=0, answer=service.answer, model=service.model, key=key)
+    server = make_server(port=0, answer=service.answer, models=[service.model], key=key)
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     yield service, f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()

@@ -26,7 +26,7 @@ import processes
 import train_rlpa
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
-from simulator import make_server
+from simulator import make_user_server
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -53,7 +53,7 @@ def arguments(tmp_path_factory) -> Iterator[list[str]]:
     for name, n in (("train", 13), ("heldout", 1)):
         facts = [f'{{"facts": ["Age: {30 + i}", "Occupation: baker"]}}\n' for i in range(n)]
         (folder / f"{name}.jsonl").write_text("".join(facts))
-    server = make_server(port=0)
+    server = make_user_server(port=0)
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     url, files = (
         f"http://127.0.0.1:{server.server_address[1]}",

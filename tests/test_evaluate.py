@@ -27,12 +27,13 @@ import prompting
 import scenarios
 import subjects
 import train_rlpa
-import world
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
+from endpoints.wire import ChatReply, parse_reply
 from perplexity import read_texts
 from rewards import VERDICTS, score_profile
-from simulator import ChatReply, Persona, parse_reply
 from train_rlpa import Config
+from worlds import first, ledger
+from worlds.personas import Persona
 
 TINY = str(train_rlpa.TINY_CHECKPOINT)
 PUBLISHED = {  # RLPA's rows of the paper's tables 4 and 5: AL(k), then AVG, N-IR, N-R² (Extended: fitted again)
@@ -58,9 +59,9 @@ def subject_server(answer: Callable[[list[dict]], str | None], usage: int | None
 def scribe(messages: list[dict]) -> str:
     """Write down what the user has disclosed, as whichever held-out persona has disclosed most, and ask on."""
     told = [m["content"] for m in messages if m["role"] == "user"]
-    people = world.generate_personas(8, 0, "heldout")
-    facts = max(people, key=lambda facts: len(world.disclosed(facts, told)))
-    known = [facts[i] for i in world.disclosed(facts, told)]
+    people = first.generate_personas(8, 0, "heldout")
+    facts = max(people, key=lambda facts: len(ledger.disclosed(facts, told)))
+    known = [facts[i] for i in ledger.disclosed(facts, told)]
     profile = "\n".join(f"- {fact}" for fact in known)
     reply = f"Hello there, that is number {len(told)}. Where do you live?"
     if messages[0]["content"] == SYSTEM_PROMPT:
@@ -232,28 +233,28 @@ def test_usage_is_read_and_its_absence_too():
 
 def test_what_can_change_changes_and_the_user_says_so():
     """Guards a change that only the ledger knows of: the user must hold to the new facts and take the old ones back."""
-    people = world.generate_personas(30, 0, "heldout")
+    people = first.generate_personas(30, 0, "heldout")
     for before, donor in zip(people, people[1:], strict=False):
         after = scenarios.changed_facts(before, donor)
-        slots = [world.split_fact(fact)[0] for fact in set(before) - set(after)]
+        slots = [ledger.split_fact(fact)[0] for fact in set(before) - set(after)]
         assert slots and set(slots) <= set(scenarios.CHANGEABLE)
         old = next(fact for fact in before if fact not in after)
-        history = [("user", world.say_fact(old, random.Random(0))), ("assistant", "How old are you?")]
-        said = world.user_reply(after, history, seed=0)
-        assert said.startswith(world.CHANGED)
-        (told,) = world.disclosed(after, [said])
-        assert world.split_fact(after[told])[0] == world.split_fact(old)[0] and after[told] in donor
+        history = [("user", first.say_fact(old, random.Random(0))), ("assistant", "How old are you?")]
+        said = first.user_reply(after, history, seed=0)
+        assert said.startswith(first.CHANGED)
+        (told,) = ledger.disclosed(after, [said])
+        assert ledger.split_fact(after[told])[0] == ledger.split_fact(old)[0] and after[told] in donor
 
 
 def test_nobody_takes_back_what_still_holds():
     """Guards ordinary dialogues, which must stay as they were: a user whose facts stand never says they changed."""
-    for facts in world.generate_personas(20, 3):
+    for facts in first.generate_personas(20, 3):
         history: list[tuple[str, str]] = []
         for turn in range(12):
-            said = world.user_reply(facts, history, seed=turn)
-            assert world.CHANGED not in said
+            said = first.user_reply(facts, history, seed=turn)
+            assert first.CHANGED not in said
             history += [("user", said), ("assistant", "Do you have a hobby? Where do you live? What is your job?")]
-        assert not world.retracted_slots(facts, [text for who, text in history if who == "user"])
+        assert not first.retracted_slots(facts, [text for who, text in history if who == "user"])
 
 
 @pytest.mark.parametrize("by_endpoint", [False, True])
@@ -262,15 +263,15 @@ def test_conflict_changes_user_and_ledger_at_its_turn(tmp_path, by_endpoint):
     flags = ("--scenario", "conflict", "--num-personas", 2, "--turns", 4, "--change-turn", 3)
     with subject_server(scribe) as url:
         run(tmp_path, f"x={url if by_endpoint else TINY}", *flags)
-    people = world.generate_personas(2, 0, "heldout")
+    people = first.generate_personas(2, 0, "heldout")
     for episode in episodes(tmp_path):
         before, donor = people[episode["index"]], people[1 - episode["index"]]
         after = scenarios.changed_facts(before, donor)
         texts = [turn["user_text"] for turn in episode["turns"]]
         for t, turn in enumerate(episode["turns"]):
             facts = before if t < 2 else after
-            ledger = turn["candidates"][0]["ledger"]
-            assert ledger["max_f1"] == score_profile([], facts, texts[: t + 1]).max_f1
+            score = turn["candidates"][0]["ledger"]
+            assert score["max_f1"] == score_profile([], facts, texts[: t + 1]).max_f1
         assert tuple(episode["persona_facts"]) == after
 
 
@@ -375,7 +376,7 @@ def test_prompting_methods_have_no_profile_figures(tmp_path):
 
 def test_a_checkpoint_can_be_prompted_too(tmp_path):
     """Guards the methods on our own sampler: asked in messages with the training prompt it plays as in the rollout."""
-    personas = [Persona(f"p{i}", tuple(facts)) for i, facts in enumerate(world.generate_personas(3, 0, "heldout"))]
+    personas = [Persona(f"p{i}", tuple(facts)) for i, facts in enumerate(first.generate_personas(3, 0, "heldout"))]
     config = Config(ckpt=TINY, max_turns=3, max_new_tokens=128)
     play, told = train_rlpa.Play(1, 0.0, (0, "evaluate")), []
     with train_rlpa.open_world(config) as env:

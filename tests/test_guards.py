@@ -21,10 +21,10 @@ import perplexity
 import runlog
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
+from endpoints.client import ChatClient
 from model import Qwen2ForCausalLM, load_policy
 from perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
 from rewards import VERDICTS, score_profile
-from simulator import ChatClient
 
 TINY = Path(train_rlpa.TINY_CHECKPOINT)
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import world
-from simulator import (
-    OPENING,
-    Persona,
-    load_personas,
-    parse_simulator_messages,
-    role_prompt,
-    simulator_messages,
-    split_sentences,
-    usable_facts,
-)
+from simulator import OPENING, parse_simulator_messages, role_prompt, simulator_messages
+from worlds import first, ledger
+from worlds.personas import Persona, load_personas, split_sentences, usable_facts
 
 ALOE = Path(__file__).parents[1].parent / "shared" / "aloe"
 fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,15 +60,15 @@ def test_facts_and_ids(load):
 def test_ten_slots(load):
     """Guards: a slot of the paper is refused, a list is rendered as one fact, a number crashes."""
     slots = {slot: ["one", "two"] if slot in {"Interests", "Personality Traits", "Others"} else "one"
-             for slot in world.SLOTS} | {"Age": 34}
+             for slot in ledger.SLOTS} | {"Age": 34}
     (persona,) = load(json.dumps({"slots": slots}))
-    assert len(world.SLOTS) == 10 and len(persona.facts) == 13
+    assert len(ledger.SLOTS) == 10 and len(persona.facts) == 13
     assert {"Age: 34", "Interests: one", "Interests: two", "Educational Background: one"} <= set(persona.facts)
 
 
 def test_facts_of_the_world_survive_the_file(load):
     """Guards: writing synthetic personas to JSONL and reading them back changes a fact."""
-    generated = world.generate_personas(20, seed=1)
+    generated = first.generate_personas(20, seed=1)
     loaded = load("\n".join(json.dumps({"facts": facts}) for facts in generated))
     assert [list(p.facts) for p in loaded] == generated
 
@@ -188,7 +180,7 @@ json_values = st.recursive(
 )
 near_misses = st.fixed_dictionaries(
     {}, optional={"id": json_values, "facts": st.lists(st.text(max_size=20)) | json_values,
-                  "slots": st.dictionaries(st.sampled_from([*world.SLOTS, "x"]), json_values)}
+                  "slots": st.dictionaries(st.sampled_from([*ledger.SLOTS, "x"]), json_values)}
 )
 lines = st.lists(json_values.map(json.dumps) | near_misses.map(json.dumps) | st.text(max_size=30), max_size=4)
 contents = st.binary(max_size=60) | st.lists(lines.map("".join)).map(lambda x: "\n".join(x).encode(errors="replace"))

@@ -24,7 +24,6 @@ from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy, save_pretrained
-from simulator import Persona
 from train_rlpa import (
     Config,
     Packed,
@@ -51,6 +50,7 @@ from train_rlpa import (
     value_loss,
     whiten_advantages,
 )
+from worlds.personas import Persona
 
 FACTS = ("Age: 34", "Occupation: baker", "Location: Oslo")
 

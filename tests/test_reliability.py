@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from test_simulator import ASK, completion, hostile_server, http_reply
 from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa: F401
 
-import plain_text
 import report
 import rewards
 import runlog
@@ -33,8 +32,12 @@ import simulator
 import train_rlpa
 from benchmarks import chaos, fuzz_text
 from dialogue import ChatTokenizer
-from simulator import ChatClient, Tape
-from throttle import BACKOFF_CAP, Breaker, Quota, backoff
+from endpoints import client as endpoint_client
+from endpoints import plain_text, wire
+from endpoints.client import ChatClient
+from endpoints.tape import Tape
+from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
+from worlds import personas
 
 pytestmark = pytest.mark.timeout(300)  # what is guarded against would often show as a hang
 OK, BROKEN = http_reply(completion("ok")), http_reply(b"{}", "503 Busy")
@@ -146,7 +149,7 @@ class Switch:
         self.down, self.failure, self.counts, self.lock = threading.Event(), failure, Counter(), threading.Lock()
 
     def __call__(self, sock, request, headers):
-        probe = request["messages"] == simulator.PING
+        probe = request["messages"] == endpoint_client.PING
         with self.lock:
             self.counts["probe" if probe else "request"] += 1
         if self.down.is_set():
@@ -354,7 +357,7 @@ def counted_user(behave: Callable[[int], bytes | None]) -> Iterator[str]:
             asked[0] += 1
             said = behave(asked[0])
         raw = json.dumps(request).encode()
-        if said is None and request["messages"] != simulator.PING:
+        if said is None and request["messages"] != endpoint_client.PING:
             said = http_reply(json.dumps(simulator.complete(raw)).encode())
         sock.sendall(said or OK)
 
@@ -520,8 +523,8 @@ def test_no_text_forges_anything(texts):
 
 @pytest.mark.parametrize(
     ("module", "name", "finds"),
-    [(rewards, "indented", "forged role"), (simulator, "plain_text", "acting character in a reply"),
-     (simulator, "clean_text", "forged fact"), (runlog, "clean_text", "terminal escape"),
+    [(rewards, "indented", "forged role"), (wire, "plain_text", "acting character in a reply"),
+     (personas, "clean_text", "forged fact"), (runlog, "clean_text", "terminal escape"),
      (report, "visible", "acting character on the page"), (report, "embed", "forged markup")],
 )  # fmt: skip
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch, module, name, finds):
@@ -595,7 +598,7 @@ def test_a_key_in_the_wrong_place_is_not_shown():
     """Guards the two common mistakes: the key itself given as the variable's name, and a key inside the URL."""
     for name in (KEY, KEY.replace("-", "_")):
         with pytest.raises(ValueError) as caught:
-            simulator.read_key(name)
+            endpoint_client.read_key(name)
         assert "0123456789" not in str(caught.value) and "NAME" in str(caught.value)
     for url in (f"https://host/v1?key={KEY}", f"https://user:{KEY}@host/v1", f"https://user:{KEY}@host:port/v1"):
         with pytest.raises(ValueError) as caught:
@@ -605,4 +608,4 @@ def test_a_key_in_the_wrong_place_is_not_shown():
 
 def test_doctests():
     """Guards examples that were never run."""
-    assert doctest.testmod(plain_text).failed == doctest.testmod(simulator).failed == 0
+    assert doctest.testmod(plain_text).failed == 0

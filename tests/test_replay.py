@@ -27,10 +27,12 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_rlpa
+from endpoints.client import ChatClient
+from endpoints.tape import Tape
+from endpoints.wire import ChatError
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from rewards import VERDICTS
-from simulator import ChatClient, ChatError, Tape
 from train_rlpa import Config, calls_note, cost
 
 ASK = [{"role": "user", "content": "How are you?"}]

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 import report
 import rewards
-import world
 from dialogue import Candidate, Dialogue, Turn
 from runlog import RunLog, episode_record
+from worlds.first import generate_personas
+from worlds.ledger import disclosed
 
 FACTS = ("Age: 34", "Location: Oslo", "Gender: man", "Interests: chess")
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"> <!--<script> \x1b[31mred \u202egnp.exe \u2028 \ud800"
@@ -116,11 +117,11 @@ def test_changed_preferences_are_seen_from_their_turn_on():
 @given(st.data())
 def test_marks_agree_with_the_ledger(data):
     """Marks that count otherwise than rewards.score_profile would contradict the numbers beside them."""
-    facts = data.draw(st.sampled_from(world.generate_personas(5, seed=0)))
+    facts = data.draw(st.sampled_from(generate_personas(5, seed=0)))
     pool = [*facts, "Age: 99", "Location: Atlantis", facts[0].split(": ")[1]]
     lines, before = (data.draw(st.lists(st.sampled_from(pool), max_size=6)) for _ in range(2))
     texts = data.draw(st.lists(st.sampled_from([f.split(": ")[1] for f in facts]), max_size=5))
-    told = world.disclosed(facts, texts)
+    told = disclosed(facts, texts)
     marked, missing = report.mark_profile(lines, facts, told, [], before)
     score = rewards.score_profile(lines, facts, texts)
     supported = sum(mark in ("new", "kept", "corrected") for _, mark in marked)

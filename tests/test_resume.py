@@ -27,7 +27,7 @@ from benchmarks import corrupt
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from runlog import claim_folder
-from simulator import make_server
+from simulator import make_user_server
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -47,7 +47,7 @@ def arguments(tmp_path_factory) -> Iterator[list[str]]:
     save_pretrained(random_policy(shape, seed=0), folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "rlpa.json").write_text(json.dumps(SETTINGS))
-    server = make_server(port=0)
+    server = make_user_server(port=0)
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     yield ["--ckpt", str(folder), "--simulator-url", f"http://127.0.0.1:{server.server_address[1]}"]
     server.shutdown()
@@ -436,7 +436,7 @@ def test_a_silent_process_is_not_waited_for_without_end(tmp_path):
         "try:\n    train_rlpa.gather(1)\nexcept train_rlpa.LostProcess as error:\n    print(error, flush=True)\n"
         "os._exit(0)\n"
     )
-    with make_server(port=0) as free:
+    with make_user_server(port=0) as free:
         port = free.server_address[1]
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     start = lambda rank: subprocess.Popen(  # noqa: E731

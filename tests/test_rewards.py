@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-import world
 from dialogue import SYSTEM_PROMPT
 from rewards import VERDICTS, line_matches_fact, match_lines, parse_turn, rule_verdicts, score_profile
+from worlds import first, ledger
 
 FACTS = ["Age: 34", "Gender: woman", "Interests: chess", "Educational Background: law", "Personality Traits: calm",
          "Occupation: nurse", "Marital Status: single", "Family Background: two sons", "Location: New York",
@@ -100,13 +100,13 @@ def test_a_perfect_profile_scores_one(n):
 
 
 def say_all(facts: list[str]) -> str:
-    return " ".join(world.fill(world.DISCLOSURES[slot][0], value) for slot, value in map(world.split_fact, facts))
+    return " ".join(first.fill(first.DISCLOSURES[slot][0], value) for slot, value in map(ledger.split_fact, facts))
 
 
 @pytest.mark.parametrize("facts", [FACTS, FACTS[:3], PROSE])
 def test_packing_all_facts_on_one_line_matches_at_most_one(facts):
     """Guards: the published F1 is unbounded: one dense line scores 1.67."""
-    values = [world.split_fact(fact)[1] for fact in facts]
+    values = [ledger.split_fact(fact)[1] for fact in facts]
     for line in (", ".join(facts), "; ".join(values), " ".join(values), f"Age: {' '.join(values)}"):
         for lines in ([line], [line, line, f"{line}!"]):
             assert sum(match is not None for match in match_lines(lines, facts)) <= 1
@@ -127,7 +127,7 @@ def test_lines_match_by_slot_and_value():
 
 PACKED = [f"{a} {b}" for a, b in itertools.permutations(("nurse", "chess", "34", "parrot"), 2)]
 LINES = st.lists(st.sampled_from([
-    *FACTS, *(fact.lower() for fact in FACTS), *(world.split_fact(fact)[1] for fact in FACTS), *PACKED, "Age: 35",
+    *FACTS, *(fact.lower() for fact in FACTS), *(ledger.split_fact(fact)[1] for fact in FACTS), *PACKED, "Age: 35",
     "Gender: man", "Location: Oslo", "Location: nurse", "likes chess, 34", "single calm nurse", "tea", "", "- ",
     "Occupation: nurse baker"]), max_size=7)
 
@@ -149,7 +149,7 @@ def test_the_matching_is_valid_and_as_large_as_any(lines, facts):
     paired = [match for match in matches if match is not None]
     assert len(matches) == len(lines) and len(set(paired)) == len(paired)
     assert all(line_matches_fact(lines[i], facts[match]) for i, match in enumerate(matches) if match is not None)
-    distinct = list({tuple(world.words(line)): line for line in lines}.values())
+    distinct = list({tuple(ledger.words(line)): line for line in lines}.values())
     assert len(paired) == largest_matching(distinct, facts)
     assert sum(match is not None for match in match_lines(lines[::-1], facts)) == len(paired)
 
@@ -172,11 +172,11 @@ def test_a_line_pays_only_if_it_states_a_told_fact_not_yet_stated(lines, line, a
         assert 0 <= score.evidence_f1 <= score.f1 <= 1 and score.evidence_f1 <= score.max_f1 <= 1
         assert score.n_recalled + score.n_unsupported == score.n_lines
         assert score.n_recalled <= score.n_disclosed == len(told)
-    stated_before = {tuple(world.words(earlier)) for earlier in lines}
+    stated_before = {tuple(ledger.words(earlier)) for earlier in lines}
     new = after.n_recalled - before.n_recalled
     assert new in (0, 1) and (new == 1) == (after.evidence_f1 > before.evidence_f1)
     if new:
-        assert any(line_matches_fact(line, fact) for fact in told) and tuple(world.words(line)) not in stated_before
+        assert any(line_matches_fact(line, fact) for fact in told) and tuple(ledger.words(line)) not in stated_before
     else:
         assert after.evidence_f1 <= before.evidence_f1
 

@@ -14,14 +14,15 @@ import pytest
 import evaluate
 import make_tiny
 import rewards
-import second_world
 import train_rlpa
-import world
+from endpoints.client import ChatClient
 from rewards import VERDICTS
-from simulator import ChatClient, Persona, make_server, simulator_messages
+from simulator import make_user_server, simulator_messages
+from worlds import first, ledger, second
+from worlds.personas import Persona
 
 TINY = str(train_rlpa.TINY_CHECKPOINT)
-FACTS = [f"{slot}: {value}" for slot, parts in world.VALUES.items() for part in parts for value in part]
+FACTS = [f"{slot}: {value}" for slot, parts in first.VALUES.items() for part in parts for value in part]
 SEVERAL = {"Interests", "Personality Traits", "Others"}  # slots of which a persona may have two facts
 PERSONA = ["Age: 34", "Gender: woman", "Interests: chess", "Interests: yoga", "Educational Background: law",
            "Personality Traits: calm", "Occupation: optician", "Marital Status: single", "Family Background: two sons",
@@ -36,7 +37,7 @@ ASKED = [("user", "Hello"), ("assistant", "Hi! Where do you live?")]
 
 def templates() -> list[str]:
     """Return all that the second user says."""
-    s = second_world
+    s = second
     told = [phrase for phrases in s.DISCLOSURES.values() for phrase in phrases]
     rest = [*s.LEADS, *s.TAILS, *s.SMALL_TALK, *s.NUDGES, *s.STALLS, *s.REFUSALS, *s.COMPLAINTS, *s.UNKNOWN]
     return [*told, s.OPENER, s.CHANGED, *filter(None, rest)]
@@ -46,14 +47,14 @@ def play(facts: list[str], rng: random.Random, n_turns: int) -> list[tuple[str, 
     """Play a dialogue with an assistant that asks, repeats itself, and says anything."""
     history: list[tuple[str, str]] = []
     for turn in range(n_turns):
-        history.append(("user", second_world.user_reply(facts, history, turn) if history else "Hello"))
+        history.append(("user", second.user_reply(facts, history, turn) if history else "Hello"))
         history.append(("assistant", rng.choice([*QUESTIONS, *QUESTIONS, *REMARKS])))
     return history
 
 
 def test_examples():
     """Guards examples in docstrings that no longer hold."""
-    found = doctest.testmod(second_world)
+    found = doctest.testmod(second)
     assert found.attempted > 5 and found.failed == 0
 
 
@@ -64,10 +65,10 @@ def test_no_phrase_shares_three_words_with_training():
     """Guards transfer that is no transfer: a phrase that the warm start or RL has read, whole or in part."""
 
     def runs(template: str) -> set[tuple[str, ...]]:
-        said = [world.words(piece) for piece in re.split(r"\{\w\}", template)]
+        said = [ledger.words(piece) for piece in re.split(r"\{\w\}", template)]
         return {tuple(words[i : i + 3]) for words in said for i in range(len(words) - 2)}
 
-    m, w = make_tiny, world
+    m, w = make_tiny, first
     met = [p for table in (w.DISCLOSURES, m.ACKNOWLEDGEMENTS, m.QUESTION_PHRASES) for ps in table.values() for p in ps]
     met += [*w.LEADS, *w.FILLERS, *w.COMPLAINTS, w.CHANGED, *w.UNKNOWN]
     met += [*m.COMMENTS, *m.GREETINGS, *m.APOLOGIES, *m.BLANDS]
@@ -80,15 +81,15 @@ def test_no_sentence_is_met_in_training_dialogues():
     rng, trained, spoken = random.Random(0), set(), set()
     for _ in range(100):
         for text, _ in make_tiny.scripted_dialogue(rng, 6):
-            trained |= set(world.sentences(text))
-    for facts in world.generate_personas(100, 0, "heldout"):
-        spoken |= {s for who, text in play(facts, rng, 6)[1:] if who == "user" for s in world.sentences(text)}
+            trained |= set(ledger.sentences(text))
+    for facts in first.generate_personas(100, 0, "heldout"):
+        spoken |= {s for who, text in play(facts, rng, 6)[1:] if who == "user" for s in ledger.sentences(text)}
     assert len(spoken) > 200 and not spoken & trained
 
 
 def test_training_never_meets_it():
     """Guards a default, or settings of the tiny checkpoint, that train on what transfer is measured with."""
-    assert train_rlpa.Config().simulator_model != second_world.MODEL_NAME
+    assert train_rlpa.Config().simulator_model != "rule-user-2"
     assert "simulator_model" not in train_rlpa.checkpoint_defaults(train_rlpa.TINY_CHECKPOINT)
     assert train_rlpa.World(None, None).rule_verdicts is rewards.rule_verdicts
 
@@ -99,19 +100,19 @@ def test_training_never_meets_it():
 def test_no_value_is_part_of_a_phrase():
     """Guards small talk that gives a fact away, or takes one back."""
     bare = [re.sub(r"\{\w\}", " | ", phrase) for phrase in templates()]
-    values = {world.split_fact(fact)[1] for fact in FACTS}
-    assert not [(value, phrase) for phrase in bare for value in values if world.contains_phrase(phrase, value)]
+    values = {ledger.split_fact(fact)[1] for fact in FACTS}
+    assert not [(value, phrase) for phrase in bare for value in values if ledger.contains_phrase(phrase, value)]
 
 
 def test_a_disclosure_gives_exactly_its_own_fact_away():
     """Guards the ledger: every value in every phrase is found in it, verbatim, and nothing else is."""
     for fact in FACTS:
-        slot, value = world.split_fact(fact)
-        for template in second_world.DISCLOSURES[slot]:
-            said = world.fill(template, value)
-            assert world.contains_phrase(said, value) and len(world.sentences(said)) == 1
-            told = [FACTS[i] for i in world.disclosed(FACTS, [said])]
-            others = [f for f in told if f != fact and (world.split_fact(f)[0] != slot or slot in SEVERAL)]
+        slot, value = ledger.split_fact(fact)
+        for template in second.DISCLOSURES[slot]:
+            said = first.fill(template, value)
+            assert ledger.contains_phrase(said, value) and len(ledger.sentences(said)) == 1
+            told = [FACTS[i] for i in ledger.disclosed(FACTS, [said])]
+            others = [f for f in told if f != fact and (ledger.split_fact(f)[0] != slot or slot in SEVERAL)]
             assert fact in told and not others, said
 
 
@@ -119,19 +120,19 @@ def test_the_user_stays_within_budget_whatever_it_is_told():
     """Guards the honest maximum: never more facts than the allowance, never more than three sentences, never silent."""
     rng = random.Random(0)
     long = [*PERSONA, "Others: guitar", "Others: telescope", "Interests: opera"]
-    for facts in [PERSONA, long, PERSONA[:5], *world.generate_personas(40, 1, "unseen")]:
+    for facts in [PERSONA, long, PERSONA[:5], *first.generate_personas(40, 1, "unseen")]:
         history = play(facts, rng, 12)
         for turn in range(1, 12):
             texts = [text for who, text in history[: 2 * turn + 1] if who == "user"]
-            before, after = (len(world.disclosed(facts, said)) for said in (texts[:-1], texts))
-            assert after - before <= world.allowance(len(facts), before, turn), texts[-1]
-            assert 1 <= len(world.sentences(texts[-1])) <= 3
+            before, after = (len(ledger.disclosed(facts, said)) for said in (texts[:-1], texts))
+            assert after - before <= ledger.allowance(len(facts), before, turn), texts[-1]
+            assert 1 <= len(ledger.sentences(texts[-1])) <= 3
 
 
 def test_a_long_persona_tells_two_facts_at_once():
     """Guards a disclosure habit that is never shown: 15 % of 14 facts are two."""
     facts = [*PERSONA, "Others: guitar", "Interests: opera", "Personality Traits: shy"]
-    told = [len(world.disclosed(facts, [second_world.user_reply(facts, [("user", "Hello"), ("assistant",
+    told = [len(ledger.disclosed(facts, [second.user_reply(facts, [("user", "Hello"), ("assistant",
             "What are your hobbies?")], seed)])) for seed in range(40)]  # fmt: skip
     assert max(told) == 2
 
@@ -142,8 +143,8 @@ def test_small_talk_does_not_tell_what_a_persona_of_ones_own_hides():
              "Others: queue", "Interests: sandwich", "Others: neighbour", "Others: view"]  # fmt: skip
     for assistant in ("I see.", "Where do you live?", "Any hobbies?"):
         for seed in range(200):
-            said = second_world.user_reply(facts, [("user", "Hello"), ("assistant", assistant)], seed)
-            assert len(world.disclosed(facts, [said])) <= 1, said
+            said = second.user_reply(facts, [("user", "Hello"), ("assistant", assistant)], seed)
+            assert len(ledger.disclosed(facts, [said])) <= 1, said
 
 
 def test_prose_is_told_in_the_first_person():
@@ -151,9 +152,9 @@ def test_prose_is_told_in_the_first_person():
     history = [("user", "Hello")]
     for turn in range(14):
         history.append(("assistant", f"Interesting. What else is there to know, number {turn}?"))
-        history.append(("user", second_world.user_reply(PROSE, history, turn)))
+        history.append(("user", second.user_reply(PROSE, history, turn)))
     texts = [text for who, text in history if who == "user"]
-    assert len(world.disclosed(PROSE, texts)) == len(PROSE)
+    assert len(ledger.disclosed(PROSE, texts)) == len(PROSE)
     assert not any(re.search(r"\b[Hh]e\b|\b[Ss]he\b", text) for text in texts)
 
 
@@ -162,75 +163,75 @@ def test_prose_is_told_in_the_first_person():
 
 def test_it_answers_refuses_once_stalls_and_deflects():
     """Guards a temper that is the first user's: a question is answered at once in some cases only."""
-    said = [second_world.user_reply(PERSONA, ASKED, seed) for seed in range(400)]
-    told = [[PERSONA[i] for i in world.disclosed(PERSONA, [text])] for text in said]
+    said = [second.user_reply(PERSONA, ASKED, seed) for seed in range(400)]
+    told = [[PERSONA[i] for i in ledger.disclosed(PERSONA, [text])] for text in said]
     shares = {
         "answered": sum(facts == ["Location: New York"] for facts in told) / 400,
         "deflected": sum(bool(facts) and facts != ["Location: New York"] for facts in told) / 400,
-        "stalled": sum(text in second_world.STALLS for text in said) / 400,
-        "refused": sum(text in second_world.REFUSALS for text in said) / 400,
+        "stalled": sum(text in second.STALLS for text in said) / 400,
+        "refused": sum(text in second.REFUSALS for text in said) / 400,
     }
     expected = {"answered": 0.6, "deflected": 0.15, "stalled": 0.15, "refused": 0.1}
     assert shares == pytest.approx(expected, abs=0.07) and sum(shares.values()) == pytest.approx(1)
-    refused = [*ASKED, ("user", second_world.REFUSALS[0]), ("assistant", "What is your job?")]
-    assert not any(second_world.user_reply(PERSONA, refused, seed) in second_world.REFUSALS for seed in range(200))
+    refused = [*ASKED, ("user", second.REFUSALS[0]), ("assistant", "What is your job?")]
+    assert not any(second.user_reply(PERSONA, refused, seed) in second.REFUSALS for seed in range(200))
 
 
 def test_a_late_answer_comes_with_the_next_message():
     """Guards a stall that is a refusal: the question before is answered, whatever is asked meanwhile."""
     for assistant in ("Take your time.", "What is your job?"):
-        history = [*ASKED, ("user", second_world.STALLS[0]), ("assistant", assistant)]
+        history = [*ASKED, ("user", second.STALLS[0]), ("assistant", assistant)]
         for seed in range(50):
-            said = second_world.user_reply(PERSONA, history, seed)
-            assert world.disclosed(PERSONA, [said]) == [PERSONA.index("Location: New York")], said
+            said = second.user_reply(PERSONA, history, seed)
+            assert ledger.disclosed(PERSONA, [said]) == [PERSONA.index("Location: New York")], said
 
 
 @pytest.mark.parametrize(
     ("history", "says"),
     [
         ([*ASKED, ("user", "Rents in New York are a joke."), ("assistant", "Which city are you in?")], "REPEATED"),
-        ([*ASKED, ("user", second_world.REFUSALS[0]), ASKED[1]], "ECHO"),
+        ([*ASKED, ("user", second.REFUSALS[0]), ASKED[1]], "ECHO"),
         ([ASKED[0], ("assistant", "Where do you live? " + "I am curious. " * 20)], "TOO_LONG"),
     ],
 )
 def test_it_complains(history, says):
     """Guards a patient user: told again, asked in the same words, and lectured, it says so and tells nothing."""
-    allowed = getattr(second_world, says)
+    allowed = getattr(second, says)
     for seed in range(20):
-        said = second_world.user_reply(PERSONA, history, seed)
+        said = second.user_reply(PERSONA, history, seed)
         assert said in allowed if isinstance(allowed, list) else said == allowed
 
 
 def test_it_does_not_know_what_is_not_in_its_persona_and_nudges_if_not_asked():
     """Guards invented facts, and a user that waits in silence."""
-    assert {second_world.user_reply(["Age: 34"] * 7, ASKED, seed) for seed in range(30)} == set(second_world.UNKNOWN)
-    idle = [second_world.user_reply(PERSONA, [ASKED[0], ("assistant", "I see.")], seed) for seed in range(200)]
-    told = sum(bool(world.disclosed(PERSONA, [text])) for text in idle)
-    assert 70 <= told <= 130 and any(text in second_world.NUDGES for text in idle)
+    assert {second.user_reply(["Age: 34"] * 7, ASKED, seed) for seed in range(30)} == set(second.UNKNOWN)
+    idle = [second.user_reply(PERSONA, [ASKED[0], ("assistant", "I see.")], seed) for seed in range(200)]
+    told = sum(bool(ledger.disclosed(PERSONA, [text])) for text in idle)
+    assert 70 <= told <= 130 and any(text in second.NUDGES for text in idle)
 
 
 def test_changed_facts_are_taken_back():
     """Guards --scenario conflict in this world: the user says that things moved on, and tells the new fact."""
     history = [("user", "Rents in Paris are a joke, trust me."), ("assistant", "How old are you?")]
-    said = second_world.user_reply(PERSONA, history, 0)
-    assert said.startswith(second_world.CHANGED) and "New York" in said
+    said = second.user_reply(PERSONA, history, 0)
+    assert said.startswith(second.CHANGED) and "New York" in said
 
 
 def test_replies_depend_on_their_arguments_alone():
     """Guards a random state that outlives the call, and a seed without effect."""
-    one = [second_world.user_reply(PERSONA, ASKED, seed) for seed in range(50)]
+    one = [second.user_reply(PERSONA, ASKED, seed) for seed in range(50)]
     random.seed(1)
-    assert one == [second_world.user_reply(PERSONA, ASKED, seed) for seed in range(50)] and len(set(one)) > 10
-    assert second_world.user_reply(PERSONA, [], 0) == second_world.OPENER
+    assert one == [second.user_reply(PERSONA, ASKED, seed) for seed in range(50)] and len(set(one)) > 10
+    assert second.user_reply(PERSONA, [], 0) == second.OPENER
 
 
 def test_it_is_served_under_its_own_model_name():
     """Guards the endpoint: `rule-user-2` must be the second user and say so, any other name the first."""
-    server = make_server(port=0)
+    server = make_user_server(port=0)
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     messages = simulator_messages(Persona("x", tuple(PERSONA)), ASKED)
-    for model, speaker in ((second_world.MODEL_NAME, second_world), ("rule-user", world)):
+    for model, speaker in (("rule-user-2", second), ("rule-user", first)):
         with closing(ChatClient(url, model)) as client:
             told = client.chat_many([messages] * 10, range(10))
         assert told == [speaker.user_reply(PERSONA, ASKED, seed) for seed in range(10)]
@@ -243,8 +244,8 @@ def test_it_is_served_under_its_own_model_name():
 TWO = ["Occupation: nurse", "Location: Oslo", "Interests: chess"]
 TOLD = [("user", "Hello"), ("assistant", "Hi! What is your job?"), ("user", "The sign on the door reads nurse.")]
 GOOD = "A nurse must see a lot. Where do you live?"
-STALLED = [*TOLD[:2], ("user", second_world.STALLS[0])]
-COMPLAINED = [*TOLD, ("assistant", GOOD), ("user", second_world.REPEATED[0])]
+STALLED = [*TOLD[:2], ("user", second.STALLS[0])]
+COMPLAINED = [*TOLD, ("assistant", GOOD), ("user", second.REPEATED[0])]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ COMPLAINED = [*TOLD, ("assistant", GOOD), ("user", second_world.REPEATED[0])]
 )
 def test_good_replies_pass(history, reply):
     """Guards a judge that nothing can please."""
-    verdicts = second_world.rule_verdicts(reply, history, TWO)
+    verdicts = second.rule_verdicts(reply, history, TWO)
     assert tuple(verdicts) == VERDICTS and all(verdicts.values()), verdicts
 
 
@@ -286,7 +287,7 @@ def test_good_replies_pass(history, reply):
 )  # fmt: skip
 def test_bad_replies_fail_where_they_should(name, history, reply):
     """Guards each rule: the reply fails under this name, and the text beside the rule says why."""
-    assert not second_world.rule_verdicts(reply, history, TWO)[name]
+    assert not second.rule_verdicts(reply, history, TWO)[name]
 
 
 def test_it_is_another_judge_than_the_first():
@@ -299,7 +300,7 @@ def test_it_is_another_judge_than_the_first():
         "informativeness": "So you are a nurse. Where do you live?",
     }
     for name, reply in lenient.items():
-        assert rewards.rule_verdicts(reply, TOLD, TWO)[name] and not second_world.rule_verdicts(reply, TOLD, TWO)[name]
+        assert rewards.rule_verdicts(reply, TOLD, TWO)[name] and not second.rule_verdicts(reply, TOLD, TWO)[name]
 
 
 def test_any_reply_is_judged():
@@ -307,7 +308,7 @@ def test_any_reply_is_judged():
     for facts in (TWO, PROSE, []):
         for reply in [*REMARKS, "?", "!", ". . .", "Where?"]:
             for history in (TOLD[:1], TOLD, COMPLAINED):
-                assert all(type(v) is bool for v in second_world.rule_verdicts(reply, history, facts).values())
+                assert all(type(v) is bool for v in second.rule_verdicts(reply, history, facts).values())
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -328,7 +329,7 @@ def test_the_evaluation_meets_user_and_judge_of_the_second_world(tmp_path):
             said |= {turn["user_text"]} - {"Hello"}
             if reply["failure"] is None:
                 facts = episode["persona_facts"]
-                assert reply["verdicts"] == second_world.rule_verdicts(reply["response"], history, facts)
+                assert reply["verdicts"] == second.rule_verdicts(reply["response"], history, facts)
             history.append(("assistant", reply["response"]))
     assert said and all(any(part and part in text for part in known) for text in said)
 

@@ -27,22 +27,17 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
-import world
-from simulator import (
-    ChatClient,
-    ChatError,
-    Persona,
-    completions_url,
-    make_server,
-    parse_reply,
-    parse_retry_after,
-    simulator_messages,
-    start_embedded_server,
-)
+from endpoints import server as endpoint_server
+from endpoints.client import ChatClient
+from endpoints.wire import ChatError, RequestError, completions_url, parse_reply, parse_retry_after
+from simulator import make_user_server, simulator_messages, start_embedded_server
+from worlds import first
+from worlds.personas import Persona
 
 ROOT = Path(simulator.__file__).parent
 ASK = [{"role": "user", "content": "hi"}]
@@ -381,10 +376,10 @@ def test_order_concurrency_and_request_body():
 
     with hostile_server(behave) as url:
         with closing(ChatClient(url + "/v1/", "mm", max_concurrency=4, temperature=0.5, max_tokens=9)) as client:
-            requests = [json.loads(text) for text in client.chat_many([ASK] * 24, range(24))]
+            sent = [json.loads(text) for text in client.chat_many([ASK] * 24, range(24))]
             unseeded = json.loads(client.chat(ASK))
             assert client.chat_many([], []) == []
-    assert [r["seed"] for r in requests] == list(range(24)) and 1 < peak[0] <= 4
+    assert [r["seed"] for r in sent] == list(range(24)) and 1 < peak[0] <= 4
     assert unseeded == {"model": "mm", "temperature": 0.5, "max_tokens": 9, "messages": ASK}
     assert client.counts["requests"] == 25 and client.counts["wait_seconds"] > 0
 
@@ -545,7 +540,7 @@ def test_dialogue_over_http_is_the_worlds_dialogue(embedded):
         history: list[tuple[str, str]] = []
         for turn, question in enumerate(("Hi! Where do you live?", "What do you do for a living?", "How old are you?")):
             reply = client.chat(simulator_messages(PERSONA, history), seed=turn)
-            assert reply == world.user_reply(list(PERSONA.facts), history, turn)
+            assert reply == first.user_reply(list(PERSONA.facts), history, turn)
             history += [("user", reply), ("assistant", question)]
     assert history[0] == ("user", "Hello") and "Oslo" in history[2][1] and "baker" in history[4][1]
 
@@ -554,8 +549,8 @@ def test_the_seed_decides(embedded):
     """Guards: replies depend on time, process or order, or not on the seed at all."""
     messages = [simulator_messages(PERSONA, HISTORY)] * 64
     with closing(ChatClient(embedded.url, "m")) as client:
-        first, again = client.chat_many(messages, range(64)), client.chat_many(messages, range(64))
-        assert first == again and len(set(first)) > 5
+        once, again = client.chat_many(messages, range(64)), client.chat_many(messages, range(64))
+        assert once == again and len(set(once)) > 5
         assert len(set(client.chat_many(messages, [None] * 64))) == 1
         other = simulator_messages(PERSONA, [("user", "Hello"), ("assistant", "So, where do you live?")])
         assert client.chat(other) == client.chat(other)
@@ -579,7 +574,7 @@ def test_sixty_four_requests_at_once(address):
 
 def test_the_listen_backlog_takes_sixty_four_connections():
     """Guards: of simultaneous connections all but the first 5 (http.server's backlog) wait for a second SYN."""
-    with closing(make_server(port=0).socket) as listening:  # nobody accepts, so a full backlog stays full
+    with closing(make_user_server(port=0).socket) as listening:  # nobody accepts, so a full backlog stays full
         connections = [socket.create_connection(listening.getsockname(), timeout=10) for _ in range(64)]
     for connection in connections:
         connection.close()
@@ -597,7 +592,7 @@ def test_official_openai_client(embedded):
         model = client.models.list().data[0].id
         messages = simulator_messages(PERSONA, HISTORY)
         reply = client.chat.completions.create(model=model, messages=messages, seed=3, temperature=1.0, max_tokens=50)
-        text = world.user_reply(list(PERSONA.facts), HISTORY, 3)
+        text = first.user_reply(list(PERSONA.facts), HISTORY, 3)
         assert reply.choices[0].message.content == text and reply.choices[0].finish_reason == "stop"
         assert reply.usage.completion_tokens == len(text.split())
         with pytest.raises(openai.BadRequestError, match="stream"):
@@ -710,7 +705,7 @@ def test_any_request_body_is_answered_or_refused(raw):
     """Guards: a 500 from a body that nobody thought of."""
     try:
         simulator.complete(raw)
-    except simulator.RequestError as error:
+    except RequestError as error:
         assert error.status in {400, 422}
 
 
@@ -726,8 +721,8 @@ def in_process(server):
 
 def test_a_bug_behind_the_server_is_a_500(monkeypatch, capfd):
     """Guards: an exception in the world drops the connection, or shows the client a traceback."""
-    monkeypatch.setattr(world, "user_reply", lambda *_: 1 / 0)
-    with in_process(make_server(port=0)) as connection:
+    monkeypatch.setitem(simulator.EMBEDDED_USERS, "rule-user", lambda *_: 1 / 0)
+    with in_process(make_user_server(port=0)) as connection:
         response, reply = exchange(connection, "POST", CHAT, GOOD)
         assert response.status == 500 and json.loads(reply)["error"]["type"] == "server_error"
         assert b"Traceback" not in reply and "ZeroDivisionError" in capfd.readouterr().err
@@ -736,8 +731,8 @@ def test_a_bug_behind_the_server_is_a_500(monkeypatch, capfd):
 
 def test_a_body_that_never_comes_is_a_408(monkeypatch):
     """Guards: a client that stalls holds a thread for ever, or is dropped without a status."""
-    monkeypatch.setattr(simulator._Handler, "timeout", 0.2)
-    with in_process(make_server(port=0)) as connection:
+    monkeypatch.setattr(endpoint_server.Handler, "timeout", 0.2)
+    with in_process(make_user_server(port=0)) as connection:
         connection.putrequest("POST", CHAT)
         connection.putheader("Content-Length", "10")
         connection.endheaders(b"{")
@@ -748,7 +743,7 @@ def test_a_body_that_never_comes_is_a_408(monkeypatch):
 def test_only_loopback(host):
     """Guards: a server without access control is open to the network."""
     with pytest.raises(ValueError, match="use --host 127.0.0.1"):
-        make_server(host, 0)
+        make_user_server(host, 0)
 
 
 @pytest.mark.parametrize("port", ["taken", "99999", "-1", "x"])
@@ -768,7 +763,7 @@ print(server.process.pid, server.url, flush=True)
 time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pid, url = parent.stdout.readline().split()
-    assert simulator.requests.get(url + "/models", timeout=10).status_code == 200
+    assert requests.get(url + "/models", timeout=10).status_code == 200
     parent.kill()
     parent.wait()
     parent.stdout.close()

@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 
 import train_rlpa
 from dialogue import ChatTokenizer, Dialogue, render_turn
+from endpoints.client import ChatClient
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, load_critic, load_policy, random_policy, save_pretrained
 from sampler import Draw
-from simulator import ChatClient, make_server
+from simulator import make_user_server
 from train_rlpa import Config, Play, World, parse_args, rollout
 
 ROOT = Path(train_rlpa.__file__).parent
@@ -62,7 +63,7 @@ def ckpt(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def user_url() -> Iterator[str]:
     """The embedded user, in a thread of this process."""
-    server = make_server(port=0)
+    server = make_user_server(port=0)
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 import make_tiny
-import simulator
-import world
+from worlds import first, ledger
+from worlds.personas import load_personas
 
-ROOT = Path(world.__file__).parent
+ROOT = Path(__file__).parents[1]
 ALOE = ROOT.parent / "shared" / "aloe" / "profile.jsonl"
-VALUES = {slot: [value for part in parts for value in part] for slot, parts in world.VALUES.items()}
+MODULES = ["worlds.ledger", "worlds.first", "worlds.personas", "endpoints.plain_text", "endpoints.wire", "rewards",
+           "dialogue"]  # fmt: skip
+VALUES = {slot: [value for part in parts for value in part] for slot, parts in first.VALUES.items()}
 FACTS = [f"{slot}: {value}" for slot, values in VALUES.items() for value in values]
 SEVERAL = {"Interests", "Personality Traits", "Others"}  # slots of which a persona may have two facts
 YOU_REPEAT = "You said that before."
@@ -37,7 +39,7 @@ KERNELS = ["backend", "decode_attention", "head", "kl_estimates", "linear_kl", "
            "rope", "rows", "sample_head", "swiglu"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["world", "rewards", "dialogue", *(f"kernels.{name}" for name in KERNELS)])
+@pytest.mark.parametrize("name", [*MODULES, *(f"kernels.{name}" for name in KERNELS)])
 def test_examples_in_docstrings_are_true(name):
     """Guards: documentation that was never run."""
     result = doctest.testmod(importlib.import_module(name))
@@ -46,8 +48,8 @@ def test_examples_in_docstrings_are_true(name):
 
 # ------------------------------------------------------------------------------------------------ words mean one thing
 def user_phrases() -> list[str]:
-    templates = [template for phrases in world.DISCLOSURES.values() for template in phrases]
-    return ["Hello", YOU_REPEAT, *templates, *world.LEADS, *world.FILLERS, *world.REPEATED, *world.UNKNOWN]
+    templates = [template for phrases in first.DISCLOSURES.values() for template in phrases]
+    return ["Hello", YOU_REPEAT, *templates, *first.LEADS, *first.FILLERS, *first.REPEATED, *first.UNKNOWN]
 
 
 def assistant_phrases() -> list[str]:
@@ -60,11 +62,11 @@ def test_no_value_is_part_of_another_slots_value():
     """Guards: "I have a sailing boat" gives the hobby sailing away too, above the budget and unseen by anyone."""
     clashes = set()
     for fact in FACTS:
-        slot, value = world.split_fact(fact)
+        slot, value = ledger.split_fact(fact)
         for other in FACTS:
-            other_slot, other_value = world.split_fact(other)
+            other_slot, other_value = ledger.split_fact(other)
             twice = fact != other and (slot != other_slot or slot in SEVERAL)
-            if twice and world.contains_phrase(other_value, value):
+            if twice and ledger.contains_phrase(other_value, value):
                 clashes.add((fact, other))
     assert not clashes
 
@@ -74,40 +76,40 @@ def test_no_value_is_part_of_a_phrase():
     clashes = set()
     for phrase in user_phrases() + assistant_phrases():
         bare = re.sub(r"\{\w\}", " | ", phrase)  # not next to the value either: "quite {v}"
-        values = (world.split_fact(fact)[1] for fact in FACTS)
-        clashes |= {(value, phrase) for value in values if world.contains_phrase(bare, value)}
+        values = (ledger.split_fact(fact)[1] for fact in FACTS)
+        clashes |= {(value, phrase) for value in values if ledger.contains_phrase(bare, value)}
     assert not clashes
 
 
 def test_a_disclosure_gives_exactly_its_own_fact_away():
     """Guards: a ledger that misses a phrasing, or counts a fact that was not told: every value in every phrase."""
     for fact in FACTS:
-        slot, value = world.split_fact(fact)
-        for template in world.DISCLOSURES[slot]:
-            said = world.fill(template, value)
-            told = [FACTS[i] for i in world.disclosed(FACTS, [said])]
+        slot, value = ledger.split_fact(fact)
+        for template in first.DISCLOSURES[slot]:
+            said = first.fill(template, value)
+            told = [FACTS[i] for i in ledger.disclosed(FACTS, [said])]
             assert fact in told, said
-            others = [f for f in told if f != fact and (world.split_fact(f)[0] != slot or slot in SEVERAL)]
+            others = [f for f in told if f != fact and (ledger.split_fact(f)[0] != slot or slot in SEVERAL)]
             assert not others, said
 
 
 def test_the_ledger_keeps_the_order_of_disclosure_and_each_fact_once():
     """Guards: a repeated fact that is counted twice, or a ledger in persona order."""
     texts = ["Hello", "I live in New York.", "I am calm.", "I moved to New York. I am 34 years old."]
-    told = [PERSONA[i] for i in world.disclosed(PERSONA, texts)]
+    told = [PERSONA[i] for i in ledger.disclosed(PERSONA, texts)]
     assert told == ["Location: New York", "Personality Traits: calm", "Age: 34"]
-    assert world.disclosed(PERSONA, ["I am a lawyer, 341 years old, calmly."]) == []
+    assert ledger.disclosed(PERSONA, ["I am a lawyer, 341 years old, calmly."]) == []
 
 
-@pytest.mark.parametrize("slot", world.SLOTS)
+@pytest.mark.parametrize("slot", ledger.SLOTS)
 def test_a_question_is_about_its_own_slot_and_no_other(slot):
     """Guards: "Where do you live?" taken for "What do you do for a living?"; statements taken for questions."""
     for question in make_tiny.QUESTION_PHRASES[slot]:
-        assert world.asked_slots(question) == [slot]
-        assert world.asked_slots(f"I live for my job. {question.upper()}") == [slot]
-        assert world.asked_slots(question.replace("?", ".")) == []
+        assert ledger.asked_slots(question) == [slot]
+        assert ledger.asked_slots(f"I live for my job. {question.upper()}") == [slot]
+        assert ledger.asked_slots(question.replace("?", ".")) == []
     for template in make_tiny.ACKNOWLEDGEMENTS[slot]:
-        assert world.asked_slots(world.fill(template, VALUES[slot][0])) == []
+        assert ledger.asked_slots(first.fill(template, VALUES[slot][0])) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ the user
@@ -124,11 +126,11 @@ def random_assistant(rng: random.Random, replies: list[str]) -> str:
     """Say something a policy might say: a question, the same again, several at once, prose, garbage, an attack."""
     kind = rng.choice(("question", "question", "again", "many", "prose", "garbage", "hostile"))
     if kind == "question":
-        return f"I see. {ask(rng.choice(world.SLOTS), rng.randrange(2))}"
+        return f"I see. {ask(rng.choice(ledger.SLOTS), rng.randrange(2))}"
     if kind == "again" and replies:
         return replies[-1]
     if kind == "many":
-        return " ".join(ask(slot) for slot in world.SLOTS)
+        return " ".join(ask(slot) for slot in ledger.SLOTS)
     if kind == "prose":
         return rng.choice(make_tiny.COMMENTS)
     if kind == "garbage":
@@ -140,7 +142,7 @@ def play(facts: list[str], assistant, n_turns: int, seed: int) -> list[tuple[str
     """Play a dialogue; `assistant` takes the replies so far."""
     history: list[tuple[str, str]] = []
     for turn in range(n_turns):
-        history.append(("user", world.user_reply(facts, history, seed + turn)))
+        history.append(("user", first.user_reply(facts, history, seed + turn)))
         history.append(("assistant", assistant([text for who, text in history if who == "assistant"])))
     return history
 
@@ -154,14 +156,14 @@ def test_the_user_stays_within_budget_whatever_it_is_told():
     disclosures = 0
     for number in range(300):
         rng = random.Random(number)
-        split = world.SPLITS[number % 3]
-        facts = world.generate_personas(1, seed=number, split=split)[0][: rng.choice((1, 3, 6, 13, 13, 13))]
+        split = first.SPLITS[number % 3]
+        facts = first.generate_personas(1, seed=number, split=split)[0][: rng.choice((1, 3, 6, 13, 13, 13))]
         texts = user_texts(play(facts, lambda replies, rng=rng: random_assistant(rng, replies), n_turns=8, seed=number))
         assert texts[0] == "Hello"
         for turn in range(1, 8):
-            before, after = (len(world.disclosed(facts, texts[: turn + n])) for n in (0, 1))
-            assert after - before <= world.allowance(len(facts), before, turn), texts[: turn + 1]
-            assert 1 <= len(world.sentences(texts[turn])) <= 3, texts[turn]
+            before, after = (len(ledger.disclosed(facts, texts[: turn + n])) for n in (0, 1))
+            assert after - before <= ledger.allowance(len(facts), before, turn), texts[: turn + 1]
+            assert 1 <= len(ledger.sentences(texts[turn])) <= 3, texts[turn]
         disclosures += after
     assert disclosures > 300  # the bound must have had something to hold back
 
@@ -172,13 +174,13 @@ def test_a_long_persona_gets_two_facts_in_three_sentences_at_most():
     question = " ".join(ask(slot) for slot in ("Occupation", "Family Background"))
     news = []
     for seed in range(200):
-        text = world.user_reply(facts, [("user", "Hello"), ("assistant", question)], seed)
-        assert len(world.sentences(text)) <= 3, text
-        news.append(len(world.disclosed(facts, [text])))
+        text = first.user_reply(facts, [("user", "Hello"), ("assistant", question)], seed)
+        assert len(ledger.sentences(text)) <= 3, text
+        news.append(len(ledger.disclosed(facts, [text])))
     assert set(news) == {1, 2}
 
 
-@pytest.mark.parametrize("slot", world.SLOTS)
+@pytest.mark.parametrize("slot", ledger.SLOTS)
 def test_the_user_answers_what_it_is_asked_and_says_so_when_asked_again(slot):
     """Guards: a question that is dodged, and a known fact that is told twice."""
     asked_about = {fact for fact in PERSONA if fact.startswith(slot)}
@@ -186,46 +188,46 @@ def test_the_user_answers_what_it_is_asked_and_says_so_when_asked_again(slot):
         history, told = list(OPENED[:1]), []
         for n in range(len(asked_about)):
             history += [("assistant", ask(slot, n % 2)), ("user", "")]
-            history[-1] = ("user", world.user_reply(PERSONA, history[:-1], seed))
-            told += world.disclosed(PERSONA, [history[-1][1]])
+            history[-1] = ("user", first.user_reply(PERSONA, history[:-1], seed))
+            told += ledger.disclosed(PERSONA, [history[-1][1]])
         assert {PERSONA[i] for i in told} == asked_about and len(told) == len(asked_about)
         other = f"Let me see. {ask(slot)}"
-        again = world.user_reply(PERSONA, [*history, ("assistant", other)], seed)
-        assert again in world.REPEATED
+        again = first.user_reply(PERSONA, [*history, ("assistant", other)], seed)
+        assert again in first.REPEATED
         same_words = [*history, ("assistant", other), ("user", again), ("assistant", other)]
-        assert world.user_reply(PERSONA, same_words, seed) == YOU_REPEAT
+        assert first.user_reply(PERSONA, same_words, seed) == YOU_REPEAT
 
 
-@pytest.mark.parametrize("slot", world.SLOTS)
+@pytest.mark.parametrize("slot", ledger.SLOTS)
 def test_the_user_does_not_know_what_is_not_in_its_persona(slot):
     """Guards: an invented fact, or one of another slot, in answer to a question that the persona cannot answer."""
     facts = [fact for fact in PERSONA if not fact.startswith(slot)]
     for seed in range(20):
-        assert world.user_reply(facts, [*OPENED[:1], ("assistant", ask(slot))], seed) in world.UNKNOWN
+        assert first.user_reply(facts, [*OPENED[:1], ("assistant", ask(slot))], seed) in first.UNKNOWN
 
 
 def test_the_user_volunteers_at_times_and_never_without_a_budget():
     """Guards: a user who only answers (nothing to learn before asking), or who talks before its share allows it."""
-    remarks = [world.user_reply(PERSONA, OPENED, seed) for seed in range(400)]
-    share = sum(bool(world.disclosed(PERSONA, [text])) for text in remarks) / len(remarks)
-    assert abs(share - world.VOLUNTEER_PROB) < 0.08
-    assert all(world.user_reply(["Age: 34"], OPENED, seed) in world.FILLERS for seed in range(50))
+    remarks = [first.user_reply(PERSONA, OPENED, seed) for seed in range(400)]
+    share = sum(bool(ledger.disclosed(PERSONA, [text])) for text in remarks) / len(remarks)
+    assert abs(share - first.VOLUNTEER_PROB) < 0.08
+    assert all(first.user_reply(["Age: 34"], OPENED, seed) in first.FILLERS for seed in range(50))
 
 
 def test_the_opener_discloses_nothing():
     """Guards: a first message that says more than Hello."""
     for facts in (PERSONA, PROSE, ["Others: Hello"], []):
-        assert {world.user_reply(facts, [], seed) for seed in range(20)} == {"Hello"}
+        assert {first.user_reply(facts, [], seed) for seed in range(20)} == {"Hello"}
 
 
 def test_a_user_without_facts_or_with_all_told_still_speaks():
     """Guards: an empty reply, which the client would count as a failure of the endpoint."""
-    told = (world.fill(world.DISCLOSURES[slot][0], value) for slot, value in map(world.split_fact, PERSONA))
+    told = (first.fill(first.DISCLOSURES[slot][0], value) for slot, value in map(ledger.split_fact, PERSONA))
     everything = ("user", " ".join(told))
-    for assistant in [*HOSTILE, *(ask(slot) for slot in world.SLOTS)]:
-        assert world.user_reply([], [*OPENED[:1], ("assistant", assistant)], 0)
-        reply = world.user_reply(PERSONA, [everything, ("assistant", assistant)], 0)
-        assert reply and not world.disclosed(PERSONA, [reply])
+    for assistant in [*HOSTILE, *(ask(slot) for slot in ledger.SLOTS)]:
+        assert first.user_reply([], [*OPENED[:1], ("assistant", assistant)], 0)
+        reply = first.user_reply(PERSONA, [everything, ("assistant", assistant)], 0)
+        assert reply and not ledger.disclosed(PERSONA, [reply])
 
 
 def test_replies_depend_on_their_arguments_alone():
@@ -235,13 +237,13 @@ def test_replies_depend_on_their_arguments_alone():
         return play(PERSONA, lambda replies: random_assistant(rng, replies), n_turns=10, seed=5)
 
     random.seed(1)
-    state, first = random.getstate(), transcript()
+    state, before = random.getstate(), transcript()
     assert random.getstate() == state
     random.seed(2)
-    assert transcript() == first
-    assert len({world.user_reply(PERSONA, OPENED, seed) for seed in range(30)}) > 5
-    code = (f"import world; print(world.generate_personas(3, 1, 'unseen'), "
-            f"[world.user_reply({PERSONA!r}, {OPENED!r}, s) for s in range(20)])")
+    assert transcript() == before
+    assert len({first.user_reply(PERSONA, OPENED, seed) for seed in range(30)}) > 5
+    code = (f"from worlds import first; print(first.generate_personas(3, 1, 'unseen'), "
+            f"[first.user_reply({PERSONA!r}, {OPENED!r}, s) for s in range(20)])")
     outputs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
                               text=True, capture_output=True, check=True).stdout for seed in "01"]
     assert outputs[0] == outputs[1]
@@ -249,7 +251,7 @@ def test_replies_depend_on_their_arguments_alone():
 
 # ------------------------------------------------------------------------------------------------------ prose personas
 def said_facts(text: str, facts: list[str]) -> list[int]:
-    return [i for i, fact in enumerate(facts) if world.first_person(fact) in text]
+    return [i for i, fact in enumerate(facts) if first.first_person(fact) in text]
 
 
 def test_prose_is_told_one_fact_at_a_time_in_the_first_person():
@@ -259,54 +261,54 @@ def test_prose_is_told_one_fact_at_a_time_in_the_first_person():
         told += said_facts(text, PROSE)
         assert len(told) == len(set(told)) == min(len(PROSE), int(0.15 * len(PROSE) * turn + 1e-9))
         assert not re.search(r"\b(?:he|she|his|her|him)\b", text, re.IGNORECASE)
-    assert world.disclosed(PROSE, texts) == told
+    assert ledger.disclosed(PROSE, texts) == told
     assert any("I am a 34-year-old optician" in text for text in texts) and any("My sister" in text for text in texts)
-    assert set(texts[-2:]) <= set(world.UNKNOWN)
+    assert set(texts[-2:]) <= set(first.UNKNOWN)
 
 
 @pytest.mark.skipif(not ALOE.is_file(), reason="../shared/aloe is absent")
 def test_every_aloe_persona_keeps_the_long_run_share():
     """Guards: real prose that the user cannot tell, cannot turn round, or tells faster than 15 % a turn."""
-    for number, persona in enumerate(simulator.load_personas(ALOE)):
+    for number, persona in enumerate(load_personas(ALOE)):
         facts = list(persona.facts)
-        spoken = [world.say_fact(fact, random.Random(0)) for fact in facts]
-        ledgers = [world.disclosed(facts, [text]) for text in spoken]
-        assert all(i in ledger for i, ledger in enumerate(ledgers)), persona
+        spoken = [first.say_fact(fact, random.Random(0)) for fact in facts]
+        ledgers = [ledger.disclosed(facts, [text]) for text in spoken]
+        assert all(i in given for i, given in enumerate(ledgers)), persona
         assert not any(re.search(r"\b(?:he|she|his|her|him)\b", text, re.IGNORECASE) for text in spoken), spoken
         told, texts = [], user_texts(play(facts, lambda replies: f"And then, {len(replies)}?", n_turns=8, seed=number))
         for turn, text in enumerate(texts):
             told += said_facts(text, facts)
             assert len(told) == len(set(told)) <= 0.15 * len(facts) * turn + 1e-9, (persona, texts)
-            if all(len(ledger) == 1 for ledger in ledgers):  # no fact has half of another one's words
-                assert sorted(world.disclosed(facts, texts[: turn + 1])) == sorted(told)
+            if all(len(given) == 1 for given in ledgers):  # no fact has half of another one's words
+                assert sorted(ledger.disclosed(facts, texts[: turn + 1])) == sorted(told)
 
 
 # ------------------------------------------------------------------------------------------------- synthetic personas
 @pytest.fixture(scope="module")
 def personas() -> dict[str, list[list[str]]]:
-    return {split: world.generate_personas(1000, seed=7, split=split) for split in world.SPLITS}
+    return {split: first.generate_personas(1000, seed=7, split=split) for split in first.SPLITS}
 
 
 def test_splits_share_no_persona(personas):
     """Guards: a held-out result on personas that were trained on, in this order of facts or in another."""
     sets = {split: {frozenset(facts) for facts in group} for split, group in personas.items()}
     assert not (sets["train"] & sets["heldout"] or sets["train"] & sets["unseen"] or sets["heldout"] & sets["unseen"])
-    assert all(world.split_of(facts) == split for split, group in personas.items() for facts in group)
-    other = {frozenset(facts) for facts in world.generate_personas(1000, seed=8, split="train")}
+    assert all(first.split_of(facts) == split for split, group in personas.items() for facts in group)
+    other = {frozenset(facts) for facts in first.generate_personas(1000, seed=8, split="train")}
     assert not (other & sets["heldout"]) and len(other - sets["train"]) > 900
 
 
 def test_unseen_values_stay_unseen(personas):
     """Guards: an evaluation-only value that leaks into training, or an unseen persona without one."""
     for split in ("train", "heldout"):
-        assert not any(fact in world.unseen_values() for facts in personas[split] for fact in facts)
-    assert all(any(fact in world.unseen_values() for fact in facts) for facts in personas["unseen"])
+        assert not any(fact in first.unseen_values() for facts in personas[split] for fact in facts)
+    assert all(any(fact in first.unseen_values() for fact in facts) for facts in personas["unseen"])
     met = {fact for facts in personas["unseen"] for fact in facts}
-    assert world.unseen_values() <= met
-    for slot, (seen, unseen) in world.VALUES.items():
+    assert first.unseen_values() <= met
+    for slot, (seen, unseen) in first.VALUES.items():
         assert not set(seen) & set(unseen), slot
     warmup = [make_tiny.warmup_persona(random.Random(seed)) for seed in range(300)]
-    words = {fact for fact in world.unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
+    words = {fact for fact in first.unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
     assert not any(fact in words for facts in warmup for fact in facts)
 
 
@@ -316,11 +318,11 @@ def test_personas_are_well_formed(personas):
         assert len(group) == 1000
         for facts in group:
             assert 10 <= len(facts) == len(set(facts)) <= 13 and set(facts) <= set(FACTS)
-            assert {world.split_fact(fact)[0] for fact in facts} == set(world.SLOTS)
-    assert world.generate_personas(5, seed=7) == personas["train"][:5] != world.generate_personas(5, seed=9)
-    assert world.generate_personas(0, seed=7) == []
+            assert {ledger.split_fact(fact)[0] for fact in facts} == set(ledger.SLOTS)
+    assert first.generate_personas(5, seed=7) == personas["train"][:5] != first.generate_personas(5, seed=9)
+    assert first.generate_personas(0, seed=7) == []
     with pytest.raises(ValueError, match="'test'.*train, heldout, unseen"):
-        world.generate_personas(1, seed=0, split="test")
+        first.generate_personas(1, seed=0, split="test")
 
 
 @pytest.mark.parametrize("n_facts", range(0, 21))
@@ -328,7 +330,7 @@ def test_the_allowance_never_exceeds_the_share(n_facts):
     """Guards: rounding up, and a share that pays twice for one fact."""
     told = 0
     for turn in range(1, 15):
-        allowed = world.allowance(n_facts, told, turn)
+        allowed = ledger.allowance(n_facts, told, turn)
         assert allowed <= max(1, int(0.15 * n_facts + 1e-9)) and allowed >= 0
         told = min(n_facts, told + allowed)
         assert told <= 0.15 * n_facts * turn + 1e-6

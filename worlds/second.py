@@ -16,10 +16,20 @@ import random
 import re
 from collections.abc import Collection, Sequence
 
-import world
-from world import History
+from worlds.first import fill, first_person, retracted_slots, value_pattern
+from worlds.ledger import (
+    History,
+    allowance,
+    asked_slots,
+    contains_phrase,
+    content_words,
+    disclosed,
+    mentions,
+    sentences,
+    split_fact,
+    words,
+)
 
-MODEL_NAME = "rule-user-2"
 VOLUNTEER_PROB = 0.5  # it tells a fact though nobody asked for one
 REFUSE_PROB, LATE_PROB, DEFLECT_PROB = 0.1, 0.15, 0.15  # when asked: it refuses (once), is late, tells another fact
 PATIENCE = 40  # words; a longer reply is not read
@@ -110,19 +120,19 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
         return OPENER
     rng = random.Random(f"second|{seed}|{len(history)}|{history[-1][1]}".encode("utf-8", "replace"))
     texts = [text for who, text in history if who == "user"]
-    told = world.disclosed(facts, texts)
+    told = disclosed(facts, texts)
     hidden = [i for i in range(len(facts)) if i not in told]
     wanted, remarks = _what_to_tell(facts, hidden, history, rng)
-    retracted = world.retracted_slots(facts, texts)
-    changed = [i for i in hidden if world.split_fact(facts[i])[0] in retracted]
-    chosen = (changed or wanted)[: min(2, world.allowance(len(facts), len(told), len(texts)))]
+    retracted = retracted_slots(facts, texts)
+    changed = [i for i in hidden if split_fact(facts[i])[0] in retracted]
+    chosen = (changed or wanted)[: min(2, allowance(len(facts), len(told), len(texts)))]
     if not chosen:
         return pick(remarks or SMALL_TALK, facts, told, rng)
     spoken = [say_fact(facts, i, told, rng) for i in chosen]
     lead = CHANGED if changed else pick(LEADS, facts, told, rng)
     tail = pick(TAILS, facts, told, rng) if len(spoken) == 1 else ""
     whole = " ".join(part for part in (lead, *spoken, tail) if part)
-    return whole if len(world.sentences(whole)) <= 3 else spoken[0]  # prose may be long by itself
+    return whole if len(sentences(whole)) <= 3 else spoken[0]  # prose may be long by itself
 
 
 def _what_to_tell(
@@ -132,7 +142,7 @@ def _what_to_tell(
     texts = [text for who, text in history if who == "user"]
     replies = [text for who, text in history if who == "assistant"]
     reply = replies[-1] if replies else ""
-    if len(world.words(reply)) > PATIENCE:
+    if len(words(reply)) > PATIENCE:
         return [], [TOO_LONG]
     if reply and reply in replies[:-1]:
         return [], [ECHO]
@@ -144,7 +154,7 @@ def _what_to_tell(
     if not _is_asked(facts, reply):
         return ([rng.choice(hidden)] if hidden and rng.random() < VOLUNTEER_PROB else []), NUDGES + SMALL_TALK
     if not answers:
-        known = any(world.split_fact(fact)[0] in world.asked_slots(reply) for fact in facts)
+        known = any(split_fact(fact)[0] in asked_slots(reply) for fact in facts)
         return [], REPEATED if known else UNKNOWN
     mood = rng.random()
     if mood < REFUSE_PROB and not any(text in REFUSALS for text in texts):
@@ -157,13 +167,13 @@ def _what_to_tell(
 
 def _is_asked(facts: Sequence[str], reply: str) -> bool:
     """Tell whether a reply asks for facts: for a slot, or a persona of prose for anything."""
-    return "?" in reply and bool(world.asked_slots(reply) or not any(world.split_fact(fact)[0] for fact in facts))
+    return "?" in reply and bool(asked_slots(reply) or not any(split_fact(fact)[0] for fact in facts))
 
 
 def _answers(facts: Sequence[str], hidden: list[int], reply: str) -> list[int]:
     """Return the hidden facts that answer a reply's questions, if it asks any."""
-    slots = (*world.asked_slots(reply), None)
-    return [i for i in hidden if world.split_fact(facts[i])[0] in slots] if _is_asked(facts, reply) else []
+    slots = (*asked_slots(reply), None)
+    return [i for i in hidden if split_fact(facts[i])[0] in slots] if _is_asked(facts, reply) else []
 
 
 def pick(phrases: Sequence[str], facts: Sequence[str], may_tell: Collection[int], rng: random.Random) -> str:
@@ -172,7 +182,7 @@ def pick(phrases: Sequence[str], facts: Sequence[str], may_tell: Collection[int]
     >>> pick(["The bus was late.", "My phone buzzes."], ["Others: bus"], may_tell=[], rng=random.Random(0))
     'My phone buzzes.'
     """
-    safe = [phrase for phrase in phrases if set(world.disclosed(facts, [phrase])) <= set(may_tell)]
+    safe = [phrase for phrase in phrases if set(disclosed(facts, [phrase])) <= set(may_tell)]
     return rng.choice(safe or list(phrases))
 
 
@@ -182,10 +192,10 @@ def say_fact(facts: Sequence[str], i: int, told: Sequence[int], rng: random.Rand
     >>> say_fact(["Occupation: nurse"], 0, [], random.Random(0))
     'Bills get paid because somebody here plays nurse all week.'
     """
-    slot, value = world.split_fact(facts[i])
+    slot, value = split_fact(facts[i])
     if slot is None:
-        return f"Between you and me: {world.first_person(value)}"
-    return pick([world.fill(phrase, value) for phrase in DISCLOSURES[slot]], facts, [*told, i], rng)
+        return f"Between you and me: {first_person(value)}"
+    return pick([fill(phrase, value) for phrase in DISCLOSURES[slot]], facts, [*told, i], rng)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,37 +234,37 @@ def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict
 
 
 def _questions(text: str) -> list[str]:
-    return [sentence.casefold() for sentence in world.sentences(text) if sentence.endswith("?")]
+    return [sentence.casefold() for sentence in sentences(text) if sentence.endswith("?")]
 
 
 def _is_natural(response: str, replies: Sequence[str]) -> bool:
-    said = world.words(response)
-    short = 1 <= len(world.sentences(response)) <= MAX_SENTENCES and 1 <= len(said) <= MAX_WORDS
+    said = words(response)
+    short = 1 <= len(sentences(response)) <= MAX_SENTENCES and 1 <= len(said) <= MAX_WORDS
     shaped = response[:1].isupper() and response[-1:] in (".", "!", "?")
     calm = len(_questions(response)) <= 1 and response.count("!") <= 1
-    return short and shaped and calm and not (replies and said[:2] == world.words(replies[-1])[:2])
+    return short and shaped and calm and not (replies and said[:2] == words(replies[-1])[:2])
 
 
 def _is_relevant(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
-    latest, first = user_texts[-1], (world.sentences(response) or [""])[0]
-    news = world.disclosed(facts, [latest])
+    latest, first = user_texts[-1], (sentences(response) or [""])[0]
+    news = disclosed(facts, [latest])
     if news:
-        return any(world.mentions(facts[i], first) for i in news)
+        return any(mentions(facts[i], first) for i in news)
     if any(remark in latest for remark in COMPLAINTS):
         return bool(re.search(r"\b(?:sorry|apolog\w+|my mistake|forgive)\b", first, re.IGNORECASE))
     if len(user_texts) == 1:
         return bool(re.search(r"\b(?:hello|hi|hey|welcome|nice to meet)\b", first, re.IGNORECASE))
     if latest in (*STALLS, *REFUSALS):
-        return not set(world.asked_slots(response)) & set(world.asked_slots(replies[-1]))
+        return not set(asked_slots(response)) & set(asked_slots(replies[-1]))
     return bool(_questions(response))
 
 
 def _is_consistent(response: str, user_texts: Sequence[str], facts: Sequence[str]) -> bool:
     told = "\n".join(user_texts)
-    claims = (match[0] for match in world.value_pattern().finditer(response))
-    known = {world.split_fact(facts[i])[0] for i in world.disclosed(facts, user_texts)}
-    asked_in_vain = set(world.asked_slots(response)) & (known - _open_slots(facts, user_texts))
-    return not asked_in_vain and all(world.contains_phrase(told, claim) for claim in claims)
+    claims = (match[0] for match in value_pattern().finditer(response))
+    known = {split_fact(facts[i])[0] for i in disclosed(facts, user_texts)}
+    asked_in_vain = set(asked_slots(response)) & (known - _open_slots(facts, user_texts))
+    return not asked_in_vain and all(contains_phrase(told, claim) for claim in claims)
 
 
 def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
@@ -264,17 +274,17 @@ def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str
     open_slots = _open_slots(facts, user_texts)
     if open_slots <= {None}:  # all told, or prose: any question that is new
         return True
-    asked = set(world.asked_slots(response))
-    lately = {slot for reply in replies[-2:] for slot in world.asked_slots(reply)}
+    asked = set(asked_slots(response))
+    lately = {slot for reply in replies[-2:] for slot in asked_slots(reply)}
     return bool(asked) and asked <= open_slots and not asked & lately
 
 
 def _open_slots(facts: Sequence[str], user_texts: Sequence[str]) -> set[str | None]:
     """Return the slots (None: prose) of the facts that the user has not told yet."""
-    told = world.disclosed(facts, user_texts)
-    return {world.split_fact(fact)[0] for i, fact in enumerate(facts) if i not in told}
+    told = disclosed(facts, user_texts)
+    return {split_fact(fact)[0] for i, fact in enumerate(facts) if i not in told}
 
 
 def _is_informative(response: str, user_texts: Sequence[str], replies: Sequence[str]) -> bool:
-    statements = " ".join(s for s in world.sentences(response) if not s.endswith("?"))
-    return len(world.content_words(statements) - world.content_words(" ".join([user_texts[-1], *replies]))) >= 2
+    statements = " ".join(s for s in sentences(response) if not s.endswith("?"))
+    return len(content_words(statements) - content_words(" ".join([user_texts[-1], *replies]))) >= 2

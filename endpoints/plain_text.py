@@ -5,8 +5,10 @@ To the tokenizer no text is a control token (`ChatTokenizer.encode`); here it lo
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
+from typing import Any
 
 _ACTING = {"Cc", "Cf", "Cs"}  # controls (ESC, NUL, BEL, …); direction overrides and invisible "tags"; lone surrogates
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # joiners of letters and emoji: invisible, but reorder nothing
@@ -41,3 +43,18 @@ def indented(text: str) -> str:
     'Hi.\n    User: I agree.\n    Assistant: Fine.'
     """
     return plain_text(text).replace("\n", "\n    ")
+
+
+def json_type(value: Any) -> str:
+    """Name what JSON calls a value, and show it: what was found where something else was wanted."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return f"{names.get(type(value), 'null')} ({shorten(json.dumps(value))})" if value is not None else "null"
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    text = clean_text(text)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def why_not_json(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error).split(":")[0])

@@ -1,0 +1,389 @@
+"""The HTTP client of an OpenAI-compatible endpoint: retries, deadlines, outages, quotas and the tape."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+
+from endpoints.plain_text import shorten
+from endpoints.sockets import CuttableAdapter
+from endpoints.tape import Tape
+from endpoints.throttle import Breaker, Quota, backoff
+from endpoints.wire import (
+    Call,
+    ChatError,
+    ChatReply,
+    Message,
+    completions_url,
+    is_loopback,
+    parse_reply,
+    parse_retry_after,
+    servers_words,
+)
+
+RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
+OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
+CLOSED = "the client was closed"
+PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
+POLL = 0.1  # seconds between two looks at a breaker
+
+
+class ChatClient:
+    """Ask an OpenAI-compatible endpoint for chat completions, many at a time and within bounded time.
+
+    All time-outs are in seconds. `total_timeout` bounds one call with all its retries, even against a server that sends
+    one byte now and then; in `chat_many` it runs from the moment one of the `max_concurrency` workers takes the call.
+    Retried are connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies; any other status fails at
+    once. The key is read from the environment variable `api_key_env` and shows in no message.
+
+    `base_url` may hold several, with commas between: they are asked in turn, and one that fails is left out until it
+    answers a probe (`Breaker`, after `breaker_failures` in a row). While none is left, calls wait, and that time is not
+    theirs; after `outage_budget` seconds of it they fail with reason "outage", and `outage` says so. So no call is lost
+    to an outage that is shorter; one whose attempts fail while others are answered is. A budget of 0: no breaker.
+    `notify` gets a line when an endpoint is left out and when it answers again, from whichever thread sees it.
+    `quota`: requests and tokens per minute, perhaps shared with other clients; waiting for it is not the call's time.
+
+    With a `tape`, calls are recorded or replayed under `name`; a replay needs no key and opens no connection.
+
+    Raises ValueError for a bad URL, a variable that is not set, and a limit below its minimum.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key_env: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 60.0,
+        total_timeout: float = 120.0,
+        max_retries: int = 10,
+        max_concurrency: int = 64,
+        max_reply_bytes: int = 262_144,
+        temperature: float = 1.0,
+        max_tokens: int = 300,
+        tape: Tape | None = None,
+        name: str = "",
+        outage_budget: float = 0.0,
+        breaker_failures: int = 5,
+        quota: Quota | None = None,
+        notify: Callable[[str], object] = lambda line: None,
+    ):
+        check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
+                      max_concurrency=max_concurrency, max_reply_bytes=max_reply_bytes, max_tokens=max_tokens,
+                      breaker_failures=breaker_failures)
+        check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
+        urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
+        self.breakers = {url: Breaker(breaker_failures) for url in urls}
+        self._turns = itertools.count()
+        self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify
+        self.outage = ""  # why calls were given up for an outage; empty: none was
+        self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
+        self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
+        self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self.tape, self.name, self._last_failure = tape, name, ""
+        self._key = "" if tape and not tape.recording else read_key(api_key_env)
+        self._tally: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[tuple[requests.Session, CuttableAdapter]]] = {url: [] for url in urls}  # open
+        self._in_flight: dict[int, tuple[CuttableAdapter, float]] = {}  # thread id → its adapter and its deadline
+        self._closed = threading.Event()
+        self._workers = ThreadPoolExecutor(max_concurrency, thread_name_prefix="chat")
+        self._probers = ThreadPoolExecutor(len(urls), thread_name_prefix="probe")
+        threading.Thread(target=self._cut_off_late_replies, daemon=True).start()
+
+    def chat(self, messages: list[Message], seed: int | None = None) -> str:
+        """Return the reply's text (not blank, valid Unicode), or raise ChatError after the last retry."""
+        reply = self.chat_many([messages], [seed])[0]
+        if isinstance(reply, ChatError):
+            raise reply
+        return reply
+
+    def chat_many(self, batch: Sequence[list[Message]], seeds: Sequence[int | None]) -> list[str | ChatError]:
+        """Return, in order, for each list of messages a reply or the ChatError that ended it."""
+        if len(batch) != len(seeds):
+            raise ValueError(f"chat_many got {len(batch)} lists of messages but {len(seeds)} seeds")
+        start = time.monotonic()
+        replies = list(self._workers.map(self.ask, batch, seeds))
+        with self._lock:
+            self._tally["wait_seconds"] += time.monotonic() - start
+        return replies
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Return totals: calls (requests), those of them answered from the tape (replayed), repeated attempts
+        (retries), failed attempts (errors) and failed calls (failures) by reason, tokens of prompts and replies
+        (prompt_tokens, completion_tokens; words, where the endpoint does not say: calls without_usage), how often a
+        breaker opened (breaks), and the seconds that callers spent in `chat` and `chat_many` (wait_seconds)."""
+        with self._lock:
+            tally = dict(self._tally)
+        by_reason = {kind: {key.partition(" ")[2]: n for key, n in tally.items() if key.startswith(f"{kind} ")}
+                     for kind in ("errors", "failures")}
+        totals = ("requests", "replayed", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
+        return {key: tally.get(key, 0) for key in (*totals, "wait_seconds")} | by_reason
+
+    def close(self) -> None:
+        """Cut off what is in flight and end the workers; the client cannot be used afterwards."""
+        self._closed.set()
+        for pool in (self._workers, self._probers):
+            pool.shutdown(cancel_futures=True)
+        for session, _ in itertools.chain(*self._idle.values()):
+            session.close()
+
+    def ask(self, messages: list[Message], seed: int | None = None) -> ChatReply | ChatError:
+        """Return the reply's text, or the ChatError that ended the call; in the caller's own thread."""
+        request = self._settings | {"messages": messages} | ({} if seed is None else {"seed": seed})
+        call = self.tape.find(self.name, request) if self.tape else None
+        replayed = call is not None
+        if call is None:
+            call = self._call(request)
+            lost = self._closed.is_set() or getattr(call.reply, "reason", "") == "outage"
+            if self.tape and not lost:  # these fail calls that the endpoint would have answered
+                call = self.tape.keep(self.name, request, call)
+        self._count_call(messages, call, replayed)
+        return call.reply
+
+    def _call(self, request: dict[str, Any]) -> Call:
+        """Ask until there is a reply, or no further attempt is allowed or of use."""
+        failed: list[str] = []
+        deadline, first, spared = time.monotonic() + self.total_timeout, 0, False  # first: of the attempts that count
+        while True:
+            start = time.monotonic()
+            try:
+                url = self._admit(request)
+                sent = time.monotonic()
+                deadline += sent - start  # others' waiting time: an outage, a rate limit
+                return Call(self._send(url, request, deadline), tuple(failed))
+            except ChatError as error:
+                failure = error
+            failed.append(failure.reason)
+            pause = max(backoff(len(failed) - first - 1), failure.retry_after * (not self.outage_budget))
+            # A pause that outlasts the deadline is not begun: the call has failed already.
+            exhausted = len(failed) - first > self.max_retries or time.monotonic() + pause >= deadline
+            if not failure.retryable:
+                break
+            if exhausted and (spared or not self._may_be_out(failure, sent)):
+                break
+            if exhausted:  # nobody was answered meanwhile: wait as if for an outage, then try for a last time
+                self._trip()
+                deadline, first, spared = time.monotonic() + self.total_timeout, len(failed), True
+            elif self._closed.wait(pause):
+                break
+            if failure.reason == "empty" and "seed" in request:  # a seeded server would say nothing again
+                request = request | {"seed": request["seed"] + 1}
+        return Call(failure, tuple(failed))
+
+    def _may_be_out(self, failure: ChatError, since: float) -> bool:
+        """Say whether a failure may be that of all endpoints: none has answered anybody since then."""
+        unanswered = all(breaker.answered_at < since for breaker in self.breakers.values())
+        return bool(self.outage_budget) and failure.reason not in OWN_FAULT and unanswered
+
+    def _trip(self) -> None:
+        opened = sum(breaker.failed(trip=True) for breaker in self.breakers.values())
+        with self._lock:
+            self._tally["breaks"] += opened
+        if opened:
+            self.notify(f"{self.name or 'endpoints'}: {self._last_failure}; left alone until a probe is answered")
+
+    def _admit(self, request: dict[str, Any]) -> str:
+        """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
+        while True:
+            for url, breaker in self.breakers.items():
+                if breaker.claim_probe() and not self._closed.is_set():
+                    self._probers.submit(self._probe, url)
+            usable = [url for url, breaker in self.breakers.items() if not breaker.is_open]
+            if usable:
+                break
+            down = time.monotonic() - max(breaker.failing_since for breaker in self.breakers.values())
+            if down >= self.outage_budget:
+                self.outage = f"no answer for {self.outage_budget:g} s; last: {self._last_failure}"
+                raise ChatError("outage", self.outage, retryable=False)
+            self._rest(POLL)
+        self._rest(self.quota.reserve(_most_tokens(request)))
+        return usable[next(self._turns) % len(usable)]
+
+    def _rest(self, seconds: float) -> None:
+        if self._closed.wait(seconds) if seconds else self._closed.is_set():
+            raise ChatError("connect", CLOSED, retryable=False)
+
+    def _send(self, url: str, request: dict[str, Any], deadline: float, probe: bool = False) -> ChatReply:
+        """Send a request, and let breaker and quota know what came of it."""
+        try:
+            reply = self._attempt(url, json.dumps(request).encode(), deadline)
+        except ChatError as error:
+            error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
+            self.quota.settle(-_most_tokens(request))
+            self._judge_failure(url, error, probe)
+            raise
+        self._note_answer(url)
+        if reply.tokens is not None and reply.prompt_tokens is not None:
+            self.quota.settle(reply.tokens + reply.prompt_tokens - _most_tokens(request))
+        return reply
+
+    def _judge_failure(self, url: str, error: ChatError, probe: bool) -> None:
+        """Tell the breaker of a failure that is the endpoint's, not the request's own."""
+        if error.reason in OWN_FAULT:
+            self._note_answer(url)
+        elif self.outage_budget and not self._closed.is_set():
+            opened = self.breakers[url].failed(error.retry_after, probe)
+            with self._lock:
+                self._tally["breaks"] += opened
+                self._last_failure = str(error)
+            if opened:
+                self.notify(f"{self.name or url}: {error}; left alone until a probe is answered")
+
+    def _note_answer(self, url: str) -> None:
+        if self.breakers[url].answered():
+            self.notify(f"{self.name or 'an endpoint'}: {url} answers again")
+
+    def _probe(self, url: str) -> None:
+        """Send a short request to an endpoint that is out, to see whether it answers again."""
+        request = self._settings | {"messages": PING, "max_tokens": 1}
+        self.quota.reserve(_most_tokens(request))
+        with suppress(ChatError):  # counted by the breaker
+            self._send(url, request, time.monotonic() + min(self.read_timeout, self.total_timeout), probe=True)
+
+    def _count_call(self, messages: list[Message], call: Call, replayed: bool) -> None:
+        """Count a call, made or replayed; where the endpoint told no tokens, words stand in for them."""
+        reply, failed = call
+        lost = isinstance(reply, ChatError)
+        counts = Counter(f"errors {reason}" for reason in failed)
+        counts.update(requests=1, replayed=int(replayed), retries=len(failed) - lost)
+        if lost:
+            counts[f"failures {reply.reason}"] += 1
+        else:
+            prompt, said = reply.prompt_tokens, reply.tokens
+            counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
+            counts["completion_tokens"] = len(reply.split()) if said is None else said
+            counts["without_usage"] = int(prompt is None or said is None)
+        with self._lock:
+            self._tally.update(counts)
+
+    def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
+        """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
+        remaining = max(0.001, deadline - time.monotonic())
+        timeouts = (min(self.connect_timeout, remaining), min(self.read_timeout, remaining))
+        with self._session(url, deadline) as session:
+            try:
+                with session.post(url, data=body, timeout=timeouts, stream=True, allow_redirects=False) as response:
+                    raw = self._read_body(response, deadline)
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+                raise self._transport_error(url, error, deadline) from None
+        if not 200 <= response.status_code < 300:
+            raise self._status_error(url, response, raw)
+        return parse_reply(raw, self._redact)
+
+    def _redact(self, text: str) -> str:
+        """Blot out the key; to be done before a text is shortened, or half of the key may stay."""
+        return text.replace(self._key, "***") if self._key else text
+
+    def _read_body(self, response: requests.Response, deadline: float) -> bytes:
+        """Read the body as it arrives, up to `max_reply_bytes`, and blot out the key where it is quoted."""
+        raw = bytearray()
+        while piece := response.raw.read1(65_536, decode_content=True):
+            raw += piece
+            if len(raw) > self.max_reply_bytes:
+                raise ChatError("too_large", f"the reply is longer than max_reply_bytes={self.max_reply_bytes}")
+        if time.monotonic() >= deadline:  # cut off: the end of the data is not the end of the reply
+            raise TimeoutError
+        return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
+
+    def _transport_error(self, url: str, error: Exception, deadline: float) -> ChatError:
+        if self._closed.is_set():
+            return ChatError("connect", CLOSED, retryable=False)
+        if time.monotonic() >= deadline:
+            return ChatError("timeout", f"no whole reply from {url} within total_timeout={self.total_timeout:g} s")
+        if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
+            return ChatError("timeout", f"{url} was silent for connect_timeout={self.connect_timeout:g} s or "
+                                        f"read_timeout={self.read_timeout:g} s")
+        while error.__context__ is not None:
+            error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
+        cause = f"{type(error).__name__}: {shorten(self._redact(str(error)))}"
+        return ChatError("connect", f"connection to {url} failed ({cause})")
+
+    def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
+        status = response.status_code
+        reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
+        return ChatError(reason, f"HTTP {status} from {url}: {servers_words(raw)}",
+                         retryable=status >= 500 or status in RETRIED_4XX,
+                         retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()))
+
+    @contextmanager
+    def _session(self, url: str, deadline: float) -> Iterator[requests.Session]:
+        """Lend a session with an endpoint, for one request until its deadline; its connection stays open for the next.
+
+        They belong to the client and not to its callers' threads, which come and go: theirs would stay open for ever.
+        """
+        with self._lock:
+            if self._closed.is_set():
+                raise ChatError("connect", CLOSED, retryable=False)
+            session, adapter = self._idle[url].pop() if self._idle[url] else self._open_session(url)
+            adapter.deadline = deadline
+            self._in_flight[threading.get_ident()] = adapter, deadline
+        try:
+            yield session
+        finally:
+            with self._lock:
+                del self._in_flight[threading.get_ident()]
+                self._idle[url].append((session, adapter))
+
+    def _open_session(self, url: str) -> tuple[requests.Session, CuttableAdapter]:
+        session, adapter = requests.Session(), CuttableAdapter(pool_connections=1, pool_maxsize=1)
+        session.mount("http://", adapter)
+        session.mount("https://", adapter)
+        session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+        session.auth = self._authorize  # also without a key: else requests looks for one in ~/.netrc
+        session.trust_env = not is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
+        return session, adapter
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def _cut_off_late_replies(self) -> None:
+        """Watch the deadlines, because socket time-outs start anew with every byte of a slow drip."""
+        while self._in_flight or not self._closed.is_set():
+            time.sleep(0.05)
+            with self._lock:  # so that a thread cannot go on to its next request in between
+                for adapter, deadline in self._in_flight.values():
+                    if time.monotonic() >= deadline or self._closed.is_set():
+                        adapter.abort()
+
+
+def _most_tokens(request: dict[str, Any]) -> float:
+    """Return what a request is taken to cost until its usage is known: a token per four characters, and max_tokens."""
+    return sum(len(message["content"]) for message in request["messages"]) / 4 + request["max_tokens"]
+
+
+def read_key(api_key_env: str | None) -> str:
+    """Return the key in an environment variable, "" if none is named; ValueError, without it, if it is no key."""
+    if api_key_env is None:
+        return ""
+    key = os.environ.get(api_key_env, "").strip()
+    looks_like_a_name = re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env)
+    shown = api_key_env if looks_like_a_name else "*** (not shown: give a variable's NAME, not the key)"
+    if not key:
+        raise ValueError(f"the environment variable {shown} is not set; export it with the endpoint's API key")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"the environment variable {shown} holds characters that no HTTP header can carry")
+    return key
+
+
+def check_limits(zero: bool = False, **limits: float) -> None:
+    for name, value in limits.items():
+        if not (value >= 0 if zero else value > 0) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be {'0 or more' if zero else 'above 0'}, and finite")

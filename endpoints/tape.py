@@ -1,0 +1,123 @@
+"""A tape: a file of calls, to record a run with an endpoint and to replay it without."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from endpoints.plain_text import shorten
+from endpoints.wire import Call, ChatError, ChatReply
+
+
+class Tape:
+    """A file of calls, so that a run with a paid or random endpoint can be repeated without it, bit for bit.
+
+    JSONL, a call per line: the endpoint's name, a hash of that name and of all that was sent (model, messages, seed,
+    temperature, max_tokens), the seed, and what came of it: text and usage, or the error. There are no keys in it.
+
+    A request has one reply: while `recording`, one that is on file is not asked again, neither in the same run nor when
+    a killed run goes on with its file (calls that failed in an earlier run are). When replaying, a request that is not
+    on file is a ValueError. `note` says how much the file held, and if its last line was cut short, which is left out.
+    Several processes may record into one file. Raises ValueError for a file that cannot be used or a damaged line.
+    """
+
+    def __init__(self, path: str | Path, recording: bool):
+        self.path, self.recording = Path(path), recording
+        self._calls: dict[str, Call] = {}
+        self._lock = threading.Lock()
+        try:
+            self._file = self.path.open("ab" if recording else "rb", buffering=0)
+        except OSError as error:
+            flag = "--record" if recording else "--replay"
+            raise ValueError(f"{flag} {path} cannot be opened: {error.strerror}") from None
+        with self._alone():
+            cut = self._load()
+        held = f"{len(self._calls):,} recorded calls"
+        self.note = f"{path}: {held}{', which are not made again' if recording and self._calls else ''}{cut}"
+
+    def find(self, endpoint: str, request: dict[str, Any]) -> Call | None:
+        """Return the call on file, None if it is to be made; ValueError for an unknown request when replaying."""
+        call = self._calls.get(_fingerprint(endpoint, request))
+        if call is None and not self.recording:
+            start = shorten(request["messages"][-1]["content"])
+            raise ValueError(f"--replay {self.path} holds no reply of {endpoint or 'the endpoint'} to the request "
+                             f"{start!r} (model {request['model']!r}, seed {request.get('seed')}); a replay needs the "
+                             "flags, checkpoint and personas of the recording, and --reply-steps of 1 or more in both")
+        return call
+
+    def keep(self, endpoint: str, request: dict[str, Any], call: Call) -> Call:
+        """Write a call that was made to the file; return the one that counts, for a thread may have been faster."""
+        key = _fingerprint(endpoint, request)
+        with self._lock:
+            if key not in self._calls:
+                self._calls[key] = call
+                with self._alone():
+                    self._file.write(_write_call(endpoint, key, request.get("seed"), call))
+        return self._calls[key]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out of the file."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _load(self) -> str:
+        """Read all calls, later lines over earlier ones; a last line that a kill cut short is dropped and told of."""
+        size = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    if self.recording:
+                        self._file.truncate(size)
+                    return f"; line {number}, the last one, was cut short and is left out"
+                size += len(line)
+                key, call = _read_call(line, f"{self.path}, line {number}")
+                if not (self.recording and isinstance(call.reply, ChatError)):
+                    self._calls[key] = call
+        return ""
+
+
+def _fingerprint(endpoint: str, request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([endpoint, request], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_call(endpoint: str, key: str, seed: int | None, call: Call) -> bytes:
+    """Write a call as one line that ends with its own checksum."""
+    reply = call.reply
+    line: dict[str, Any] = {"endpoint": endpoint, "request": key, "seed": seed, "failed": call.failed}
+    if isinstance(reply, ChatError):
+        line |= {"error": reply.reason, "message": str(reply).removeprefix(f"{reply.reason}: ")}
+    else:
+        line |= {"text": str(reply), "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+    return json.dumps(line | {"check": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
+
+
+def _read_call(line: bytes, where: str) -> tuple[str, Call]:
+    """Read what `_write_call` wrote; ValueError that begins with `where` for anything else."""
+    try:
+        found = json.loads(line)
+        if found.pop("check") != zlib.crc32(json.dumps(found).encode()):
+            raise ValueError("its checksum is wrong")
+        if "error" in found:
+            reply: ChatReply | ChatError = ChatError(found["error"], found["message"])
+        else:
+            reply = ChatReply(found["text"])
+            reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
+        return found["request"], Call(reply, tuple(found["failed"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where}: damaged, or not a recorded call ({type(error).__name__}: {shorten(str(error))}); "
+                         "remove the line to lose that call alone") from None

@@ -1,0 +1,175 @@
+"""What goes over the wire: requests, replies and their errors, as texts of the OpenAI chat format."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from endpoints.plain_text import json_type, plain_text, shorten, why_not_json
+
+Message = dict[str, str]  # {"role": ..., "content": ...}, as in the OpenAI chat format
+URL_FLAGS = {"simulator": "--simulator-url", "judge": "--judge-url"}  # by the name of the client
+
+
+class ChatReply(str):
+    """A reply's text that knows how many tokens the endpoint says it took; None if it does not say."""
+
+    tokens: int | None = None  # of the reply, thoughts included
+    prompt_tokens: int | None = None
+
+
+class ChatError(Exception):
+    """A chat call that failed; the message is one line and never holds the key.
+
+    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large or outage.
+    retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
+    """
+
+    def __init__(self, reason: str, message: str, retryable: bool = True, retry_after: float = 0.0):
+        super().__init__(f"{reason}: {message}")
+        self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
+
+
+class Call(NamedTuple):
+    """What became of a call: a reply or the error that ended it, and why attempts failed, in their order."""
+
+    reply: ChatReply | ChatError
+    failed: tuple[str, ...] = ()
+
+
+def completions_url(base_url: str, name: str = "") -> str:
+    """Return the address of the chat completions of a base URL, with or without its /v1; `name`: whose, for errors.
+
+    >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/")
+    ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions')
+    """
+    parts = _split_url(base_url.strip(), f"{URL_FLAGS.get(name, name)}: " if name else "")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    if not re.search(r"/v\d[^/]*(?:/|$)", path):
+        path += "/v1"
+    return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
+
+
+def _split_url(base_url: str, whose: str) -> SplitResult:
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        valid = False
+    if valid and (parts.username is not None or parts.password is not None):
+        raise ValueError(
+            f"{whose}the base URL holds a user name or password; put the key into an environment variable instead")
+    if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
+        shown = re.sub("//.*@|[?#].*", "…", base_url)  # not what may be a password or a key
+        raise ValueError(f"{whose}base URL {shorten(shown)!r} is not of the form http://host:port or https://host/v1")
+    return parts
+
+
+def is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def parse_reply(raw: bytes, redact: Callable[[str], str] = str) -> ChatReply:
+    """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
+
+    The text is plain (`plain_text`), and `redact` has blotted out what nobody shall see.
+    `tokens` is usage.completion_tokens, which counts what a reasoning model thought too, and `prompt_tokens` its twin.
+
+    >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
+    'Hi.'
+    """
+    if not raw.strip():
+        raise ChatError("empty", "the reply has no body")
+    start = repr(shorten(raw[:200].decode(errors="replace")))
+    try:
+        content = body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ChatError("bad_json", f"the reply is not JSON: {start}") from None
+    try:
+        for key in ("choices", 0, "message", "content"):
+            content = content[key]
+    except (KeyError, IndexError, TypeError):
+        raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {start}") from None
+    if not isinstance(content, str):
+        raise ChatError("bad_schema", f"choices[0].message.content is {json_type(content)}, not a string")
+    text = plain_text(redact(content.encode("utf-8", "replace").decode())).strip()  # a lone surrogate: tokenizers crash
+    if not text:
+        raise ChatError("empty", "choices[0].message.content is blank")
+    reply = ChatReply(text)
+    usage = body.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    reply.tokens, reply.prompt_tokens = (
+        n if type(n) is int and n > 0 else None for n in map(counts.get, ("completion_tokens", "prompt_tokens"))
+    )
+    return reply
+
+
+def parse_retry_after(header: str, now: float) -> float:
+    """Return the seconds that a Retry-After header asks for: a number, or an HTTP date after `now` (Unix seconds).
+
+    >>> parse_retry_after("2", now=0.0), parse_retry_after("Thu, 01 Jan 1970 00:00:05 GMT", now=1.0)
+    (2.0, 4.0)
+    """
+    if number := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*", header):
+        return float(number[1])
+    try:
+        moment = parsedate_to_datetime(header)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0  # absent or not understood
+    return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
+
+
+def servers_words(raw: bytes) -> str:
+    """Return what an error body says, in one line: OpenAI's error.message, FastAPI's detail, or the body itself."""
+    words: Any = raw.decode(errors="replace")
+    with suppress(ValueError, RecursionError):
+        body = json.loads(raw)
+        if isinstance(body, dict):
+            error = body.get("error") or body.get("detail") or body.get("message") or body
+            words = error.get("message", error) if isinstance(error, dict) else error
+    return shorten(words if isinstance(words, str) else json.dumps(words), limit=300) or "(no explanation)"
+
+
+class RequestError(Exception):
+    """A request that the server refuses, with the HTTP status to send."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def parse_request(raw: bytes) -> dict[str, Any]:
+    """Read the body of a chat completion request; RequestError unless its messages, seed, n and stream are sound."""
+    try:
+        request = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON ({why_not_json(error)})") from None
+    if not isinstance(request, dict):
+        raise RequestError(422, f"the body is {json_type(request)}, not an object")
+    if request.get("stream"):
+        raise RequestError(400, '"stream": true is not supported by this server; leave it out')
+    if request.get("n") not in (None, 1):
+        raise RequestError(422, f'"n" is {json_type(request["n"])}; this server gives one choice per request')
+    seed = request.get("seed")
+    if type(seed) not in (int, type(None)):
+        raise RequestError(422, f'"seed" is {json_type(seed)}, not a whole number')
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(422, f'"messages" is {json_type(messages)}, not a list with at least one message')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise RequestError(422, f"messages[{i}] is {json_type(message)}, not an object")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise RequestError(422, f"messages[{i}].{key} is {json_type(message.get(key))}, not a string")
+    return request

@@ -1,0 +1,1 @@
+"""The embedded worlds: people without a model, a network or a key."""
