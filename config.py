@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-import torch
-
 MANY, HERE = 10**9, "here"  # HERE: what a bare --dry-run plans for
 Natural, Count, Small = Annotated[int, (0, MANY)], Annotated[int, (1, MANY)], Annotated[int, (1, 10_000)]
 OrMinusOne, Threads = Annotated[int, (-1, MANY)], Annotated[int, (0, 1024)]
@@ -192,13 +190,3 @@ def flag(name: str) -> str:
 def has_own_trunk(config: Config) -> bool:
     """Say whether there is a critic, and it has a trunk of its own."""
     return config.advantage == "gae" and config.critic == "separate"
-
-
-def compute_dtype(config: Config, device: str) -> torch.dtype:
-    """Return the dtype of weights and products on a type of device.
-
-    >>> compute_dtype(Config(), "cpu"), compute_dtype(Config(), "cuda")
-    (torch.float32, torch.bfloat16)
-    """
-    name = config.dtype if config.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
-    return getattr(torch, name)

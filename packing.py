@@ -22,7 +22,7 @@ from config import Config
 from dialogue import Candidate, Dialogue
 from kernels.tree_attention import Block, Tree, make_tree
 from model import Critic, Qwen2ForCausalLM, ValueHead
-from processes import all_max, all_sum
+from learners.processes import all_max
 
 BRANCH_BLOCK = 128  # tokens of branches whose attention is computed together
 
@@ -183,7 +183,7 @@ def pack(dialogue: Dialogue, config: Config) -> Packed | None:
 
 
 def microbatches(packed: Sequence[Packed], most_tokens: int) -> list[list[Packed]]:
-    """Share dialogues out to as few micro-batches as most_tokens allows, about equally many tokens in each."""
+    """Share dialogues out to as few micro-batches as most_tokens allows, with about equally many tokens in each."""
     count = max(1, math.ceil(sum(len(p.token_ids) for p in packed) / most_tokens))
     parts: list[list[Packed]] = [[] for _ in range(min(count, len(packed)))]
     loads = [0] * len(parts)
@@ -213,7 +213,7 @@ class Batch:
         inputs = (token_ids.to(like.device), position_ids.to(like.device), tree)
         return replace(self, inputs=inputs, predict=self.predict.to(like.device), targets=self.targets.to(like.device))
 
-    def gather(self, name: str) -> Tensor:
+    def column(self, name: str) -> Tensor:
         """Return one of the dialogues' fields of statistics, (N,) or (N, D)."""
         return torch.cat([getattr(p, name) for p in self.dialogues]).to(self.targets.device)
 
@@ -236,17 +236,18 @@ def collate(dialogues: list[Packed]) -> Batch:
 def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
     """Return the micro-batches of each mini-batch of an epoch; statistics and update go through the same ones.
 
-    With --shard every process gets equally many, for a forward is a conversation of all: who has fewer adds empty ones.
+    With --shard a forward is a collective call, so all ranks need equally many micro-batches. Ranks with fewer are
+    padded with empty ones.
     """
     minibatches = [[p for p in packed if p.minibatch == m] for m in range(minibatches_per_epoch(config))]
     parts = [microbatches(minibatch, config.microbatch_tokens) for minibatch in minibatches]
     if config.shard:
         most = all_max(torch.tensor([len(part) for part in parts])).tolist()
-        parts = [part + [[nothing()]] * (n - len(part)) for part, n in zip(parts, most, strict=True)]
+        parts = [part + [[no_dialogue()]] * (n - len(part)) for part, n in zip(parts, most, strict=True)]
     return [[collate(part) for part in minibatch] for minibatch in parts]
 
 
-def nothing() -> Packed:
+def no_dialogue() -> Packed:
     """Return a dialogue of one token, none of them an action: its loss is an empty sum, and all its gradients are 0."""
     zero, none = torch.zeros(1, dtype=torch.long), torch.zeros(0)
     tree = dict(token_ids=zero, position_ids=zero, enter=zero, leave=zero + 1, blocks=[Block(1, None)])
@@ -267,27 +268,3 @@ def policy_hidden(policy: Qwen2ForCausalLM, batch: Batch) -> Tensor:
 def critic_values(critic: Critic | ValueHead, batch: Batch, hidden: Tensor | None) -> Tensor:
     """Return values (N,) of the states in which action tokens were sampled: by a trunk, or from the policy's hidden."""
     return critic(hidden) if isinstance(critic, ValueHead) else critic(*batch.inputs)[0, batch.predict]
-
-
-def batch_statistics(packed: list[Packed]) -> dict[str, float]:
-    """Return statistics of a batch's tokens: their number, KL to the reference, sampler's gap."""
-    sums = torch.zeros(3, dtype=torch.double)
-    for p in packed:
-        kl, gap = (p.old_logprobs - p.ref_logprobs).sum(), (p.old_logprobs - p.sampler_logprobs).abs().sum()
-        sums += torch.tensor([len(p.targets), kl.item(), gap.item()], dtype=torch.double)
-    count, kl, gap = all_sum(sums).tolist()
-    n = count or math.nan
-    return {"kl_ref": kl / n, "sampler_trainer_logprob_gap": gap / n, "action_tokens": count}
-
-
-def explained_variance(packed: list[Packed]) -> float:
-    """Return 1 − Var(R − V) / Var(R) of the critic over a batch's tokens."""
-    sums = torch.zeros(5, dtype=torch.double)
-    for p in packed:
-        error = p.returns - p.values
-        parts = (len(p.targets), error.sum(), (error**2).sum(), p.returns.sum(), (p.returns**2).sum())
-        sums += torch.tensor([float(part) for part in parts], dtype=torch.double)
-    count, error, error2, returns, returns2 = all_sum(sums).tolist()
-    n = count or math.nan
-    variance = returns2 / n - (returns / n) ** 2
-    return 1 - (error2 / n - (error / n) ** 2) / variance if variance > 1e-12 else 0.0

@@ -25,7 +25,6 @@ from typing import NamedTuple
 from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue
 from endpoints.plain_text import indented
-from sampler import Draw
 from worlds.first import COMPLAINTS, value_pattern
 from worlds.ledger import (
     History,
@@ -67,19 +66,21 @@ class Judge(NamedTuple):
     seed: int  # of the requests
 
 
-def read_candidate(draw: Draw, dialogue: Dialogue, chat: ChatTokenizer) -> Candidate:
-    """Decode and parse what was sampled, and hold its profile against persona and ledger."""
-    text = chat.visible(draw.token_ids)
-    parsed = parse_turn(text, draw.stop_reason)
+def read_candidate(
+    token_ids: list[int], logprobs: list[float], stop_reason: str, dialogue: Dialogue, chat: ChatTokenizer
+) -> Candidate:
+    """Decode and parse a sampled turn, and hold its profile against persona and ledger."""
+    text = chat.visible(token_ids)
+    parsed = parse_turn(text, stop_reason)
     return Candidate(
-        token_ids=draw.token_ids,
-        logprobs=draw.logprobs,
-        stop_reason=draw.stop_reason,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        stop_reason=stop_reason,
         text=text,
         profile=parsed.profile,
         response=parsed.response,
         failure=parsed.failure,
-        profile_tokens=chat.tokens_until(draw.token_ids, "</profile>"),
+        profile_tokens=chat.tokens_until(token_ids, "</profile>"),
         verdicts=dict.fromkeys(VERDICTS, False),
         ledger=asdict(score_profile(parsed.profile, dialogue.persona_facts, dialogue.user_texts())),
     )
