@@ -1,4 +1,4 @@
-"""The dialogue record: one RLPA episode as token ids, and the token tree that a batch is packed into.
+"""The dialogue record: one RLPA episode as token ids.
 
 ChatML in ids. The history is a list of ids; what the policy sampled is never decoded and encoded again, only the *new*
 user text is tokenised:
@@ -7,20 +7,19 @@ user text is tokenised:
     <profile>…</response><|im_end|>                                                                sampled: action
     \\n<|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n                                       context, turn 2
 
-A turn holds n sampled candidates. The best one continues the dialogue, and all of them are trained on, so that a
-dialogue of T turns is a tree of tokens. `TokenTree` stores each token of it once.
+A turn holds n sampled candidates. The best one continues the dialogue, and all of them are trained on. So a dialogue is
+a tree of tokens; `packing.py` stores each token of it once.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-BRANCH_BLOCK = 128  # tokens of branches whose attention is computed together
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
 then reply:
 <profile>
@@ -31,6 +30,16 @@ then reply:
 your reply
 </response>"""
 HISTORY_PROFILES = ("all", "latest")
+
+
+def stream_seed(*key: object) -> int:
+    """Derive the seed of one random stream from what it is for; the same key gives the same stream on any rank.
+
+    >>> stream_seed(0, "sample", 3, 1) == stream_seed(0, "sample", 3, 1) != stream_seed(0, "sample", 3, 2)
+    True
+    """
+    digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1  # 31 bits: some servers take no larger seed
 
 
 def render_turn(lines: Sequence[str], response: str) -> str:
@@ -118,9 +127,9 @@ class ChatTokenizer:
         return high
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Candidate:
-    """One sampled turn of the policy: ids as sampled, and everything that was thought of it."""
+    """One sampled turn of the policy: ids as sampled, and everything that was found out about it."""
 
     token_ids: list[int]  # as sampled, the closing <|im_end|> included
     logprobs: list[float]  # the sampler's, nats, one per id
@@ -129,14 +138,11 @@ class Candidate:
     profile: list[str] = field(default_factory=list)
     response: str = ""  # what the user sees, even of a turn that could not be parsed
     failure: str | None = None  # why the text could not be parsed; None = format-valid
-    profile_tokens: int = 0  # how many ids make up the profile block: where the Profile Reward is earned
-    profile_reward: float = 0.0
-    response_reward: float = 0.0
+    profile_tokens: int = 0  # how many ids make up the profile block: the last of them may earn the Profile Reward
     verdicts: dict[str, bool] = field(default_factory=dict)
-    ledger: dict[str, float] = field(
-        default_factory=dict
-    )  # this profile against what was disclosed: rewards.ProfileScore
-    scored: bool = False  # it has been parsed and judged, as far as that could be done
+    ledger: dict[str, float] = field(default_factory=dict)  # rewards.ProfileScore of this profile
+    parts: dict[str, float] = field(default_factory=dict)  # reward parts by name, before their weights
+    reward: float = 0.0  # the weighted sum of the parts: rewards.score_candidate
     judged: bool = True  # False: the judge failed for good; it is neither trained on nor chosen
 
 
@@ -216,85 +222,3 @@ def closed(candidate: Candidate, tokenizer: ChatTokenizer) -> list[int]:
     """Return a reply as history: its ids as sampled, `<|im_end|>` added where the sampler ran out of tokens, `\\n`."""
     end = [] if candidate.token_ids[-1:] == [tokenizer.im_end] else [tokenizer.im_end]
     return [*candidate.token_ids, *end, *tokenizer.newline]
-
-
-class Layout(NamedTuple):
-    """A tree's T nodes in a row, and how their attention is cut (`kernels/tree_attention.py`).
-
-    Place i holds an ancestor of the node at place j, or that node itself, iff enter[i] <= enter[j] < leave[i].
-    """
-
-    order: list[int]  # the node at each place: first the trunk, the longest path; then its branches
-    enter: list[int]  # number of each place's node in depth-first order
-    leave: list[int]  # first number behind its descendants
-    blocks: list[tuple[int, int | None]]  # size, and tokens of the trunk that the block follows; None: the trunk itself
-
-
-class TokenTree:
-    """A prefix tree of token ids: every distinct token of a dialogue's prompts and candidates is stored once.
-
-    Node i has an id, a parent (−1 for the first token) and a position (its depth). Rows that share a prefix share its
-    nodes: turns of one dialogue, its candidates, and even the first tokens that two candidates have in common.
-
-    >>> tree = TokenTree()
-    >>> tree.insert([7, 8, 1]), tree.insert([7, 8, 2, 3]), len(tree)
-    ([0, 1, 2], [0, 1, 3, 4], 5)
-    >>> tree.layout().order   # 7, 8, 2, 3, then 1, which branches off
-    [0, 1, 3, 4, 2]
-    """
-
-    def __init__(self):
-        self.token_ids: list[int] = []
-        self.parents: list[int] = []
-        self.positions: list[int] = []
-        self._children: dict[tuple[int, int], int] = {}
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def insert(self, token_ids: Sequence[int]) -> list[int]:
-        """Insert a row and return the node of each of its tokens."""
-        nodes, parent = [], -1
-        for depth, token_id in enumerate(token_ids):
-            node = self._children.get((parent, token_id))
-            if node is None:
-                node = self._children[parent, token_id] = len(self.token_ids)
-                self.token_ids.append(token_id)
-                self.parents.append(parent)
-                self.positions.append(depth)
-            nodes.append(node)
-            parent = node
-        return nodes
-
-    def layout(self, block: int = BRANCH_BLOCK) -> Layout:
-        """Put the nodes in a row: the longest path, the trunk, then what branches off it, in the order of leaving it.
-
-        Branches share a block of attention until it has `block` tokens: fewer blocks are fewer calls, smaller ones
-        compute less that nobody sees.
-        """
-        children: dict[int, list[int]] = {node: [] for node in range(-1, len(self))}  # -1: above the first tokens
-        size = [1] * len(self)  # of each node's subtree
-        for node in reversed(range(len(self))):
-            children[self.parents[node]].append(node)
-            if self.parents[node] >= 0:
-                size[self.parents[node]] += size[node]
-        enter, depth_first, waiting = [0] * len(self), [], list(children[-1])
-        while waiting:
-            enter[waiting[-1]] = len(depth_first)
-            depth_first.append(waiting.pop())
-            waiting += children[depth_first[-1]]
-        order, node = [], max(range(len(self)), key=self.positions.__getitem__)
-        while node >= 0:
-            order.append(node)
-            node = self.parents[node]
-        order.reverse()
-        blocks: list[tuple[int, int | None]] = [(len(order), None)]
-        for depth, node in enumerate([-1, *order]):
-            for branch in children[node]:
-                if depth < blocks[0][0] and branch == order[depth]:
-                    continue
-                if len(blocks) == 1 or blocks[-1][0] + size[branch] > block:
-                    blocks.append((0, 0))
-                blocks[-1] = (blocks[-1][0] + size[branch], depth)
-                order += depth_first[enter[branch] : enter[branch] + size[branch]]
-        return Layout(order, [enter[node] for node in order], [enter[node] + size[node] for node in order], blocks)

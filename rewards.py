@@ -2,6 +2,10 @@
 
     reward of a turn = profile_weight · F1(inferred profile, persona) + response_weight · N · R · L · G · F
 
+`score_candidate` computes it, and nothing else does: the choice of the best candidate, advantages, metrics, the best
+checkpoint, the report and offline training read `candidate.reward` and `candidate.parts`. A new part is one function,
+one entry in REWARD_PARTS and one setting, NAME_weight, in config.py.
+
 The Profile Reward (RLPA eq. 2–3) is exact here and lies in [0, 1]: a deterministic matcher pairs each inferred line
 with at most one fact, so that packing facts on a line or repeating lines gains nothing. The Response Reward is the
 product of five binary verdicts: Naturalness, Relevance, Logical consistency, enGagement, inFormativeness. Rules give
@@ -15,8 +19,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
+from config import Config
+from dialogue import Candidate, ChatTokenizer, Dialogue
 from endpoints.plain_text import indented
 from worlds.first import COMPLAINTS, value_pattern
 from worlds.ledger import (
@@ -46,6 +53,79 @@ PROFILE_TARGETS = {"persona": "f1", "evidence": "evidence_f1", "ledger": "ledger
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
 ARTICLES = {"a", "an", "the"}
 Ask = Callable[[list[dict], int], str | Exception]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reward of a candidate
+
+
+class Judge(NamedTuple):
+    """Who judges a candidate: an endpoint, or the rules of the embedded world."""
+
+    ask: Ask | None  # asks the judge's endpoint; None: by rule
+    rules: Callable[..., dict[str, bool]]  # (response, history, facts) → verdicts by name
+    seed: int  # of the requests
+
+
+def read_candidate(
+    token_ids: list[int], logprobs: list[float], stop_reason: str, dialogue: Dialogue, chat: ChatTokenizer
+) -> Candidate:
+    """Decode and parse a sampled turn, and hold its profile against persona and ledger."""
+    text = chat.visible(token_ids)
+    parsed = parse_turn(text, stop_reason)
+    return Candidate(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        stop_reason=stop_reason,
+        text=text,
+        profile=parsed.profile,
+        response=parsed.response,
+        failure=parsed.failure,
+        profile_tokens=chat.tokens_until(token_ids, "</profile>"),
+        verdicts=dict.fromkeys(VERDICTS, False),
+        ledger=asdict(score_profile(parsed.profile, dialogue.persona_facts, dialogue.user_texts())),
+    )
+
+
+def profile_reward(candidate: Candidate, dialogue: Dialogue, config: Config, judge: Judge) -> float | None:
+    """Return the Profile Reward in [0, 1] (RLPA eq. 2–3), by the matcher or by an LLM's count of covered facts."""
+    if config.profile_judge == "rule":
+        return candidate.ledger[PROFILE_TARGETS[config.profile_target]]
+    request = profile_judge_messages(candidate.profile, dialogue.persona_facts)
+    count = ask_judge(judge.ask, request, parse_covered, judge.seed)
+    return None if count is None else f1_score(count, len(candidate.profile), len(dialogue.persona_facts))
+
+
+def response_reward(candidate: Candidate, dialogue: Dialogue, config: Config, judge: Judge) -> float | None:
+    """Fill in the five verdicts and return their product, the Response Reward."""
+    if judge.ask is None:
+        verdicts = judge.rules(candidate.response, dialogue.history(), dialogue.persona_facts)
+    else:
+        request = response_judge_messages(candidate.response, dialogue.history(), candidate.profile)
+        verdicts = ask_judge(judge.ask, request, parse_verdicts, judge.seed)
+    candidate.verdicts = verdicts or candidate.verdicts
+    return None if verdicts is None else float(all(verdicts.values()))
+
+
+# Each gives a number, or None if the judge failed for good. The dialogue ends with the message that is answered.
+REWARD_PARTS = {"profile": profile_reward, "response": response_reward}
+
+
+def score_candidate(candidate: Candidate, dialogue: Dialogue, config: Config, judge: Judge) -> None:
+    """Fill in a candidate's reward parts and its reward, the weighted sum of them.
+
+    A turn that could not be parsed earns nothing. One whose judge failed is marked as not judged, never scored 0.
+    """
+    failed = candidate.failure is not None
+    found = {name: 0.0 if failed else part(candidate, dialogue, config, judge) for name, part in REWARD_PARTS.items()}
+    candidate.judged = None not in found.values()
+    candidate.parts = {name: value or 0.0 for name, value in found.items()}
+    candidate.reward = sum(part_weight(name, config) * value for name, value in candidate.parts.items())
+
+
+def part_weight(name: str, config: Config) -> float:
+    """Return the weight of a reward part, --NAME-weight."""
+    return getattr(config, f"{name}_weight")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsing

@@ -5,7 +5,8 @@ person it plays, and how slowly to say so) and the dialogue as that person sees 
 such an endpoint. It gets the same messages as a real model, and a function of EMBEDDED_USERS answers them by rules,
 without a network or a key.
 
-In reading order: role prompt and messages, the embedded users, their server in a process of its own.
+In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the environment
+that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
 
 Two differences from the published code: the roles in the user's history are not swapped, and a call that fails is an
 error that the trainer masks and counts, never a made-up reply.
@@ -21,15 +22,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+import rewards
+from config import Config
+from endpoints.client import ChatClient
 from endpoints.plain_text import shorten
 from endpoints.server import make_server
+from endpoints.tape import Tape
+from endpoints.throttle import Quota
 from endpoints.wire import Message, RequestError, parse_request
 from worlds import first, second
 from worlds.ledger import History
@@ -187,6 +196,84 @@ def _shutdown_at_end_of_stdin(server: ThreadingHTTPServer) -> None:
     while os.read(0, 4096):  # returns b"" once the parent has closed its end, or has died
         pass
     server.shutdown()
+
+
+class Timers:
+    """Seconds spent per phase of an iteration: `with timers("update"):` adds to `timers.seconds["update"]`."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter = Counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+@dataclass
+class Environment:
+    """What the policy meets: the endpoints of user and judge, and counts of what went wrong there."""
+
+    user: ChatClient
+    judge: ChatClient | None  # None: by rule
+    rule_verdicts: Callable[..., dict[str, bool]] = rewards.rule_verdicts  # the rule judge
+    tape: Tape | None = None  # of --record or --replay
+    counts: Counter = field(default_factory=Counter)
+    timers: Timers = field(default_factory=Timers)
+    signals: list[int] = field(default_factory=list)  # those that have asked this process to stop
+
+    def hang_up(self) -> None:
+        """Cut off all requests under way; no call can be made afterwards."""
+        for client in filter(None, (self.user, self.judge)):
+            client.close()
+
+
+REPLAYED = "http://replayed.invalid"  # stands for the embedded user's address where no call is made
+
+
+@contextmanager
+def open_environment(config: Config, processes: int = 1) -> Iterator[Environment]:
+    """Open the clients of user and judge, and the tape of --record or --replay, for one of so many processes.
+
+    Without --simulator-url the embedded user is started for this process, unless its replies are replayed.
+    """
+    path = config.record or config.replay
+    tape = Tape(path, recording=bool(config.record)) if path else None
+    quota = Quota(config.requests_per_minute / processes, config.tokens_per_minute / processes)
+
+    def client(url: str, model: str, name: str) -> ChatClient:
+        return ChatClient(
+            url,
+            model,
+            config.api_key_env or None,
+            read_timeout=config.request_timeout / 3,
+            total_timeout=config.request_timeout,
+            max_retries=config.max_retries,
+            max_concurrency=config.max_concurrency,
+            tape=tape,
+            name=name,
+            outage_budget=config.outage_budget,
+            breaker_failures=config.breaker_failures,
+            quota=quota,
+            notify=lambda line: tqdm.write(f"warning: {line}", file=sys.stderr),
+        )
+
+    server = None
+    try:
+        judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
+        server = None if config.simulator_url or config.replay else start_embedded_server()
+        url = config.simulator_url or (server.url if server else REPLAYED)
+        env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape)
+        try:
+            yield env
+        finally:
+            env.hang_up()
+    finally:
+        if server:
+            server.stop()
+        if tape:
+            tape.close()
 
 
 def main(argv: Sequence[str] | None = None, answer: Callable[[bytes], dict[str, Any]] = complete) -> None:

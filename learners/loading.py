@@ -1,0 +1,138 @@
+"""What a run loads before its first iteration: policy, critic and reference, whole or in shards, and the personas."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from config import Config, has_own_trunk
+from learners import sharding
+from learners.learner import Learner, is_sharded, load_optimizer, make_learner
+from learners.processes import world_size
+from learners.weights import load_critic, load_policy, load_value_head
+from model import Critic, Qwen2ForCausalLM, ValueHead, draw_value_head
+from worlds import first
+from worlds.personas import Persona, load_personas
+
+
+def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+    """Load policy, critic and frozen reference, if any; the first two from a checkpoint's folder, if one is given.
+
+    What is trained is loaded in fp32, for the masters.
+    """
+    device = own_device()
+    dtype = compute_dtype(config, device.type)
+    policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
+    models = {"policy": policy}
+    if config.advantage == "gae":
+        models["critic"] = load_or_make_critic(config, policy, folder)
+    learners = {}
+    for (name, model), lr in zip(models.items(), (config.lr, config.critic_lr), strict=False):
+        if not isinstance(model, ValueHead):
+            model.model.checkpointing = config.checkpointing
+        learners[name] = make_learner(model, lr, config, dtype)
+        if folder:
+            load_optimizer(learners[name], folder / f"{name}_optimizer.safetensors")
+    ref_policy = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False) if config.kl_coef else None
+    return learners["policy"], learners.get("critic"), ref_policy
+
+
+def load_sharded(
+    config: Config, folder: Path | None, mesh: DeviceMesh
+) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+    """Do what `load_models` does, with the rows of this process alone, and a copy of the policy that samples."""
+    device = own_device()
+    dtype = compute_dtype(config, device.type)
+    start = folder / "policy" if folder else config.ckpt
+    policy = make_learner(sharding.load(Qwen2ForCausalLM, start, mesh, dtype=dtype), config.lr, config)
+    policy.replica = load_policy(start, dtype=dtype, device=device).requires_grad_(False)
+    critic, ref_policy = None, None
+    if has_own_trunk(config):
+        critic = make_learner(load_sharded_critic(config, policy.model, folder, mesh, dtype), config.critic_lr, config)
+    elif config.advantage == "gae":
+        critic = make_learner(load_or_make_critic(config, policy.model, folder), config.critic_lr, config, dtype)
+    for name, learner in (("policy", policy), ("critic", critic)):
+        if learner and is_sharded(learner):
+            learner.model.model.checkpointing = config.checkpointing
+        if learner and folder:
+            load_optimizer(learner, folder / f"{name}_optimizer.safetensors")
+    if config.kl_coef:
+        ref_policy = sharding.load(Qwen2ForCausalLM, config.ckpt, mesh, dtype=dtype, stored=dtype).requires_grad_(False)
+    return policy, critic, ref_policy
+
+
+def load_sharded_critic(
+    config: Config, policy: Qwen2ForCausalLM, folder: Path | None, mesh: DeviceMesh, dtype: torch.dtype
+) -> Critic:
+    """Do what `load_or_make_critic` does for a critic with a trunk of its own."""
+    if path := folder / "critic" if folder else config.critic_ckpt:
+        return sharding.load(Critic, path, mesh, dtype=dtype)
+    return sharding.critic_from_policy(policy, draw_value_head(policy, config.seed), mesh, dtype)
+
+
+def own_device() -> torch.device:
+    """Return the device of this process."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
+def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path | None) -> Critic | ValueHead:
+    """Load the critic of a checkpoint's folder or of --critic-ckpt; without either, make one from the policy."""
+    path = folder / "critic" if folder else config.critic_ckpt
+    device = policy.head_weight.device
+    if config.critic == "shared":
+        return load_value_head(path, device=device) if path else ValueHead.from_policy(policy, config.seed)
+    return load_critic(path, device=device) if path else Critic.from_policy(policy, config.seed)
+
+
+def compute_dtype(config: Config, device: str) -> torch.dtype:
+    """Return the dtype of weights and products on a type of device.
+
+    >>> compute_dtype(Config(), "cpu"), compute_dtype(Config(), "cuda")
+    (torch.float32, torch.bfloat16)
+    """
+    name = config.dtype if config.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
+    return getattr(torch, name)
+
+
+def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
+    """Return training personas and named evaluation sets; only sets from --eval-personas may share some with them."""
+    personas = load_personas(config.personas) if config.personas else synthetic_personas(config, "train", config.seed)
+    if config.eval_personas:
+        return personas, {"heldout": load_personas(config.eval_personas)}
+    if not config.personas:  # the same for every --seed, so that runs can be compared
+        return personas, {name: synthetic_personas(config, name, 0) for name in ("heldout", "unseen")}
+    if len(personas) < 2:
+        raise ValueError(
+            f"{config.personas} holds one persona; give more, or --eval-personas to evaluate on another file"
+        )
+    heldout = personas[9::10] or personas[-1:]
+    return [p for p in personas if p not in heldout], {"heldout": heldout}
+
+
+def synthetic_personas(config: Config, split: str, seed: int) -> list[Persona]:
+    """Make the personas of one split of the embedded world, as many as training or an evaluation needs."""
+    n = config.num_personas if split == "train" else config.eval_dialogues
+    return [Persona(f"{split}-{i}", tuple(facts)) for i, facts in enumerate(generate_personas(n, seed, split))]
+
+
+def set_threads(policy: nn.Module, config: Config) -> None:
+    """Choose CPU threads: with a tiny model a second thread costs more in waiting than it computes."""
+    tiny = sum(p.numel() for p in policy.parameters()) < 10_000_000
+    torch.set_num_threads(config.threads or (1 if tiny else max(1, (os.cpu_count() or 1) // world_size())))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks up to 32 MiB: given back, each of the next forward's temporaries is paged in anew.
+
+    On a CPU that made a norm over 4,000 tokens 6 to 10 times as slow. Elsewhere than with glibc nothing is done.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: free space at the heap's end that is kept
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: larger blocks come from the system one by one

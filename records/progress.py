@@ -1,0 +1,104 @@
+"""What a run says and shows: its settings at the start, a line per iteration and evaluation, transcripts at the end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from config import has_own_trunk
+from dialogue import Dialogue
+from endpoints.calls import ENDPOINTS, calls_note
+from learners.processes import gather, world_size
+from records import checkpoints
+from records.log import FINISHED, RunLog, episode_record, show_transcripts
+from records.metrics import sum_counters
+from records.state import State
+
+
+def lost_note(m: dict[str, float]) -> str:
+    """Say how many dialogues were dropped and who failed; nothing if none was."""
+    if not m["dialogues_dropped"]:
+        return ""
+    who = ", ".join(f"{name.removeprefix('dropped_')} {n:.0f}" for name, n in m.items() if name.startswith("dropped_"))
+    advice = "; nothing left, check --simulator-url and --judge-url" if m["dialogues_dropped"] == m["dialogues"] else ""
+    return f" | dropped {m['dialogues_dropped']:.0f} of {m['dialogues']:.0f} dialogues ({who}{advice})"
+
+
+def progress_line(state: State, m: dict[str, float]) -> str:
+    """Write an iteration in one readable line."""
+    split = " ".join(
+        f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "waiting", "rewards", "statistics", "update")
+    )
+    kept, prefilled = m.get("tokens_kept", 0), m.get("tokens_prefilled", 0)  # absent: none
+    reused = kept / max(1, kept + prefilled)
+    mfu = f" mfu {m['mfu']:.2f}" if "mfu" in m else ""
+    ev = f" ev {m['explained_variance']:.2f}" if "explained_variance" in m else ""
+    return (
+        f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
+        f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
+        f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
+        f" clip {m.get('clip_frac', 0):.3f}{ev} | {m['seconds']:.1f}s ({split})"
+        f" {m['sampled_tokens_per_second']:.0f} tok/s, saved by tree"
+        f" x{m['tree_saving']:.1f}, KV {reused:.0%}{mfu}{lost_note(m)}"
+    )
+
+
+def evaluation_line(name: str, m: dict[str, float]) -> str:
+    """Write an evaluation in one readable line."""
+    return (
+        f"     {name:16s} recall {m['recall']:.3f} f1/max {m['f1_over_max']:.3f}"
+        f" unsupported {m['unsupported_lines']:.2f} response {m['response_reward']:.3f}"
+        f" valid {m['format_valid']:.3f}{lost_note(m)}"
+    )
+
+
+def start_log(state: State) -> RunLog:
+    """Say what is about to run, write its settings, and open its records."""
+    announce(state)
+    settings = asdict(replace(state.config, resume="", overwrite=False))  # as if it had never been interrupted
+    (Path(state.config.run_dir) / FINISHED).unlink(missing_ok=True)
+    checkpoints.write_text(Path(state.config.run_dir) / "config.json", json.dumps(settings, indent=1) + "\n")
+    return RunLog(state.config.run_dir, state.logs, state.config.tensorboard)
+
+
+def finish(
+    state: State, log: RunLog, before: dict[str, list[Dialogue]], after: dict[str, list[Dialogue]]
+) -> None:
+    """Draw the curves of a finished run, and show what it has come to."""
+    log.close()
+    log.draw()
+    show_transcripts(before, after)
+    policy = log.folder / "checkpoints" / state.saved / "policy"
+    print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {policy}")
+    records = map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())
+    calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
+    print(f"calls of the run: {calls_note(calls, state.config)}")
+
+
+def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
+    """Write dialogues of all ranks to episodes.jsonl."""
+    for kind, dialogues in played.items():
+        records = [record for part in gather([episode_record(d) for d in dialogues]) for record in part]
+        if log:
+            log.episodes(state.iteration, kind, records)
+
+
+def announce(state: State) -> None:
+    """Say what is about to run."""
+    config, millions = state.config, sum(p.numel() for p in state.policy.model.parameters()) / 1e6
+    critic = "and a critic of that size" if has_own_trunk(config) else "the critic is a head on them"
+    critic = critic if state.critic else f"{config.advantage}: no critic"
+    sets = ", ".join(f"{len(personas)} {name}" for name, personas in state.eval_sets.items())
+    batch = f"{config.rollout_batch_size} dialogues x {config.max_turns} turns x {config.num_candidates} candidates"
+    lines = (
+        f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, {critic})",
+        f"{world_size()} process(es), {torch.get_num_threads()} thread(s) each",
+        f"{len(state.personas)} training personas, {sets}",
+        f"user {config.simulator_url or 'embedded'}, judge {config.judge_url or 'by rule'}",
+        f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
+    )
+    print("\n      ".join(lines), flush=True)

@@ -1,0 +1,197 @@
+"""The state of a run, and its checkpoints: what is saved, how a kill leaves it whole, and how a run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
+
+from config import Config
+from dialogue import ChatTokenizer
+from kernels import set_backend
+from learners import sharding
+from learners.learner import Learner, is_sharded, optimizer_tensors
+from learners.loading import keep_freed_memory, load_all_personas, load_models, load_sharded, set_threads
+from learners.processes import Result, on_rank_0, rank
+from learners.weights import SINGLE, save_config, save_pretrained
+from model import Qwen2ForCausalLM
+from records import checkpoints
+from records.log import FINISHED, RunLog
+from records.perplexity import HELDOUT_FILE
+from simulator import Environment
+from worlds.personas import Persona
+
+PROGRESS = ("iteration", "updates", "evaluated", "best", "logs")  # what trainer.json holds of a State
+
+
+@dataclass
+class State:
+    """Everything a run needs and a checkpoint restores."""
+
+    config: Config
+    chat: ChatTokenizer
+    policy: Learner
+    critic: Learner | None  # none with --advantage rloo or grpo
+    ref_policy: Qwen2ForCausalLM | None
+    personas: list[Persona]
+    eval_sets: dict[str, list[Persona]]
+    env: Environment
+    iteration: int = 0  # iterations done
+    updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+    evaluated: bool = False  # what is due after the last iteration done has been evaluated
+    reward: float = math.nan  # held-out reward of this iteration's policy, if it has been measured
+    best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
+    logs: dict[str, int] = field(default_factory=dict)  # sizes of the run's records at this point
+    saved: str = ""  # name of the checkpoint that this process loaded or wrote last
+
+    def mark(self, log: RunLog | None, evaluated: bool) -> None:
+        """Mark a point that a run can be continued from: the records up to here belong to it."""
+        self.evaluated = evaluated
+        if log:
+            self.logs = log.position()
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the whole run: as asked for, or one pass over the personas, a last partial batch included."""
+        return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
+
+
+def setup(config: Config, env: Environment, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
+    """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
+    personas, eval_sets = load_all_personas(config)
+    policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
+    set_threads(policy.model, config)
+    keep_freed_memory()
+    set_backend(config.kernels)
+    chat = ChatTokenizer.from_folder(config.ckpt)
+    if chat.vocab_size > policy.model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only"
+            f" {policy.model.config.vocab_size}"
+        )
+    state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
+    if folder:
+        progress = json.loads((folder / "trainer.json").read_text())
+        state = replace(state, saved=folder.name, **{name: progress[name] for name in PROGRESS})
+        if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
+            raise ValueError(
+                f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
+            )
+    return state
+
+
+def save_checkpoint(state: State) -> None:
+    """Write models in Hugging Face layout and the trainer's state, such that a kill anywhere leaves it whole or absent.
+
+    Every rank calls it; rank 0 writes, and all write what is sharded. Raises ValueError on every rank if that fails.
+    """
+    if state.evaluated and math.isfinite(state.reward) and all(state.reward > reward for reward in state.best.values()):
+        state.best = {checkpoint_name(state): state.reward}
+    folder = Path(state.config.run_dir) / "checkpoints" / checkpoint_name(state)
+
+    def write() -> None:
+        write_checkpoint(state, temporary)
+        checkpoints.publish(temporary, folder)
+        checkpoints.prune(folder, state.config.keep_last, *state.best)
+
+    temporary = on_rank_0(lambda: writing(folder, lambda: checkpoints.prepare(folder)))
+    writing(folder, lambda: write_shards(state, temporary))
+    on_rank_0(lambda: writing(folder, write))
+    state.saved = folder.name
+
+
+def writing(folder: Path, action: Callable[[], Result]) -> Result:
+    """Call `action`; where it cannot write, raise a ValueError that tells of the checkpoint."""
+    try:
+        return action()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder} cannot be written: {reason}; those before it are kept") from error
+
+
+def checkpoint_name(state: State) -> str:
+    """Return the name of the checkpoint of this state; `.stopped` if the iteration's evaluation is still to come."""
+    return f"iteration_{state.iteration:06d}" + ("" if state.evaluated else ".stopped")
+
+
+def write_checkpoint(state: State, folder: Path) -> None:
+    """Write all that a run is continued from: models, optimizers and the place where it stands.
+
+    Random streams need no state: each is derived from the seed and from what it is for (`stream_seed`).
+    """
+    for name, learner in learners(state).items():
+        if is_sharded(learner):
+            save_config(learner.model, folder / name, torch.float32)
+        else:
+            save_pretrained(learner.model, folder / name, weights=learner.masters)
+            save_file(optimizer_tensors(learner), folder / f"{name}_optimizer.safetensors")
+    save_texts(state, folder / "policy")
+    progress = {name: getattr(state, name) for name in PROGRESS}
+    (folder / "trainer.json").write_text(json.dumps(progress) + "\n")
+
+
+def write_shards(state: State, folder: Path) -> None:
+    """Write the weights and moments that are sharded, in the files that `write_checkpoint` writes of whole ones."""
+    for name, learner in learners(state).items():
+        if is_sharded(learner):
+            sharding.save(learner.masters, folder / name)
+            moments = folder / f".{name}_optimizer"
+            sharding.save(optimizer_tensors(learner), moments, math.inf)
+            if rank() == 0:
+                (moments / SINGLE).rename(folder / f"{name}_optimizer.safetensors")
+                moments.rmdir()
+
+
+def learners(state: State) -> dict[str, Learner]:
+    """Return what is trained, by its name in a checkpoint."""
+    return {"policy": state.policy} | ({"critic": state.critic} if state.critic else {})
+
+
+def save_texts(state: State, folder: Path) -> None:
+    """Write the tokenizer, and the settings and held-out text of this model, if it brought some."""
+    state.chat.tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("rlpa.json", HELDOUT_FILE):
+        if (Path(state.config.ckpt) / name).is_file():
+            shutil.copy(Path(state.config.ckpt) / name, folder)
+
+
+def newest_checkpoint(run_dir: str) -> Path:
+    """Return a run's newest whole checkpoint, warning of damaged ones in one line each; ValueError if there is none."""
+
+    def warn(line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr)
+
+    try:
+        return checkpoints.newest(Path(run_dir) / "checkpoints", warn)
+    except ValueError as error:
+        raise ValueError(f"--resume {run_dir}: {error}; start the run anew with --run-dir and --overwrite") from None
+
+
+def resume_command(config: Config) -> str:
+    """Write the command that goes on with a run."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    several = ["--nproc-per-node", str(processes)] if processes > 1 else []
+    return shlex.join(["torchrun", *several, sys.argv[0], "--resume", config.run_dir])
+
+
+def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:
+    """Return the settings with which processes go on that torchrun has restarted: in the run folder that they had.
+
+    From its newest checkpoint, or, as long as there was none, from the start.
+    """
+    if store is None or not store.check(["run_dir"]):
+        return config
+    run_dir = store.get("run_dir").decode()
+    begun = bool(checkpoints.published(Path(run_dir) / "checkpoints"))
+    return replace(config, run_dir=run_dir, resume=run_dir if begun else "", overwrite=not begun)
