@@ -175,11 +175,11 @@ def refuse_critic_flags(config: Config) -> None:
 
 
 def dry_run_devices(config: Config) -> tuple[int, float]:
-    """Return the number of CUDA devices and the GB of each that --dry-run plans for; a number alone is one device."""
+    """Return the number of CUDA devices (0: not given) and the GB of each that --dry-run plans for."""
     match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?(\d{1,6}(?:\.\d+)?)", config.dry_run)
     if not match or not float(match[2]):
         raise ValueError(f"--dry-run is {config.dry_run!r}; it takes GB, or DEVICESxGB such as 8x80, or no value")
-    return int(match[1] or 1), float(match[2])
+    return int(match[1] or 0), float(match[2])
 
 
 def flag(name: str) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor
 from config import Config
 from dialogue import Candidate, Dialogue
 from kernels.tree_attention import Block, Tree, make_tree
-from model import Critic, Qwen2ForCausalLM, ValueHead
 from learners.processes import all_max
+from model import Critic, Qwen2ForCausalLM, ValueHead
 
 BRANCH_BLOCK = 128  # tokens of branches whose attention is computed together
 

@@ -15,6 +15,7 @@ Shapes: B rows of the cache, n candidates each, R running candidates, N tokens o
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from config import Config
+from dialogue import ChatTokenizer
 from kernels.backend import use_triton
 from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
 from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
+from learners.processes import world_size
 from model import Cached, Chunk, KVCache, Qwen2ForCausalLM, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
@@ -390,6 +394,32 @@ class Sampler:
         if not self.draws:
             self.pending.clear()
         return ended
+
+
+def make_sampler(
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, n: int, temperature: float, max_rows: int
+) -> Sampler:
+    """Make a sampler as the settings say: n candidates for each of max_rows dialogues, until `<|im_end|>`."""
+    return Sampler(
+        policy,
+        n=n,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=[chat.im_end],
+        temperature=temperature,
+        batch_size=config.decode_batch_size,
+        max_rows=max_rows,
+        kv_bytes=kv_budget(config, policy.head_weight.device),
+    )
+
+
+def kv_budget(config: Config, device: torch.device) -> int:
+    """Return the bytes that a process's KV cache may take: as asked for, or a share of what is free now."""
+    if config.kv_gib:
+        return int(config.kv_gib * 2**30)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
+        return int(0.9 * (torch.cuda.mem_get_info(device)[0] + unused))
+    return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / world_size())
 
 
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import rewards
 from config import Config
+from endpoints.calls import client_counts
 from endpoints.client import ChatClient
 from endpoints.plain_text import shorten
 from endpoints.server import make_server
@@ -223,6 +224,10 @@ class Environment:
     timers: Timers = field(default_factory=Timers)
     signals: list[int] = field(default_factory=list)  # those that have asked this process to stop
 
+    def calls(self) -> Counter:
+        """Return the calls of this process so far, under the names of metrics.jsonl."""
+        return client_counts({"simulator": self.user, "judge": self.judge})
+
     def hang_up(self) -> None:
         """Cut off all requests under way; no call can be made afterwards."""
         for client in filter(None, (self.user, self.judge)):
@@ -250,7 +255,6 @@ def open_environment(config: Config, processes: int = 1) -> Iterator[Environment
             read_timeout=config.request_timeout / 3,
             total_timeout=config.request_timeout,
             max_retries=config.max_retries,
-            max_concurrency=config.max_concurrency,
             tape=tape,
             name=name,
             outage_budget=config.outage_budget,

@@ -24,7 +24,6 @@ import itertools
 import math
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
@@ -67,10 +66,9 @@ from learners.processes import (
 )
 from model import Critic, Qwen2ForCausalLM, ValueHead
 from packing import Batch, Packed, Span, critic_values, make_batches, minibatches_per_epoch, pack, policy_hidden
+from records.iteration import IterationMeter, play_metrics, retention
 from records.log import RunLog, claim_folder
-from records.metrics import IterationMeter, play_metrics
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
-from records.perplexity import retention
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
 from records.state import State, go_on_after_restart, newest_checkpoint, save_checkpoint, setup
 from rewards import Judge, part_weight, read_candidate, score_candidate
@@ -85,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals: list[int] = []
     parsed = attempt(lambda: parse_args(argv, __doc__))
     try:
-        with catch_signals(signals), joined_processes(parsed) as store:
+        timeout, alone = getattr(parsed, "collective_timeout", Config.collective_timeout), getattr(parsed, "shard", False)
+        with catch_signals(signals), joined_processes(timeout, alone) as store:
             return launch(together(lambda: parsed), store, signals)
     except (ValueError, LostProcess, Unavailable) as error:
         if not isinstance(error, AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":

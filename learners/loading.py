@@ -17,7 +17,7 @@ from learners.learner import Learner, is_sharded, load_optimizer, make_learner
 from learners.processes import world_size
 from learners.weights import load_critic, load_policy, load_value_head
 from model import Critic, Qwen2ForCausalLM, ValueHead, draw_value_head
-from worlds import first
+from worlds.first import generate_personas
 from worlds.personas import Persona, load_personas
 
 

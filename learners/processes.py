@@ -165,11 +165,23 @@ def catch_signals(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def join_processes(store: dist.Store | None, timeout: float, alone: bool = False) -> None:
-    """Join the processes that torchrun has started, if there are several; `timeout` in seconds bounds every wait.
+@contextmanager
+def joined_processes(timeout: float, alone: bool = False) -> Iterator[dist.Store | None]:
+    """Join the processes that torchrun has started, and part from them at the end; `timeout` bounds every wait, in s.
 
-    alone: a single process is a group too, which sharding needs.
+    alone: a single process is a group too, which sharding needs. Yields torchrun's store on rank 0, if there is one.
     """
+    store = launcher_store(timeout)
+    try:
+        join_processes(store, timeout, alone)
+        yield store if rank() == 0 else None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_processes(store: dist.Store | None, timeout: float, alone: bool = False) -> None:
+    """Join the processes that torchrun has started, if there are several."""
     if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1 and not alone:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -1,15 +1,15 @@
-"""How a program ends, whatever ends it: at most one line on stderr, and an exit code.
+"""How every program ends: at most one line on stderr, and an exit code.
 
-    0 done; 2 something that the user can mend; 130 Ctrl-C; 141 nobody reads its output any more (`… | head`)
+0 done; 2 something that the user can mend; 130 Ctrl-C; 141 nobody reads the output any more (`… | head`).
 """
 
 from __future__ import annotations
 
-import inspect
+import json
 import os
-import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -40,22 +40,17 @@ def refuse(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def field_comments(settings: type) -> dict[str, str]:
-    """Return the comment that follows each field of a class of settings, and of those it inherits: its `--help`.
-
-    Read from the file: `inspect.getsource` parses all of it, which in Python 3.11 fails now and then beside threads.
-    """
-    comments: dict[str, str] = {}
-    for cls in reversed(settings.__mro__[:-1]):  # a subclass's comment counts
-        module = Path(inspect.getfile(cls)).read_text()
-        source = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", module, re.MULTILINE | re.DOTALL)[0]
-        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    return comments
-
-
 def check_prices(price_in: float | None, price_out: float | None) -> None:
     """Raise ValueError if one price is given without the other, which would count as 0; None: not given."""
     if (price_in is None) != (price_out is None):
         given, missing = ("--price-in", "--price-out") if price_out is None else ("--price-out", "--price-in")
         price = price_in if price_out is None else price_out
         raise ValueError(f"{given} {price:g} needs {missing} too (dollars per million tokens; 0 if those are free)")
+
+
+def tell(program: str, error: str) -> None:
+    """Print an error as one line, and leave it for the report that torchrun ends with."""
+    print(f"{program}: {error}", file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        shown = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": shown}))
