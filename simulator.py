@@ -238,13 +238,15 @@ REPLAYED = "http://replayed.invalid"  # stands for the embedded user's address w
 
 
 @contextmanager
-def open_environment(config: Config, processes: int = 1) -> Iterator[Environment]:
+def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Iterator[Environment]:
     """Open the clients of user and judge, and the tape of --record or --replay, for one of so many processes.
 
     Without --simulator-url the embedded user is started for this process, unless its replies are replayed.
     """
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
+    if tape and rank == 0:
+        print(tape.note, file=sys.stderr)
     quota = Quota(config.requests_per_minute / processes, config.tokens_per_minute / processes)
 
     def client(url: str, model: str, name: str) -> ChatClient:

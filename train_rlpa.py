@@ -44,26 +44,8 @@ from dry_run.plan import dry_run
 from endpoints.wire import ChatError
 from kernels import linear_logprob, ppo_head
 from kernels.backend import use_triton
-from learners import sharding
+from learners import processes, sharding
 from learners.learner import Learner
-from learners.processes import (
-    AgreedError,
-    LostProcess,
-    agree,
-    all_max,
-    all_sum,
-    all_sum_gradients,
-    attempt,
-    catch_signals,
-    computing,
-    gather,
-    joined_processes,
-    on_rank_0,
-    rank,
-    together,
-    wait_for_ranks,
-    world_size,
-)
 from model import Critic, Qwen2ForCausalLM, ValueHead
 from packing import Batch, Packed, Span, critic_values, make_batches, minibatches_per_epoch, pack, policy_hidden
 from records.iteration import IterationMeter, play_metrics, retention
@@ -81,15 +63,14 @@ from worlds.personas import Persona
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code (docs/failures.md); an error is one line on stderr."""
     signals: list[int] = []
-    parsed = attempt(lambda: parse_args(argv, __doc__))
+    parsed = processes.attempt(lambda: parse_args(argv, __doc__))
     try:
-        timeout, alone = getattr(parsed, "collective_timeout", Config.collective_timeout), getattr(parsed, "shard", False)
-        with catch_signals(signals), joined_processes(timeout, alone) as store:
-            return launch(together(lambda: parsed), store, signals)
-    except (ValueError, LostProcess, Unavailable) as error:
-        if not isinstance(error, AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
+        with processes.catch_signals(signals), processes.joined_processes(parsed) as store:
+            return launch(processes.together(lambda: parsed), store, signals)
+    except (ValueError, processes.LostProcess, Unavailable) as error:
+        if not isinstance(error, processes.AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
             tell("train_rlpa.py", str(error))
-        return {LostProcess: 1, Unavailable: os.EX_TEMPFAIL}.get(type(error), 2)
+        return {processes.LostProcess: 1, Unavailable: os.EX_TEMPFAIL}.get(type(error), 2)
 
 
 def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
@@ -97,16 +78,17 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
 
     store: torchrun's, on rank 0 alone. It outlives the processes that torchrun restarts.
     """
-    config = on_rank_0(lambda: go_on_after_restart(config, store))
+    config = processes.on_rank_0(lambda: go_on_after_restart(config, store))
     if config.dry_run:
-        print(dry_run(config))
+        print(dry_run(config) if processes.rank() == 0 else "", end="")
         return 0
     with ExitStack() as stack:
         claim = claim_folder(config.run_dir, bool(config.resume), config.overwrite)
-        together(lambda: stack.enter_context(claim) if rank() == 0 else None)
+        processes.together(lambda: stack.enter_context(claim) if processes.rank() == 0 else None)
         if store:
             store.set("run_dir", config.run_dir)
-        env = together(lambda: stack.enter_context(open_environment(config, world_size())))
+        place = processes.rank(), processes.world_size()
+        env = processes.together(lambda: stack.enter_context(open_environment(config, *place)))
         env.signals = signals
         return train(config, env)
 
@@ -117,10 +99,10 @@ def train(config: Config, env: Environment) -> int:
     A signal, or a user and a judge that stay away, discard the rollout under way; an update that has begun is finished.
     Then the state is saved.
     """
-    folder = on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
+    folder = processes.on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
     mesh = sharding.make_mesh() if config.shard else None
-    state = together(lambda: setup(config, env, folder, mesh))
-    log = together(lambda: start_log(state) if rank() == 0 else None)
+    state = processes.together(lambda: setup(config, env, folder, mesh))
+    log = processes.together(lambda: start_log(state) if processes.rank() == 0 else None)
     try:
         before, after = run(state, log)
     except (Stopped, Unavailable) as end:
@@ -130,14 +112,14 @@ def train(config: Config, env: Environment) -> int:
     return 0
 
 
-def run(state: State, log: RunLog | None) -> tuple[dict[str, list[Dialogue]], dict[str, list[Dialogue]]]:
+def run(state: State, log: RunLog | None) -> tuple[dict, dict]:
     """Run iterations up to the last one; returns the evaluations before the first and after it.
 
     A checkpoint can be taken at the head of the loop, and between an iteration and its evaluation.
     """
     before, played = {}, {}
     total, done = state.num_iterations, state.iteration
-    with tqdm(total=total, initial=done, desc="iterations", disable=rank() != 0, unit="it") as bar:
+    with tqdm(total=total, initial=done, desc="iterations", disable=processes.rank() != 0, unit="it") as bar:
         while True:
             if not state.evaluated:
                 played = conclude_iteration(state, log)
@@ -160,7 +142,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     meter = IterationMeter(env)
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
     dialogues = play_batch(policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
-    with env.timers("statistics"), computing():
+    with env.timers("statistics"), processes.computing():
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)
         models = policy.model, state.ref_policy, critic and critic.model
@@ -168,7 +150,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         for p in packed:
             add_advantages(p, config) if critic else add_group_advantages(p, config)
         scale = whiten_advantages(packed, config.advantage)
-    with env.timers("update"), computing():
+    with env.timers("update"), processes.computing():
         per_iteration = config.num_epochs * minibatches_per_epoch(config)
         progress = (state.updates, state.num_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup
@@ -180,8 +162,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     return meter.metrics(state, dialogues, packed, train_policy) | scale | metrics, dialogues
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout: every dialogue is played to its end
+# ------------------------------------------------------------------------- Rollout: every dialogue is played to its end
 
 
 @dataclass
@@ -194,13 +175,9 @@ class Play:
 
 
 def play_batch(
-    policy: Qwen2ForCausalLM,
-    chat: ChatTokenizer,
-    batch: Callable[[], list[Dialogue]],
-    play: Play,
-    config: Config,
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, batch: Callable[[], list[Dialogue]], play: Play, config: Config,
     env: Environment,
-) -> list[Dialogue]:
+) -> list[Dialogue]:  # fmt: skip
     """Play this rank's dialogues of a batch, and replay the batch while fewer than --quorum of all dialogues survive.
 
     Raises Unavailable on every rank after --quorum-retries, and at once if an endpoint is out of reach.
@@ -212,7 +189,7 @@ def play_batch(
         complaint = check_batch(dialogues, config, env)
         if not complaint:
             return dialogues
-        env.counts["batches_discarded"] += rank() == 0
+        env.counts["batches_discarded"] += processes.rank() == 0
     raise Unavailable(complaint)
 
 
@@ -224,18 +201,15 @@ def persona_batch(state: State) -> list[Dialogue]:
     config, count = state.config, len(state.personas)
     first = state.iteration * config.rollout_batch_size  # this batch's place in the endless row of shuffled passes
     size = config.rollout_batch_size if config.num_iterations else min(config.rollout_batch_size, count - first)
-    orders = {p: persona_order(state, p) for p in range(first // count, (first + size - 1) // count + 1)}
+    orders: dict[int, list[int]] = {}  # by pass
+    for number in range(first // count, (first + size - 1) // count + 1):
+        generator = torch.Generator().manual_seed(stream_seed(config.seed, "order", number))
+        orders[number] = torch.randperm(count, generator=generator).tolist()
     dialogues = []
-    for i in range(rank(), size, world_size()):
+    for i in range(processes.rank(), size, processes.world_size()):
         persona = state.personas[orders[(first + i) // count][(first + i) % count]]
         dialogues.append(Dialogue(i, persona.persona_id, persona.facts))
     return dialogues
-
-
-def persona_order(state: State, number: int) -> list[int]:
-    """Return the order in which pass `number` goes through the personas."""
-    generator = torch.Generator().manual_seed(stream_seed(state.config.seed, "order", number))
-    return torch.randperm(len(state.personas), generator=generator).tolist()
 
 
 def rollout(
@@ -254,10 +228,10 @@ def rollout(
             Scheduler(speaker.sampler, replies, env).run(players)
         env.counts.update(speaker.sampler.counts)
 
-    outcome = attempt(play_all) if dialogues else None  # none: there are more ranks than dialogues
-    wait_for_ranks(config.outage_budget + config.collective_timeout, env.signals)
-    agree(outcome)
-    if number := max(gather(max(env.signals, default=0))):
+    outcome = processes.attempt(play_all) if dialogues else None  # none: there are more ranks than dialogues
+    processes.wait_for_ranks(config.outage_budget + config.collective_timeout, env.signals)
+    processes.agree(outcome)
+    if number := max(processes.gather(max(env.signals, default=0))):
         raise Stopped(number)
 
 
@@ -313,6 +287,7 @@ class Speaker:
             env.counts["dialogues_ended_early"] += 1
             return []
         place, n = (dialogue.index, len(dialogue.turns)), self.play.num_candidates
+        seeds = [stream_seed(*stream, "sample", *place, c) for c in range(n)]
         candidates: list[Candidate | None] = [None] * n
 
         def score(draw: Draw) -> Ask | None:
@@ -323,7 +298,7 @@ class Speaker:
             scoring = partial(score_candidate, candidate, dialogue, config, judge)
             return Ask(scoring) if ask and candidate.failure is None else scoring()  # only an endpoint takes time
 
-        yield Sample(dialogue.index, turn.prompt_ids, [stream_seed(*stream, "sample", *place, c) for c in range(n)], score)
+        yield Sample(dialogue.index, turn.prompt_ids, seeds, score)
         return candidates
 
     def cut(self, said: str) -> str:
@@ -346,19 +321,14 @@ class Speaker:
         return needed <= longest and (first or self.sampler.fits(length))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics: what the update needs of the models as they were while they sampled
+# -------------------------------------- Statistics: what the update needs of the models as they were while they sampled
 
 
 @torch.no_grad()
 def add_statistics(
-    batches: list[list[Batch]],
-    policy: Qwen2ForCausalLM,
-    ref_policy: Qwen2ForCausalLM | None,
-    critic: Critic | ValueHead | None,
-    config: Config,
-    sampled: Qwen2ForCausalLM | None = None,
-) -> None:
+    batches: list[list[Batch]], policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None,
+    critic: Critic | ValueHead | None, config: Config, sampled: Qwen2ForCausalLM | None = None,
+) -> None:  # fmt: skip
     """Fill in old log-probs, reference log-probs and values, each computed once.
 
     sampled: the whole copy of a sharded policy, which sampled; else the policy did.
@@ -384,13 +354,9 @@ def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
 
 
 def statistics_of(
-    batch: Batch,
-    policy: Qwen2ForCausalLM,
-    ref_policy: Qwen2ForCausalLM | None,
-    critic: Critic | ValueHead | None,
-    config: Config,
-    by_sampler: bool,
-) -> dict[str, Tensor]:
+    batch: Batch, policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, critic: Critic | ValueHead | None,
+    config: Config, by_sampler: bool,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return a micro-batch's statistics by their names in `Packed`, (N,) each; ref_hidden is (N, D).
 
     by_sampler: old log-probs are those that the sampler noted. No trunk runs whose output is not read.
@@ -411,8 +377,7 @@ def statistics_of(
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages
+# ----------------------------------------------------------------------------------------------------------- Advantages
 
 
 def add_advantages(p: Packed, config: Config) -> None:
@@ -430,15 +395,9 @@ def add_advantages(p: Packed, config: Config) -> None:
         for span in (s for s in p.spans if s.turn == t):
             # Candidates that were not chosen have no next turn. They get the same next value: an end there would
             # punish them for not being chosen. The next advantage belongs to the chosen one alone.
-            tail = gamma_turn * next_advantage if span.chosen else 0.0
-            advantages[span.start : span.stop] = gae(
-                token_rewards(span, p, config),
-                values[span.start : span.stop],
-                gamma_turn * next_value,
-                tail,
-                config.gamma,
-                config.gae_lambda,
-            )
+            rewards, own_values = token_rewards(span, p, config), values[span.start : span.stop]
+            ahead = gamma_turn * next_value, gamma_turn * next_advantage if span.chosen else 0.0
+            advantages[span.start : span.stop] = gae(rewards, own_values, *ahead, config.gamma, config.gae_lambda)
             first_of_chosen = span.start if span.chosen else first_of_chosen
         next_value, next_advantage = values[first_of_chosen], advantages[first_of_chosen]
     p.advantages = torch.tensor(advantages)
@@ -461,13 +420,9 @@ def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
 
 
 def gae(
-    token_reward: Sequence[float],
-    values: Sequence[float],
-    next_value: float,
-    next_advantage: float,
-    gamma: float,
+    token_reward: Sequence[float], values: Sequence[float], next_value: float, next_advantage: float, gamma: float,
     lam: float,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Return generalised advantage estimates (arXiv 1506.02438, eq. 16) of one run of tokens.
 
     δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γ λ A_{t+1}. After the last token come `next_value` and
@@ -527,7 +482,7 @@ def whiten_advantages(packed: list[Packed], advantage: str = "gae") -> dict[str,
     """
     flat = torch.cat([p.advantages for p in packed]).double() if packed else torch.zeros(0, dtype=torch.double)
     sums = torch.stack([torch.tensor(float(len(flat))).double(), flat.sum(), (flat**2).sum()])
-    count, total, squares = all_sum(sums).tolist()  # over all ranks: a rank's own mean would depend on their number
+    count, total, squares = processes.all_sum(sums).tolist()  # of all ranks, so that their number does not matter
     mean = total / max(1, count)
     std = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
     zero, unit = mean if advantage == "gae" else 0.0, 1.0 if advantage == "grpo" else std + 1e-8
@@ -536,19 +491,13 @@ def whiten_advantages(packed: list[Packed], advantage: str = "gae") -> dict[str,
     return {"advantage_mean": mean, "advantage_std": std}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Update
+# --------------------------------------------------------------------------------------------------------------- Update
 
 
 def update(
-    policy: Learner,
-    critic: Learner | None,
-    batches: list[list[Batch]],
-    config: Config,
-    progress: tuple[int, int],
-    train_policy: bool,
-    ref_policy: Qwen2ForCausalLM | None = None,
-) -> dict[str, float]:
+    policy: Learner, critic: Learner | None, batches: list[list[Batch]], config: Config, progress: tuple[int, int],
+    train_policy: bool, ref_policy: Qwen2ForCausalLM | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Run PPO over one rollout batch; `progress` is (updates done so far, updates of the whole run). Gives metrics."""
     totals: Counter = Counter()
     first: dict[str, float] = {}
@@ -558,7 +507,7 @@ def update(
         for m, minibatch in enumerate(batches):
             # The loss is divided by the count of all ranks' action tokens, not averaged per micro-batch or per rank:
             # so neither micro-batch size nor number of ranks changes the gradient.
-            count = all_sum(torch.tensor(float(sum(len(batch.targets) for batch in minibatch)))).item()
+            count = processes.all_sum(torch.tensor(float(sum(len(batch.targets) for batch in minibatch)))).item()
             if not count:  # the last, partial batch, or everything dropped
                 continue
             share = lr_share(done + epoch * len(batches) + m, num_updates, config)
@@ -591,15 +540,9 @@ def lr_share(update: int, num_updates: int, config: Config) -> float:
 
 
 def minibatch_update(
-    policy: Learner,
-    critic: Learner | None,
-    minibatch: list[Batch],
-    count: float,
-    share: float,
-    config: Config,
-    train_policy: bool,
-    ref_policy: Qwen2ForCausalLM | None = None,
-) -> dict[str, float]:
+    policy: Learner, critic: Learner | None, minibatch: list[Batch], count: float, share: float, config: Config,
+    train_policy: bool, ref_policy: Qwen2ForCausalLM | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Take one optimizer step of policy and critic on one mini-batch; returns all ranks' sums and extreme ratios."""
     for learner in filter(None, (policy, critic)):
         learner.optimizer.zero_grad()
@@ -615,8 +558,9 @@ def minibatch_update(
             sums[name] += statistics[name].item()
         if len(batch.targets):
             low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
-    result = dict(zip(sums, all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist(), strict=True))
-    low, high = all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
+    totals = processes.all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist()
+    result = dict(zip(sums, totals, strict=True))
+    low, high = processes.all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
     result |= {"ratio_min": -low, "ratio_max": high, "tokens": count, "steps": 1, "updates_skipped": 0}
     finite = all(math.isfinite(result[name]) for name in losses)  # sums of all ranks: they all decide alike
     for name, learner in (("critic", critic), ("policy", policy)):
@@ -629,14 +573,9 @@ def minibatch_update(
 
 
 def add_gradients(
-    policy: Qwen2ForCausalLM,
-    critic: Critic | ValueHead | None,
-    batch: Batch,
-    count: float,
-    config: Config,
-    train_policy: bool,
-    ref_policy: Qwen2ForCausalLM | None,
-) -> dict[str, Tensor]:
+    policy: Qwen2ForCausalLM, critic: Critic | ValueHead | None, batch: Batch, count: float, config: Config,
+    train_policy: bool, ref_policy: Qwen2ForCausalLM | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Add a micro-batch's gradients of (policy loss, value loss) ÷ count; returns its sums and extreme ratios.
 
     A trunk that is shared has one backward, of policy loss + value_coef · value loss. Two trunks have one each, so that
@@ -664,17 +603,12 @@ def policy_loss(
     `ppo_head` computes them chunk by chunk, calls `token_losses` on each chunk, and has the gradients ready.
     """
     exact = config.kl_estimator == "exact" and config.kl_coef
+    per_token = tuple(batch.column(name) for name in ("old_logprobs", "advantages", "ref_logprobs"))
     loss, statistics = ppo_head(
-        hidden,
-        head,
-        batch.targets,
-        partial(token_losses, config=config),
-        tuple(batch.column(name) for name in ("old_logprobs", "advantages", "ref_logprobs")),
+        hidden, head, batch.targets, partial(token_losses, config=config), per_token,
         reference=(batch.column("ref_hidden"), ref_policy.head_weight) if exact else None,
-        temperature=config.temperature,
-        entropy_coef=config.entropy_coef,
-        kl_coef=config.kl_coef,
-    )
+        temperature=config.temperature, entropy_coef=config.entropy_coef, kl_coef=config.kl_coef,
+    )  # fmt: skip
     ratio = statistics.pop("ratio")
     sums = {"kl_exact": torch.zeros(())} | {name: values.sum() for name, values in statistics.items()}
     return loss, sums | ({"ratio_min": ratio.min(), "ratio_max": ratio.max()} if len(ratio) else {})
@@ -733,7 +667,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     Returns the gradient norm before clipping and whether the step was taken.
     """
     masters = learner.masters.values()
-    all_sum_gradients(master for master in masters if not isinstance(master, DTensor))  # those are sums already
+    processes.all_sum_gradients(m for m in masters if not isinstance(m, DTensor))  # sharded ones are sums already
     norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):  # the summed gradient is the same everywhere, and so is this decision
@@ -745,8 +679,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     return norm, True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# After an iteration: held-out evaluation and checkpoint
+# --------------------------------------------------------------- After an iteration: held-out evaluation and checkpoint
 
 
 def conclude_iteration(state: State, log: RunLog | None) -> dict[str, list[Dialogue]]:
@@ -780,14 +713,13 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
     return played
 
 
-def play_heldout(
-    state: State, personas: list[Persona], temperature: float
-) -> tuple[dict[str, float], list[Dialogue]]:
+def play_heldout(state: State, personas: list[Persona], temperature: float) -> tuple[dict, list[Dialogue]]:
     """Play held-out personas, one candidate per turn; returns metrics over all ranks and this rank's dialogues."""
     config, env, chosen = state.config, state.env, personas[: state.config.eval_dialogues]
 
     def batch() -> list[Dialogue]:
-        return [Dialogue(i, p.persona_id, p.facts) for i, p in enumerate(chosen) if i % world_size() == rank()]
+        own = range(processes.rank(), len(chosen), processes.world_size())
+        return [Dialogue(i, chosen[i].persona_id, chosen[i].facts) for i in own]
 
     play = Play(1, temperature, (config.seed, "eval", state.iteration, temperature))
     before = env.calls()

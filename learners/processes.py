@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from config import Config
+
 Result = TypeVar("Result")
 
 
@@ -166,14 +168,16 @@ def catch_signals(received: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def joined_processes(timeout: float, alone: bool = False) -> Iterator[dist.Store | None]:
-    """Join the processes that torchrun has started, and part from them at the end; `timeout` bounds every wait, in s.
+def joined_processes(config: Config | AgreedError) -> Iterator[dist.Store | None]:
+    """Join the processes that torchrun has started, and part from them at the end.
 
-    alone: a single process is a group too, which sharding needs. Yields torchrun's store on rank 0, if there is one.
+    config: settings; --collective-timeout bounds every wait, and --shard needs a group even of one process. A process
+    whose settings are bad joins, too: the others must hear of it. Yields torchrun's store on rank 0, if there is one.
     """
-    store = launcher_store(timeout)
+    settings = Config() if isinstance(config, AgreedError) else config
+    store = launcher_store(settings.collective_timeout)
     try:
-        join_processes(store, timeout, alone)
+        join_processes(store, settings.collective_timeout, settings.shard)
         yield store if rank() == 0 else None
     finally:
         if dist.is_initialized():

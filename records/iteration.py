@@ -35,7 +35,7 @@ class IterationMeter:
         """Return the metrics of an iteration that is over, over all ranks (docs/metrics.md), without the update's."""
         config, env = state.config, self.env
         metrics = play_metrics(dialogues, env, self.calls, config) | batch_statistics(packed)
-        metrics |= sum_counters(gather(env.counts))
+        metrics |= +sum_counters(gather(env.counts))  # +: without zeros
         if state.critic:
             metrics["explained_variance"] = explained_variance(packed)
         pairs = sum(int((p.position_ids + 1).sum()) for p in packed)  # a token attends to its ancestors and itself
