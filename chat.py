@@ -30,10 +30,11 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import command_line
 import rewards
 import train_rlpa
 import world
+from command_line import exits
+from command_line.flags import field_comments
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from model import Qwen2ForCausalLM, resolve_checkpoint
 from plain_text import clean_text
@@ -554,7 +555,7 @@ def serve(server: ThreadingHTTPServer, service: Service) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
+    parser.error = exits.refuse
     tiny = str(train_rlpa.TINY_CHECKPOINT)
     parser.add_argument("--ckpt", nargs="?", const=tiny, required=True, help="folder or hub id; bare: the tiny one")
     parser.add_argument("--temperature", type=float, default=0.0, help="divides the logits; 0 is greedy [0]")
@@ -562,7 +563,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; any but loopback needs a key")
     parser.add_argument("--port", type=int, default=8200, help="port to serve at; 0 takes a free one [8200]")
     parser.add_argument("--api-key-env", default="", help="environment variable with the key that clients must send")
-    comments = command_line.field_comments(Config)
+    comments = field_comments(Config)
     defaults = {f.name: f.default for f in fields(Config)}
     for name in PASSED:  # absent if not given, so that a checkpoint's own setting holds
         text = f"{comments[name]} [{defaults[name]}]".replace("%", "%%")
@@ -591,8 +592,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py)."""
-    return command_line.run("chat.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py)."""
+    return exits.run("chat.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-import command_line
 import second_world
 import subjects
 import train_rlpa
+from command_line import exits
+from command_line.flags import field_comments
 from dialogue import Dialogue
 from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
 from model import resolve_checkpoint
@@ -427,7 +428,7 @@ def as_text(label: str) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
+    parser.error = exits.refuse
     parser.add_argument("subjects", nargs="+", metavar="NAME=SUBJECT", help="folder, hub id or URL#MODEL; see above")
     parser.add_argument(
         "--method",
@@ -463,7 +464,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subject-key-env", default="", help="environment variable with the key of URL subjects")
     parser.add_argument("--out", type=Path, help="folder for the results [runs/evaluate_DATE-TIME]")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    comments = command_line.field_comments(Config)
+    comments = field_comments(Config)
     defaults = {f.name: f.default for f in fields(Config)}
     for name in PASSED:  # None: not given, so that a checkpoint's own setting holds
         text = f"{comments[name]} [{defaults[name]}]".replace("%", "%%")
@@ -492,7 +493,7 @@ def check_args(args: argparse.Namespace) -> None:
             if args.turns > 1
             else f"--scenario conflict changes the persona at turn {args.change_turn} of 1; give --turns 2 or more"
         )
-    command_line.check_prices(args.price_in, args.price_out)
+    exits.check_prices(args.price_in, args.price_out)
     names = [name for name, _ in map(split_subject, args.subjects)]
     if repeated := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"subject name {repeated[0]!r} is used more than once")
@@ -584,8 +585,8 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py)."""
-    return command_line.run("evaluate.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py)."""
+    return exits.run("evaluate.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

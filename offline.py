@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-import command_line
 import train_rlpa
+from command_line import exits
 from dialogue import Candidate, Dialogue, Turn
 from kernels import linear_logprob
 from model import Qwen2ForCausalLM, resolve_checkpoint, save_pretrained
@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
     parser = train_rlpa.make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
     given = vars(parser.parse_args(argv))
-    command_line.check_prices(given.get("price_in"), given.get("price_out"))
+    exits.check_prices(given.get("price_in"), given.get("price_out"))
     for name in ("personas", "eval_personas", "data"):
         if given.get(name):
             given[name] = str(Path(given[name]).resolve())
@@ -375,8 +375,8 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py, and 75: user or judge stayed away)."""
-    return command_line.run("offline.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py, and 75: user or judge stayed away)."""
+    return exits.run("offline.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import command_line
 import rewards
 import world
+from command_line import exits
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 200  # of a curve; a longer one is drawn as means of equal stretches with their extremes
@@ -377,7 +377,7 @@ def collect(folders: Sequence[Path], max_dialogues: int) -> Record:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
+    parser.error = exits.refuse
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of train_rlpa.py or evaluate.py")
     parser.add_argument("--out", type=Path, help="the page [report.html in the first folder]")
     parser.add_argument("--max-dialogues", type=int, default=60, help="dialogues per run in the page [60]")
@@ -409,8 +409,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py)."""
-    return command_line.run("report.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py)."""
+    return exits.run("report.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

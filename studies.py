@@ -27,9 +27,9 @@ from statistics import mean, stdev
 
 import numpy as np
 
-import command_line
 import evaluate
 import world
+from command_line import exits
 from evaluate import Played
 from metrics import LEVEL, Array, Estimate, Summary, compare, shown, summarize
 from runlog import GUARDS
@@ -357,7 +357,7 @@ def run_study(name: str, args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
+    parser.error = exits.refuse
     names = "; ".join(f"{name}: {study.question}" for name, study in STUDIES.items())
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{names}; all")
     parser.add_argument("--ckpt", default=TINY, help="checkpoint that all start from [tiny]")
@@ -389,8 +389,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py)."""
-    return command_line.run("studies.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py)."""
+    return exits.run("studies.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

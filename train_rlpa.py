@@ -52,11 +52,12 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoints
-import command_line
 import memory
 import rewards
 import sharding
 import world
+from command_line import exits
+from command_line.flags import field_comments
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
 from kernels.backend import use_triton
@@ -333,7 +334,7 @@ def flag(name: str) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Read flags into a Config: built-in defaults < the checkpoint's `rlpa.json` < flags. ValueError if one is bad."""
     given = vars(make_parser(Config, __doc__).parse_args(argv))
-    command_line.check_prices(given.get("price_in"), given.get("price_out"))
+    exits.check_prices(given.get("price_in"), given.get("price_out"))
     if given.get("resume"):
         return resumed_config(given)
     if not given.get("ckpt"):
@@ -352,8 +353,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
 def make_parser(settings: type[Config], description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Make a flag of each field of a dataclass of settings, or of `names` alone; its comment is the help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
-    comments = command_line.field_comments(settings)
+    parser.error = exits.refuse
+    comments = field_comments(settings)
     for f in dataclasses.fields(settings):
         if names and f.name not in names:
             continue

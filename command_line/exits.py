@@ -1,17 +1,14 @@
-"""How a program ends, whatever ends it: at most one line on stderr, and an exit code.
+"""How every program ends: at most one line on stderr, and an exit code.
 
-    0 done; 2 something that the user can mend; 130 Ctrl-C; 141 nobody reads its output any more (`… | head`)
+0 done; 2 something that the user can mend; 130 Ctrl-C; 141 nobody reads the output any more (`… | head`).
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from plain_text import clean_text
@@ -38,19 +35,6 @@ def run(program: str, work: Callable[[], int | None]) -> int:
 def refuse(message: str) -> NoReturn:
     """Raise what argparse objects to as ValueError: one line, without the usage of all flags before it."""
     raise ValueError(message)
-
-
-def field_comments(settings: type) -> dict[str, str]:
-    """Return the comment that follows each field of a class of settings, and of those it inherits: its `--help`.
-
-    Read from the file: `inspect.getsource` parses all of it, which in Python 3.11 fails now and then beside threads.
-    """
-    comments: dict[str, str] = {}
-    for cls in reversed(settings.__mro__[:-1]):  # a subclass's comment counts
-        module = Path(inspect.getfile(cls)).read_text()
-        source = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", module, re.MULTILINE | re.DOTALL)[0]
-        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    return comments
 
 
 def check_prices(price_in: float | None, price_out: float | None) -> None:
