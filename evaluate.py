@@ -31,12 +31,13 @@ import train_rlpa
 from command_line import exits
 from command_line.flags import field_comments
 from dialogue import Dialogue
-from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, shown, summarize
+from metrics import LEVEL, RESAMPLES, Array, Estimate, Summary, compare, estimate, perplexity_samples, shown, summarize
 from model import resolve_checkpoint
-from perplexity import Text, perplexity_samples, read_texts, text_scores
 from plain_text import clean_text
+from records.log import episode_record
+from records.metrics import DISTINCT, GUARDS, PROFILE_GUARDS, guards, rates, tally
+from records.perplexity import Text, read_texts, text_scores
 from rewards import VERDICTS
-from runlog import DISTINCT, GUARDS, PROFILE_GUARDS, distinct, episode_record, guards, ngram_counts, sum_counters
 from scenarios import SCENARIOS, choose_personas, make_dialogues
 from simulator import ChatClient, Persona, Tape
 from subjects import METHODS, RLPA
@@ -216,9 +217,8 @@ def measure(dialogues: list[Dialogue], turns: int, writes_profile: bool) -> dict
 
 def corpus_figures(dialogues: list[Dialogue], perplexities: Array) -> dict[str, Estimate]:
     """Return the figures that are not means over personas: distinct-n of all replies (no interval), and perplexity."""
-    replies = [turn.winner.response for d in dialogues if d.dropped is None for turn in d.turns]
-    found = distinct(sum_counters([ngram_counts(reply) for reply in replies]))
-    figures = {name: Estimate(value, math.nan, math.nan) for name, value in found.items()}
+    found = rates(tally(dialogues))
+    figures = {f"distinct_{n}": Estimate(found[f"distinct_{n}"], math.nan, math.nan) for n in DISTINCT}
     return figures | {"perplexity": estimate(perplexities)}
 
 

@@ -27,8 +27,8 @@ import world
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy, save_pretrained
-from perplexity import HELDOUT_FILE
 from processes import all_sum_gradients, rank, world_size
+from records.perplexity import HELDOUT_FILE
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from command_line import exits
 from dialogue import Candidate, Dialogue, Turn
 from kernels import linear_logprob
 from model import Qwen2ForCausalLM, resolve_checkpoint, save_pretrained
-from runlog import RunLog
+from records.log import RunLog
 from train_rlpa import (
     Batch,
     Config,

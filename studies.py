@@ -32,7 +32,7 @@ import world
 from command_line import exits
 from evaluate import Played
 from metrics import LEVEL, Array, Estimate, Summary, compare, shown, summarize
-from runlog import GUARDS
+from records.metrics import GUARDS
 
 ROOT = Path(__file__).parent
 TINY = str(ROOT / "tiny")

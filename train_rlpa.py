@@ -51,7 +51,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import checkpoints
 import memory
 import rewards
 import sharding
@@ -78,7 +77,6 @@ from model import (
     save_pretrained,
     stored_tensors,
 )
-from perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from processes import (
     AgreedError,
     LostProcess,
@@ -99,7 +97,10 @@ from processes import (
     wait_for_ranks,
     world_size,
 )
-from runlog import FINISHED, RunLog, claim_folder, episode_record, rates, show_transcripts, sum_counters, tally
+from records import checkpoints
+from records.log import FINISHED, RunLog, claim_folder, episode_record, show_transcripts
+from records.metrics import rates, sum_counters, tally
+from records.perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
 from sampler import Draw, Sampler
 from simulator import ChatClient, ChatError, Persona, Tape, load_personas, simulator_messages, start_embedded_server
 from throttle import Quota

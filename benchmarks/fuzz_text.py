@@ -23,10 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report  # noqa: E402
 import rewards  # noqa: E402
-import runlog  # noqa: E402
 import simulator  # noqa: E402
 import train_rlpa  # noqa: E402
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, render_turn  # noqa: E402
+from records.log import RunLog, episode_record, show_transcripts  # noqa: E402
 
 TURNS = 5
 FRAGMENTS = (
@@ -132,16 +132,16 @@ def check_dialogue(dialogue: Dialogue, chat: ChatTokenizer) -> Counter:
 
 def check_log(dialogues: list[Dialogue], folder: Path) -> Counter:
     """Count lines of episodes.jsonl and of the transcripts that nobody wrote, and characters that act there."""
-    log, found, printed = runlog.RunLog(str(folder), {}, tensorboard=False), Counter(), StringIO()
+    log, found, printed = RunLog(str(folder), {}, tensorboard=False), Counter(), StringIO()
     log.metrics(1, "train", {"reward": 1.0})
-    records = [runlog.episode_record(dialogue) for dialogue in dialogues]
+    records = [episode_record(dialogue) for dialogue in dialogues]
     log.episodes(1, "train", records)
     lines = (folder / "episodes.jsonl").read_bytes().decode().splitlines()
     wrong = [json.loads(line)["turns"] != record["turns"] for line, record in zip(lines, records, strict=False)]
     found["forged log line"] += abs(len(lines) - len(records)) + sum(wrong) + sum(map(acts, lines))
     for dialogue in dialogues:
         with redirect_stdout(printed):
-            runlog.show_transcripts({}, {"heldout/sampled": [dialogue]})
+            show_transcripts({}, {"heldout/sampled": [dialogue]})
     shown = printed.getvalue()
     found["terminal escape"] += sum(acts(line) for line in shown.split("\n"))
     heads = Counter(line[:12] for line in shown.splitlines() if line)

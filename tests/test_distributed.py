@@ -21,11 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
 import processes
 import train_rlpa
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
+from records import checkpoints
 from simulator import make_server
 
 ROOT = Path(train_rlpa.__file__).parent

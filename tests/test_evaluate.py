@@ -29,7 +29,7 @@ import subjects
 import train_rlpa
 import world
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
-from perplexity import read_texts
+from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
 from simulator import ChatReply, Persona, parse_reply
 from train_rlpa import Config
@@ -312,7 +312,7 @@ def test_a_checkpoint_against_itself_differs_by_nothing(tmp_path):
 
 
 def test_a_checkpoint_is_measured_as_the_trainer_measures_it(tmp_path):
-    """Guards a second set of definitions: F1 ÷ maximum, validity and verdicts equal `runlog.rates` of the episodes."""
+    """Guards a second set of definitions: F1 ÷ maximum, validity and verdicts equal those of `records.metrics`."""
     results = run(tmp_path, f"a={TINY}", "--num-personas", 6, "--turns", 4)["subjects"]["a"]["figures"]
     replies = [turn["candidates"][0] for e in episodes(tmp_path) for turn in e["turns"]]
     assert len(replies) == 24

@@ -28,11 +28,11 @@ from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa
 import plain_text
 import report
 import rewards
-import runlog
 import simulator
 import train_rlpa
 from benchmarks import chaos, fuzz_text
 from dialogue import ChatTokenizer
+from records import log
 from simulator import ChatClient, Tape
 from throttle import BACKOFF_CAP, Breaker, Quota, backoff
 
@@ -521,7 +521,7 @@ def test_no_text_forges_anything(texts):
 @pytest.mark.parametrize(
     ("module", "name", "finds"),
     [(rewards, "indented", "forged role"), (simulator, "plain_text", "acting character in a reply"),
-     (simulator, "clean_text", "forged fact"), (runlog, "clean_text", "terminal escape"),
+     (simulator, "clean_text", "forged fact"), (log, "clean_text", "terminal escape"),
      (report, "visible", "acting character on the page"), (report, "embed", "forged markup")],
 )  # fmt: skip
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch, module, name, finds):

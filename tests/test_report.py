@@ -18,7 +18,7 @@ import report
 import rewards
 import world
 from dialogue import Candidate, Dialogue, Turn
-from runlog import RunLog, episode_record
+from records.log import RunLog, episode_record
 
 FACTS = ("Age: 34", "Location: Oslo", "Gender: man", "Interests: chess")
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"> <!--<script> \x1b[31mred \u202egnp.exe \u2028 \ud800"

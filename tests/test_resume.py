@@ -21,12 +21,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import checkpoints
 import train_rlpa
 from benchmarks import corrupt
 from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
-from runlog import claim_folder
+from records import checkpoints
+from records.log import claim_folder
 from simulator import make_server
 
 ROOT = Path(train_rlpa.__file__).parent
@@ -158,7 +158,7 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
     """Guards records that stay behind the weights: all that came after the older checkpoint is cut off, and is made
     again bit for bit, in TensorBoard's files too; the damaged folder is replaced."""
     corrupt.cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
-    (copy / "timeline.png").unlink()
+    (copy / "finished").unlink()
     for name in ("metrics.jsonl", "episodes.jsonl"):
         with (copy / name).open("a") as file:
             file.write('{"iteration": 3, "kind": "tr')  # a kill cut it short

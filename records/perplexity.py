@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dialogue import ChatTokenizer
 from kernels import linear_logprob
-from metrics import Array, persona_weights, ratio
 from model import Qwen2ForCausalLM
 
 HELDOUT_FILE = "sft_heldout.jsonl"  # in a checkpoint's folder: text of its own fine-tuning that it was not tuned on
@@ -82,7 +82,7 @@ def encode_text(text: Text, chat: ChatTokenizer) -> tuple[list[int], list[bool]]
 
 
 @torch.no_grad()
-def text_scores(policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: Sequence[Text]) -> Array:
+def text_scores(policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: Sequence[Text]) -> NDArray[np.float64]:
     """Return for each text the nats of its predicted tokens and their number, (N, 2), one forward per text.
 
     Raises ValueError for a text that is longer than the model's positions, and where nothing is to be predicted.
@@ -106,7 +106,7 @@ def text_scores(policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: Sequence[T
     return np.array(scores)
 
 
-def perplexity(scores: Array) -> float:
+def perplexity(scores: NDArray[np.float64]) -> float:
     """Return the perplexity of all texts together, by the scores (N, 2) of `text_scores`.
 
     >>> round(perplexity(np.array([[2 * math.log(8), 2], [0.0, 2]])), 3)
@@ -114,12 +114,3 @@ def perplexity(scores: Array) -> float:
     """
     nats, tokens = scores.sum(0)
     return math.exp(nats / tokens)
-
-
-def perplexity_samples(scores: Array, seed: int) -> Array:
-    """Return the perplexity (1 + R,) of the texts and of their bootstrap resamples, for `metrics.estimate`.
-
-    Texts are resampled, not tokens; equal seeds draw equal texts, so that two policies' samples are paired.
-    """
-    nats, tokens = np.moveaxis(persona_weights(len(scores), seed) @ scores, -1, 0)  # (1 + R,) each
-    return np.exp(ratio(nats, tokens))

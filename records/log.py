@@ -1,0 +1,169 @@
+"""The records in a run's folder: metrics.jsonl, TensorBoard events, episodes.jsonl, curve.png, and what the end prints.
+
+`claim_folder` keeps other runs out of the folder. `RunLog` writes the records, and cuts them back to the point from
+which a resumed run goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from dialogue import Dialogue
+from plain_text import clean_text
+from records.checkpoints import fsync, unborn
+from records.plots import plot_curve
+
+RECORDS = ("metrics.jsonl", "episodes.jsonl")
+FINISHED = "finished"  # an empty file, written last of all: a run without it was stopped or killed
+RUN_FILES = ("checkpoints", "tensorboard", *RECORDS, "curve.png", FINISHED, "config.json")
+
+
+@contextmanager
+def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Make a run folder and keep every other run out of it while the block runs; if it stays empty, remove it again.
+
+    Raises ValueError if another process is writing there, or, unless `resume`, if the folder holds anything; with
+    `overwrite` a run that it holds is removed.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run-dir {folder} cannot be made a folder: {error.strerror}") from None
+    lock = os.open(folder, os.O_RDONLY)  # the kernel opens the lock when this process ends, killed or not
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--run-dir {folder} is in use: another process is writing there") from None
+        if not resume:
+            clear_folder(folder, overwrite)
+        yield
+    finally:
+        os.close(lock)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def clear_folder(folder: Path, overwrite: bool) -> None:
+    """Remove a run from its folder, if that is wanted; ValueError if not, or if the folder holds something else."""
+    unborn(folder / "config.json").unlink(missing_ok=True)  # killed before its first file had its name
+    if not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--run-dir {folder} is not empty, and holds no run; choose another folder")
+    if not overwrite:
+        raise ValueError(
+            f"--run-dir {folder} holds a run already; --resume or --overwrite it, or choose another folder"
+        )
+    for name in RUN_FILES:  # config.json last: killed in between, this is still a run
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def log_files(folder: Path) -> list[Path]:
+    """List the files that a run appends to."""
+    files = (*(folder / name for name in RECORDS), *sorted((folder / "tensorboard").glob("*")))
+    return [file for file in files if file.is_file()]
+
+
+def cut_back(folder: Path, position: dict[str, int]) -> None:
+    """Cut a run's records back to what `RunLog.position` returned; what is missing there is a warning."""
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in log_files(folder)}
+    for name, size in position.items():
+        if sizes.get(name, 0) < size:
+            print(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes", file=sys.stderr)
+    for name, size in sizes.items():
+        if name in position:
+            os.truncate(folder / name, min(size, position[name]))
+        else:
+            (folder / name).unlink()
+
+
+class RunLog:
+    """Rank 0's records of a run: metrics.jsonl, TensorBoard events, episodes.jsonl and the learning curve."""
+
+    def __init__(self, folder: str, position: dict[str, int], tensorboard: bool):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.writer = None
+        cut_back(self.folder, position)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def position(self) -> dict[str, int]:
+        """Return the size in bytes of each file of records, once all of them are on disk."""
+        if self.writer:
+            self.writer.flush()
+        for file in log_files(self.folder):
+            fsync(file)
+        return {str(file.relative_to(self.folder)): file.stat().st_size for file in log_files(self.folder)}
+
+    def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
+        """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
+        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
+
+    def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
+        """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
+        with (self.folder / "episodes.jsonl").open("a") as file:
+            for dialogue in dialogues:
+                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self.writer:
+            self.writer.close()
+
+    def draw(self) -> None:
+        """Draw the learning curve; then, last of all, mark the run as finished."""
+        plot_curve(self.folder)
+        (self.folder / FINISHED).touch()
+
+
+def episode_record(dialogue: Dialogue) -> dict:
+    """Return a dialogue as plain data for episodes.jsonl, without the prompts' ids, which only repeat the history."""
+    record = asdict(dialogue)
+    for turn in record["turns"]:
+        turn["prompt_tokens"] = len(turn.pop("prompt_ids"))
+        for candidate in turn["candidates"]:
+            candidate["mean_logprob"] = round(sum(candidate.pop("logprobs")) / max(1, len(candidate["token_ids"])), 4)
+            candidate["tokens"] = len(candidate.pop("token_ids"))
+    return record
+
+
+def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Dialogue]]) -> None:
+    """Print one held-out dialogue as the policy led it before and after training."""
+    for when, played in (("before", before), ("after", after)):
+        for dialogue in played.get("heldout/sampled", [])[:1]:
+            print("\n" + "\n".join(transcript(dialogue, when)))
+    print()
+
+
+def transcript(dialogue: Dialogue, when: str) -> list[str]:
+    """Write a dialogue in lines, three per turn; nothing that was said begins a line or acts on a terminal."""
+    facts = clean_text("; ".join(dialogue.persona_facts))
+    lines = [f"===== {when}: persona {clean_text(dialogue.persona_id)} ({facts})"]
+    for turn in dialogue.turns:
+        scores = f"profile {turn.winner.profile_reward:.2f}, response {turn.winner.response_reward:.0f}"
+        lines.append(f"  user      {clean_text(turn.user_text)}")
+        lines.append(f"  profile   {clean_text('; '.join(turn.winner.profile)) or '-'}   [{scores}]")
+        lines.append(f"  assistant {clean_text(turn.winner.response)}")
+    return lines
