@@ -51,13 +51,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import memory
 import rewards
 import sharding
 import world
 from command_line import exits
 from command_line.flags import field_comments
 from dialogue import HISTORY_PROFILES, Candidate, ChatTokenizer, Dialogue, TokenTree, open_turn
+from dry_run import memory
 from kernels import BACKENDS, linear_logprob, ppo_head, set_backend
 from kernels.backend import use_triton
 from kernels.ppo_head import WORKSPACE
@@ -2094,7 +2094,7 @@ def announce(state: State) -> None:
 
 
 def dry_run(config: Config) -> str:
-    """Say what the run would need (`memory.py`): bytes per device in each phase, tokens and calls. Nothing is loaded.
+    """Say what the run would need: bytes per device in each phase, tokens and calls. Nothing is loaded.
 
     Lengths are the longest that the flags allow: every user message and every sampled turn at its limit.
     """

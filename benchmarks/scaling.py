@@ -1,4 +1,4 @@
-"""The peak of memory of one process, measured beside counted (`memory.py`), with whole models and with --shard.
+"""The peak of memory of one process, measured beside counted (`dry_run/memory.py`), with whole models and with --shard.
 
     python benchmarks/scaling.py                 # 1, 2 and 4 processes, a random model of 41 M parameters, fp32, gloo
 
@@ -18,10 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import memory  # noqa: E402
 import processes  # noqa: E402
 import train_rlpa  # noqa: E402
 from benchmarks import invariance  # noqa: E402
+from benchmarks.scaling_table import tree_blocks  # noqa: E402
+from dry_run import memory  # noqa: E402
 from kernels.cpu import HEAD_DIMS, use_cpu  # noqa: E402
 from kernels.ppo_head import WORKSPACE  # noqa: E402
 from model import Qwen2Config, random_policy, save_pretrained  # noqa: E402
@@ -67,7 +68,7 @@ def predicted(ranks: int, shard: bool) -> float:
     policy = random_policy(Qwen2Config(64, 64, 64, 1, 1, 1), 0)
     in_cpp = use_cpu(policy.head_weight) and SHAPE.head_dim in HEAD_DIMS
     plan = memory.Plan(
-        work.trained, work.decoded, () if in_cpp else memory.tree_blocks(*LENGTHS), several_microbatches=ranks < 4,
+        work.trained, work.decoded, () if in_cpp else tree_blocks(*LENGTHS), several_microbatches=ranks < 4,
         cache_tokens=0, workspace=WORKSPACE["cpu"], gradients_in_rollout=False, fused=False, shards=ranks * shard,
     )  # fmt: skip
     return memory.peak(SHAPE, plan)[1]

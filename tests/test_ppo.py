@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import memory
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
+from dry_run import memory
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo

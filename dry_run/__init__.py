@@ -1,0 +1,1 @@
+"""What `--dry-run` counts before anything is loaded: memory per device, tokens and calls of a run."""
