@@ -36,11 +36,11 @@ import world
 from command_line import exits
 from command_line.flags import field_comments
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
+from evaluation.subjects import load_checkpoint
 from model import Qwen2ForCausalLM, resolve_checkpoint
 from plain_text import clean_text
 from sampler import Draw, Sampler
 from simulator import Message, RequestError, json_type, make_server, parse_request, read_key
-from subjects import load_checkpoint
 from train_rlpa import Config, stream_seed
 
 HELP = """\

@@ -27,14 +27,14 @@ from pathlib import Path
 import pytest
 
 import chat
-import evaluate
 import train_rlpa
 from chat import HELP, Service, Talk, harmless, respond, show_turn
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
+from evaluation import __main__ as evaluation
+from evaluation.subjects import load_checkpoint
 from model import Qwen2ForCausalLM
 from sampler import Sampler, generate
 from simulator import make_server
-from subjects import load_checkpoint
 from train_rlpa import Config
 
 ROOT = Path(chat.__file__).parent
@@ -513,11 +513,11 @@ def test_a_cache_without_room_refuses_and_goes_on(loaded):
 
 
 def test_the_served_policy_evaluates_as_its_checkpoint(service, tmp_path):
-    """Guards whole turns (the system prompt of training, profile blocks in the content): what evaluate.py speaks."""
+    """Guards whole turns (the system prompt of training, profile blocks in the content): what the evaluation speaks."""
     out = tmp_path / "out"
     subjects = [f"own={TINY}", f"served={service[1]}/v1#tiny"]
     argv = [*subjects, "--turns", "3", "--num-personas", "4", "--temperature", "0"]
-    assert evaluate.main([*argv, "--max-new-tokens", "128", "--quiet", "--out", str(out)]) == 0
+    assert evaluation.main([*argv, "--max-new-tokens", "128", "--quiet", "--out", str(out)]) == 0
     found = json.loads((out / "results.json").read_text())["subjects"]
     assert found["own"]["figures"] == found["served"]["figures"] and found["own"]["personas"] == 4
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 import make_tiny
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
-from metrics import Estimate, estimate, perplexity_samples
+from evaluation import __main__ as evaluation
+from evaluation.figures import Estimate, estimate, perplexity_samples
 from model import Qwen2ForCausalLM, load_policy
 from records import metrics, perplexity
 from records.perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
@@ -118,7 +118,7 @@ def test_guards_of_nobody_are_not_measured():
 def test_training_and_evaluation_measure_the_same(tmp_path):
     """Guards a second set of definitions: the evaluation's figures are `metrics.rates` of the dialogues it played."""
     flags = ["--num-personas", "5", "--turns", "4", "--quiet", "--out", str(tmp_path / "out")]
-    (played,) = evaluate.evaluate(evaluate.parse_args([f"x={TINY}", *flags]))
+    (played,) = evaluation.evaluate(evaluation.parse_args([f"x={TINY}", *flags]))
     found, figures = rates(*played.dialogues), played.summary.figures
     for name in (*metrics.GUARDS, "distinct_1", "distinct_2"):
         assert figures[name].value == pytest.approx(found[name]), name
@@ -128,7 +128,7 @@ def test_training_and_evaluation_measure_the_same(tmp_path):
 
 def test_a_method_without_a_profile_has_no_profile_guards():
     """Guards a prompting baseline that looks free of padding because it writes no profile at all."""
-    found = evaluate.measure([dialogue(HONEST)], 3, writes_profile=False)
+    found = evaluation.measure([dialogue(HONEST)], 3, writes_profile=False)
     for name in metrics.GUARDS:
         assert np.isnan(found[name]).all() == (name in metrics.PROFILE_GUARDS), name
 
@@ -225,16 +225,16 @@ def test_bad_text_is_one_line_before_anything_is_played(name, text, says, tmp_pa
     (tmp_path / name).write_text(text)
     out = tmp_path / "out"
     flags = ["--perplexity", str(tmp_path / name), "--quiet", "--num-personas", "1", "--turns", "1", "--out", str(out)]
-    assert evaluate.main([f"x={TINY}", *flags]) == 2
+    assert evaluation.main([f"x={TINY}", *flags]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("evaluate.py: ") and "\n" not in error and says in error and not out.exists()
+    assert error.startswith("evaluation: ") and "\n" not in error and says in error and not out.exists()
 
 
 def test_the_evaluation_reports_perplexity_of_checkpoints(tmp_path, capsys):
     """Guards a figure that is lost on its way to the table, JSON or the differences; endpoints have none."""
     out = tmp_path / "out"
     flags = ["--perplexity", str(TINY / HELDOUT_FILE), "--num-personas", "2", "--turns", "1", "--quiet"]
-    assert evaluate.main([f"a={TINY}", f"b={TINY}", *flags, "--out", str(out)]) == 0
+    assert evaluation.main([f"a={TINY}", f"b={TINY}", *flags, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     found = results["subjects"]["a"]["figures"]["perplexity"]
     assert 1.2 < found["low"] < found["value"] < found["high"] < 1.7
@@ -242,7 +242,7 @@ def test_the_evaluation_reports_perplexity_of_checkpoints(tmp_path, capsys):
     assert "\nperplexity  " in capsys.readouterr().out
     with closing(ChatClient("http://127.0.0.1:9", "m")) as client:
         texts = read_texts(TINY / HELDOUT_FILE)
-        assert np.isnan(evaluate.perplexities_of(client, train_rlpa.Config(), texts, 0)).all()
+        assert np.isnan(evaluation.perplexities_of(client, train_rlpa.Config(), texts, 0)).all()
 
 
 def test_the_trainer_logs_the_perplexity_of_what_its_checkpoint_brought(tmp_path):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import evaluate
 import offline
 import train_rlpa
 from dialogue import Candidate, Dialogue, Turn
+from evaluation import __main__ as evaluation
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
 from train_rlpa import make_learner, turn_reward
@@ -268,10 +268,10 @@ def test_dpo_reuses_a_collection(collected, tmp_path, capsys):
 
 
 def test_evaluate_takes_the_checkpoint(collected, tmp_path):
-    """Guards the layout: `evaluate.py` plays base and tuned policy side by side."""
+    """Guards the layout: the evaluation plays base and tuned policy side by side."""
     subjects = [f"base={train_rlpa.TINY_CHECKPOINT}", f"sft={collected / 'policy'}"]
     out = ["--turns", "1", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "out")]
-    assert evaluate.main([*subjects, *out]) == 0
+    assert evaluation.main([*subjects, *out]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["subjects"]) == {"base", "sft"}
 

@@ -11,12 +11,12 @@ from contextlib import closing
 
 import pytest
 
-import evaluate
 import make_tiny
 import rewards
 import second_world
 import train_rlpa
 import world
+from evaluation import __main__ as evaluation
 from rewards import VERDICTS
 from simulator import ChatClient, Persona, make_server, simulator_messages
 
@@ -316,7 +316,7 @@ def test_any_reply_is_judged():
 def test_the_evaluation_meets_user_and_judge_of_the_second_world(tmp_path):
     """Guards a flag that changes only one of the two, or neither: texts and verdicts are computed again."""
     flags = ["--world", "second", "--num-personas", "4", "--turns", "3", "--quiet", "--out", str(tmp_path / "out")]
-    assert evaluate.main([f"x={TINY}", *flags]) == 0
+    assert evaluation.main([f"x={TINY}", *flags]) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["world"] == "second"
     lines = (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()
     said, known = set(), {re.sub(r"\{\w\}.*", "", phrase) for phrase in templates()}
@@ -337,5 +337,5 @@ def test_the_evaluation_meets_user_and_judge_of_the_second_world(tmp_path):
 def test_the_second_world_refuses_other_endpoints(flag, tmp_path, capsys):
     """Guards a transfer that is measured with half of the world."""
     out = tmp_path / "out"
-    assert evaluate.main([f"x={TINY}", "--world", "second", flag, "http://127.0.0.1:9", "--out", str(out)]) == 2
+    assert evaluation.main([f"x={TINY}", "--world", "second", flag, "http://127.0.0.1:9", "--out", str(out)]) == 2
     assert flag in capsys.readouterr().err and not out.exists()

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import prompting
 import rewards
 import train_rlpa
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn
+from evaluation import prompting
 from kernels import set_backend
 from model import Qwen2ForCausalLM, load_policy
 from sampler import Draw, Sampler
