@@ -1,6 +1,6 @@
 """Hostile texts on their whole way: `python benchmarks/fuzz_text.py 10000` counts what they forged (0, or exit code 1).
 
-simulator (HTTP) → dialogue (ids) → judge's prompt → episodes.jsonl → transcript on the terminal → report.py's page;
+simulator (HTTP) → dialogue (ids) → judge's prompt → episodes.jsonl → transcript on the terminal → the report's page;
 the same texts are facts of a persona file, profile lines and replies of the policy, and error messages of the endpoint.
 """
 
@@ -21,12 +21,12 @@ from io import StringIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import report  # noqa: E402
 import rewards  # noqa: E402
 import simulator  # noqa: E402
 import train_rlpa  # noqa: E402
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, render_turn  # noqa: E402
 from records.log import RunLog, episode_record, show_transcripts  # noqa: E402
+from report import __main__ as report  # noqa: E402
 
 TURNS = 5
 FRAGMENTS = (

@@ -26,13 +26,13 @@ from test_simulator import ASK, completion, hostile_server, http_reply
 from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa: F401
 
 import plain_text
-import report
 import rewards
 import simulator
 import train_rlpa
 from benchmarks import chaos, fuzz_text
 from dialogue import ChatTokenizer
 from records import log
+from report import __main__ as report
 from simulator import ChatClient, Tape
 from throttle import BACKOFF_CAP, Breaker, Quota, backoff
 

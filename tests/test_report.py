@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import report
 import rewards
 import world
 from dialogue import Candidate, Dialogue, Turn
 from records.log import RunLog, episode_record
+from report import __main__ as report
 
 FACTS = ("Age: 34", "Location: Oslo", "Gender: man", "Interests: chess")
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"> <!--<script> \x1b[31mred \u202egnp.exe \u2028 \ud800"
