@@ -1,4 +1,4 @@
-"""Offline learning against slow references (losses row by row), and `offline.py` as a program, on `tiny/`."""
+"""Offline learning against slow references (losses row by row), and `studies.offline` as a program, on `tiny/`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import offline
 import train_rlpa
 from dialogue import Candidate, Dialogue, Turn
 from evaluation import __main__ as evaluation
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
+from studies import offline
+from studies.offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
 from train_rlpa import make_learner, turn_reward
 
 SHAPE = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -293,7 +293,7 @@ def test_bad_flags(given, named, capsys):
     """Guards tracebacks and flags ignored in silence: one line that names the value and what to change."""
     assert offline.main(given) == 2
     error = capsys.readouterr().err
-    assert error.startswith("offline.py: ") and error.count("\n") == 1 and all(text in error for text in named)
+    assert error.startswith("studies.offline: ") and error.count("\n") == 1 and all(text in error for text in named)
 
 
 def test_bad_collections(collected, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import train_rlpa
 from dialogue import ChatTokenizer
 from model import load_policy
-from summarize_runs import read_records, table
+from studies.summary import read_records, table
 
 TINY = Path(train_rlpa.TINY_CHECKPOINT)
 

@@ -1,7 +1,8 @@
 """Studies in the embedded world: train over several seeds, evaluate on held-out personas, write a table and a figure.
 
-    python studies.py methods                 RLPA against its base, prompting, SFT and DPO
-    python studies.py all --seeds 0 1 2       every study below; what has been trained already is not trained again
+    python -m studies methods                 RLPA against its base, prompting, SFT and DPO
+    python -m studies all --seeds 0 1 2       every study below; what has been trained already is not trained again
+    python -m studies summary RUN RUN …       a table of training runs that differ in their seed (studies/summary.py)
 
 A study compares rows; a row is a checkpoint per seed, all evaluated on the same personas. A figure is the mean over
 seeds of each persona's score; its interval is a bootstrap over personas, and the spread of seeds stands beside it. Runs
@@ -35,8 +36,9 @@ from evaluation.drawing import draw_curve, style
 from evaluation.figures import LEVEL, Array, Estimate, Summary, compare, shown, summarize
 from evaluation.results import LABELS, Played, summary_record
 from records.metrics import GUARDS
+from studies.summary import print_summary
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tiny")
 SEEDS, ITERATIONS = [0, 1, 2], 24
 BASE = "base"  # the checkpoint that all runs start from
@@ -104,7 +106,7 @@ def command_of(run: str, seed: int, args: argparse.Namespace) -> list[str]:
         ends = ["--eval-every", "0", "--save-every", iterations]
         return [sys.executable, "train_rlpa.py", *common, *where, *ends, *RUNS[run]]
     collect = common if run == "sft" else ["--seed", str(seed), "--data", str(folder_of("sft", seed, args))]
-    return [sys.executable, "offline.py", *collect, *where, *OFFLINE[run]]
+    return [sys.executable, "-m", "studies.offline", *collect, *where, *OFFLINE[run]]
 
 
 def policy_of(run: str, seed: int, args: argparse.Namespace) -> Path:
@@ -330,7 +332,7 @@ def shown_command(name: str, args: argparse.Namespace) -> str:
     flags += ["--seeds", *map(str, args.seeds)] * (args.seeds != SEEDS)
     flags += ["--num-iterations", str(args.num_iterations)] * (args.num_iterations != ITERATIONS)
     flags += ["--evaluate", *args.evaluate] * bool(args.evaluate)
-    return shlex.join(["python", "studies.py", name, *flags])
+    return shlex.join(["python", "-m", "studies", name, *flags])
 
 
 def run_study(name: str, args: argparse.Namespace) -> None:
@@ -358,7 +360,9 @@ def run_study(name: str, args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = exits.refuse
     names = "; ".join(f"{name}: {study.question}" for name, study in STUDIES.items())
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{names}; all")
@@ -383,7 +387,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Train and evaluate as the command line says."""
+    """Train and evaluate, or summarize runs, as the command line says."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["summary"]:
+        return print_summary(argv[1:])
     args = parse_args(argv)
     train_all(args.studies, args)
     for name in args.studies:
@@ -392,7 +399,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code (command_line/exits.py)."""
-    return exits.run("studies.py", lambda: run(argv))
+    return exits.run("studies", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """SFT and DPO on dialogues with the simulated user: what RLPA's data is worth when it is collected once, beforehand.
 
-    python offline.py --method sft --ckpt                      collects, then fine-tunes the tiny checkpoint
-    python offline.py --method dpo --ckpt --data runs/NAME     learns from the same dialogues
+    python -m studies.offline --method sft --ckpt                      collects, then fine-tunes the tiny checkpoint
+    python -m studies.offline --method dpo --ckpt --data runs/NAME     learns from the same dialogues
 
 collect   The starting policy plays what a run of `train_rlpa.py` of so many --num-iterations plays: the same personas
           in the same order, turns, candidates, rewards, and the best candidate goes on. The budget is printed and kept.
@@ -363,20 +363,20 @@ def epoch_line(state: State, m: dict[str, float]) -> str:
 def run(argv: Sequence[str] | None) -> int:
     """Learn as the command line says; returns the exit code."""
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"WORLD_SIZE is {processes}; offline.py runs in one process: start it with python")
+        raise ValueError(f"WORLD_SIZE is {processes}; studies.offline runs in one process: start it with python -m")
     config = parse_args(argv)
     try:
         with train_rlpa.open_world(config) as env:
             learn(config, env)
     except train_rlpa.Unavailable as error:
-        print(f"offline.py: {error}", file=sys.stderr)
+        print(f"studies.offline: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code (command_line/exits.py, and 75: user or judge stayed away)."""
-    return exits.run("offline.py", lambda: run(argv))
+    return exits.run("studies.offline", lambda: run(argv))
 
 
 if __name__ == "__main__":
