@@ -6,8 +6,7 @@ impatient: it wraps a fact in small talk and often hints rather than states, now
 late or with something that nobody asked for, refuses once, and puts up neither with long replies nor with repeated
 ones. No phrase of it stands in `world.py` or `make_tiny.py`, and none of its judge's five rules is one of `rewards.py`.
 
-`simulator.py` serves `user_reply` under the model name `rule-user-2`; `python -m evaluation --world second`
-plays against both.
+`simulator.py` serves `user_reply` under the model name `rule-user-2`; `evaluate.py --world second` plays against both.
 Never more than three sentences, and never more facts than `world.allowance`.
 """
 

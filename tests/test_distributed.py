@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 
 import processes
 import train_rlpa
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from records import checkpoints
 from simulator import make_server
+from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {

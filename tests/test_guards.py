@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import make_tiny
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
 from evaluation import __main__ as evaluation
@@ -24,6 +23,7 @@ from records import metrics, perplexity
 from records.perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
 from rewards import VERDICTS, score_profile
 from simulator import ChatClient
+from tiny import make
 
 TINY = Path(train_rlpa.TINY_CHECKPOINT)
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")
@@ -156,11 +156,11 @@ def test_scores_are_the_log_likelihood_of_the_assistants_turns(tiny):
 
 def test_chats_are_encoded_as_in_fine_tuning(tiny):
     """Guards another template than the one the policy was tuned on."""
-    turns = make_tiny.scripted_dialogue(random.Random(5), 3)
-    messages = [{"role": "system", "content": make_tiny.SYSTEM_PROMPT}]
+    turns = make.scripted_dialogue(random.Random(5), 3)
+    messages = [{"role": "system", "content": make.SYSTEM_PROMPT}]
     for user, assistant in turns:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    assert encode_text(messages, tiny[1]) == make_tiny.encode_dialogue(turns, tiny[1])
+    assert encode_text(messages, tiny[1]) == make.encode_dialogue(turns, tiny[1])
 
 
 def test_a_policy_that_knows_nothing_has_the_vocabularys_perplexity(tiny):
@@ -188,11 +188,11 @@ def test_intervals_are_over_texts_and_paired(tiny):
 def test_the_heldout_text_was_not_trained_on():
     """Guards text from a stream of the warm start: of its first steps no dialogue, and the file is what is built."""
     lines = (TINY / HELDOUT_FILE).read_text().splitlines(keepends=True)
-    assert lines == make_tiny.heldout_lines(0, 32, 6)
+    assert lines == make.heldout_lines(0, 32, 6)
     heldout = {tuple(m["content"] for m in text if m["role"] == "user") for text in read_texts(TINY / HELDOUT_FILE)}
     for rank in (0, 1):
-        rng = random.Random(f"0|{rank}")  # as in make_tiny.fine_tune
-        assert not heldout & {tuple(u for u, _ in make_tiny.scripted_dialogue(rng, 6)) for _ in range(100)}
+        rng = random.Random(f"0|{rank}")  # as in make.fine_tune
+        assert not heldout & {tuple(u for u, _ in make.scripted_dialogue(rng, 6)) for _ in range(100)}
     for text in read_texts(TINY / HELDOUT_FILE):
         assert len(text) == 13 and text[0]["role"] == "system"
 

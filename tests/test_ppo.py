@@ -22,9 +22,9 @@ from dry_run import memory
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import Settings as PPOSettings
 from kernels.ppo_head import reference_ppo
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, load_policy, random_policy, save_pretrained
 from simulator import Persona
+from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import (
     Config,
     Packed,

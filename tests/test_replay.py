@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 
 import train_rlpa
 from evaluation import __main__ as evaluation
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from rewards import VERDICTS
 from simulator import ChatClient, ChatError, Tape
+from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Config, calls_note, cost
 
 ASK = [{"role": "user", "content": "How are you?"}]

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 
 import train_rlpa
 from benchmarks import corrupt
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy, save_pretrained
 from records import checkpoints
 from records.log import claim_folder
 from simulator import make_server
+from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {

@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 
 import train_rlpa
 from dialogue import ChatTokenizer, Dialogue, render_turn
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, load_critic, load_policy, random_policy, save_pretrained
 from sampler import Draw
 from simulator import ChatClient, make_server
+from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Config, Play, World, parse_args, rollout
 
 ROOT = Path(train_rlpa.__file__).parent
