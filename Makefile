@@ -18,7 +18,7 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 
 tiny: $(VENV)/runtime
-	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) make_tiny.py --out tiny
+	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) -m tiny.make --out tiny
 
 # On a GPU machine, with the Python that has its torch: make bench-gpu OUT=DIR PYTHON=python3
 bench-gpu:

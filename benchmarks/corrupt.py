@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import checkpoints  # noqa: E402
+from records import checkpoints  # noqa: E402
 
 
 def cut(file: Path) -> None:

@@ -1,6 +1,6 @@
 """Hostile texts on their whole way: `python benchmarks/fuzz_text.py 10000` counts what they forged (0, or exit code 1).
 
-simulator (HTTP) → dialogue (ids) → judge's prompt → episodes.jsonl → transcript on the terminal → report.py's page;
+simulator (HTTP) → dialogue (ids) → judge's prompt → episodes.jsonl → transcript on the terminal → the report's page;
 the same texts are facts of a persona file, profile lines and replies of the policy, and error messages of the endpoint.
 """
 
@@ -21,15 +21,17 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 
+from command_line.flags import TINY_CHECKPOINT
+from rewards import read_candidate
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import report  # noqa: E402
 import rewards  # noqa: E402
-import runlog  # noqa: E402
 import simulator  # noqa: E402
-import train_rlpa  # noqa: E402
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, render_turn  # noqa: E402
 from endpoints.client import ChatClient  # noqa: E402
 from endpoints.server import Handler  # noqa: E402
+from records.log import RunLog, episode_record, show_transcripts  # noqa: E402
+from report import __main__ as report  # noqa: E402
 from worlds.personas import Persona, load_personas  # noqa: E402
 
 TURNS = 5
@@ -109,7 +111,7 @@ def make_dialogue(
         for written in (render_turn(text.split("\n"), text), text):
             turn.candidates.append(Candidate([*chat.encode(written), chat.im_end], [0.0], "stop"))
             turn.candidates[-1].logprobs *= len(turn.candidates[-1].token_ids)
-            train_rlpa.read_candidate(turn.candidates[-1], dialogue, chat)
+            read_candidate(turn.candidates[-1], dialogue, chat)
     return dialogue
 
 
@@ -136,16 +138,16 @@ def check_dialogue(dialogue: Dialogue, chat: ChatTokenizer) -> Counter:
 
 def check_log(dialogues: list[Dialogue], folder: Path) -> Counter:
     """Count lines of episodes.jsonl and of the transcripts that nobody wrote, and characters that act there."""
-    log, found, printed = runlog.RunLog(str(folder), {}, tensorboard=False), Counter(), StringIO()
+    log, found, printed = RunLog(str(folder), {}, tensorboard=False), Counter(), StringIO()
     log.metrics(1, "train", {"reward": 1.0})
-    records = [runlog.episode_record(dialogue) for dialogue in dialogues]
+    records = [episode_record(dialogue) for dialogue in dialogues]
     log.episodes(1, "train", records)
     lines = (folder / "episodes.jsonl").read_bytes().decode().splitlines()
     wrong = [json.loads(line)["turns"] != record["turns"] for line, record in zip(lines, records, strict=False)]
     found["forged log line"] += abs(len(lines) - len(records)) + sum(wrong) + sum(map(acts, lines))
     for dialogue in dialogues:
         with redirect_stdout(printed):
-            runlog.show_transcripts({}, {"heldout/sampled": [dialogue]})
+            show_transcripts({}, {"heldout/sampled": [dialogue]})
     shown = printed.getvalue()
     found["terminal escape"] += sum(acts(line) for line in shown.split("\n"))
     heads = Counter(line[:12] for line in shown.splitlines() if line)
@@ -190,7 +192,7 @@ def check_page(dialogues: list[Dialogue], folder: Path) -> Counter:
 
 def violations(texts: Sequence[str]) -> Counter:
     """Send texts all the way and count, by name, what they forged."""
-    chat, found = ChatTokenizer.from_folder(train_rlpa.TINY_CHECKPOINT), Counter()
+    chat, found = ChatTokenizer.from_folder(TINY_CHECKPOINT), Counter()
     said, errors = ask_all(texts)
     found["acting character in a reply"] += sum(acts(text, "\n\t") for text in said)
     found["acting or long error message"] += sum(acts(text) or len(text) > 500 for text in errors)

@@ -27,6 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from learners.learner import optimizer_tensors
+from learners.loading import load_models, load_sharded
+from packing import make_batches, pack
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -100,11 +104,11 @@ class Trained(NamedTuple):
 def run_update(config: Config, dialogues: list[Dialogue], gradients: bool = False) -> Trained:
     """Train once on the dialogues that this process owns."""
     mesh = sharding.make_mesh() if config.shard else None
-    loaded = train_rlpa.load_sharded(config, None, mesh) if mesh else train_rlpa.load_models(config, None)
+    loaded = load_sharded(config, None, mesh) if mesh else load_models(config, None)
     policy, critic, ref_policy = loaded
     learners = {"policy": policy} | ({"critic": critic} if critic else {})
-    packed = [train_rlpa.pack(dialogue, config) for dialogue in dialogues]
-    batches = train_rlpa.make_batches(packed, config)
+    packed = [pack(dialogue, config) for dialogue in dialogues]
+    batches = make_batches(packed, config)
     models = policy.model, ref_policy, critic and critic.model
     train_rlpa.add_statistics(batches, *models, config, policy.sampled)
     for p in packed:
@@ -120,7 +124,7 @@ def run_case(config: Config, owned: Sequence[int]) -> dict[str, Tensor]:
     found |= {f"metric {name}": torch.tensor(float(value)) for name, value in metrics.items()}
     for name, learner in learners.items():
         found |= {f"weight {name} {key}": whole(master) for key, master in learner.masters.items()}
-        found |= {f"moment {name} {key}": whole(x) for key, x in train_rlpa.optimizer_tensors(learner).items()}
+        found |= {f"moment {name} {key}": whole(x) for key, x in optimizer_tensors(learner).items()}
     if replica := learners["policy"].replica:
         found |= {f"replica {key}": whole(weight) for key, weight in replica.named_parameters()}
     return found

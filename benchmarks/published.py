@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 import train_rlpa
-from dialogue import Candidate, Dialogue, open_turn
+from config import Config
+from dialogue import Candidate, Dialogue, open_turn, stream_seed
+from learners.learner import make_learner
+from records.state import State
+from rewards import read_candidate
 from simulator import simulator_messages
 from worlds.personas import Persona
 
@@ -48,7 +52,7 @@ class Sample:
         return len(self.token_ids) - self.first
 
 
-def samples_of(dialogue: Dialogue, config: train_rlpa.Config) -> list[Sample]:
+def samples_of(dialogue: Dialogue, config: Config) -> list[Sample]:
     """Return one row per turn and candidate."""
     minibatch = dialogue.index % config.rollout_batch_size // config.minibatch_size
     return [
@@ -105,7 +109,7 @@ class Replay(LogitsProcessor):
 class Published:
     """Policy, reference and critic of `transformers` with the weights ours start from, and one iteration with them."""
 
-    def __init__(self, state: train_rlpa.State, generate_rows: int = 128, most_tokens: int = 8192):
+    def __init__(self, state: State, generate_rows: int = 128, most_tokens: int = 8192):
         """Load a state's models anew; `generate_rows` are sampled at a time, `most_tokens` fill a micro-batch."""
         self.config, self.chat, self.env = state.config, state.chat, state.env
         self.generate_rows, self.most_tokens = generate_rows, most_tokens
@@ -116,7 +120,7 @@ class Published:
         self.critic.value_head = nn.Linear(self.critic.config.hidden_size, 1, bias=False)
         self.critic.value_head.weight = nn.Parameter(state.critic.model.value_head.weight.detach().clone())
         rates = (self.policy, self.config.lr), (self.critic, self.config.critic_lr)
-        self.learners = [train_rlpa.make_learner(model, lr, self.config) for model, lr in rates]
+        self.learners = [make_learner(model, lr, self.config) for model, lr in rates]
         self.seconds: dict[str, float] = defaultdict(float)
 
     def run_iteration(self, recorded: list[Dialogue]) -> tuple[dict[str, float], list[Dialogue]]:
@@ -160,7 +164,7 @@ class Published:
         """Score a turn's candidates, and choose the best."""
         turn = dialogue.turns[-1]
         for candidate in turn.candidates:
-            train_rlpa.read_candidate(candidate, dialogue, self.chat)
+            read_candidate(candidate, dialogue, self.chat)
             train_rlpa.judge(candidate, dialogue, 0, self.config, self.env)
         found = [train_rlpa.turn_reward(candidate, self.config) for candidate in turn.candidates]
         turn.chosen = found.index(max(found))
@@ -171,7 +175,7 @@ class Published:
             return self.config.first_user_message
         messages = simulator_messages(Persona(dialogue.persona_id, dialogue.persona_facts), dialogue.history())
         reply = self.env.user.ask(
-            messages, train_rlpa.stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns))
+            messages, stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns))
         )
         if isinstance(reply, Exception):
             raise reply

@@ -11,7 +11,7 @@ Nothing here is measured: it is arithmetic from the assumptions below, every one
     published   lock-step, each prompt prefilled anew for each turn and candidate, and one row per candidate in training
 
 One rollout batch is simulated on one GPU with its share of dialogues and of the simulator's capacity, parked event by
-event; the run is as many of them. Work counts are those of `memory.py`.
+event; the run is as many of them. Work counts are those of `dry_run/memory.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from memory import Work, calls, policy_parameters, row_work, tree_work, trunk_flops, trunk_parameters
+from benchmarks.scaling_table import row_work
+from dry_run.memory import Work, calls, policy_parameters, tree_work, trunk_flops, trunk_parameters
 from model import Qwen2Config
 
 QWEN_3B = Qwen2Config(151_936, 2048, 11_008, 36, 16, 2, tie_word_embeddings=True)
@@ -134,7 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Assumptions:
 
 
 def dialogue(a: Assumptions) -> tuple[int, list[int], list[int], int]:
-    """Return system tokens, user tokens and reply tokens per turn, and candidates, as `memory.py` counts work."""
+    """Return system tokens, user tokens and reply tokens per turn, and candidates, as dry_run/memory.py does."""
     user = [a.user_tokens + a.seam_tokens] * a.turns
     return a.system_tokens, user, [a.reply(turn) for turn in range(a.turns)], a.candidates
 

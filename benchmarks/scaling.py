@@ -1,4 +1,4 @@
-"""The peak of memory of one process, measured beside counted (`memory.py`), with whole models and with --shard.
+"""The peak of memory of one process, measured beside counted (`dry_run/memory.py`), with whole models and with --shard.
 
     python benchmarks/scaling.py                 # 1, 2 and 4 processes, a random model of 41 M parameters, fp32, gloo
 
@@ -15,12 +15,15 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from config import Config
+from dialogue import Candidate, Dialogue
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import memory  # noqa: E402
-import train_rlpa  # noqa: E402
 from benchmarks import invariance  # noqa: E402
+from benchmarks.scaling_table import tree_blocks  # noqa: E402
+from dry_run import memory  # noqa: E402
 from kernels.cpu import HEAD_DIMS, use_cpu  # noqa: E402
 from kernels.ppo_head import WORKSPACE  # noqa: E402
 from learners import processes  # noqa: E402
@@ -39,21 +42,21 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def long_dialogue(index: int) -> train_rlpa.Dialogue:
+def long_dialogue(index: int) -> Dialogue:
     """Make a dialogue of LENGTHS whose tokens do not repeat at a branch."""
     system, user, reply, n = LENGTHS
     fresh = iter(range(index, 10**6, 7))
     take = lambda count: [next(fresh) % SHAPE.vocab_size for _ in range(count)]  # noqa: E731
-    dialogue, history = train_rlpa.Dialogue(index, str(index), ()), take(system)
+    dialogue, history = Dialogue(index, str(index), ()), take(system)
     for message, length in zip(user, reply, strict=True):
         history = history + take(message)
-        candidates = [train_rlpa.Candidate(take(length), [-10.0] * length, "stop") for _ in range(n)]
+        candidates = [Candidate(take(length), [-10.0] * length, "stop") for _ in range(n)]
         dialogue.turns.append(invariance.Turn("", history, candidates))
         history = history + candidates[0].token_ids
     return dialogue
 
 
-def measured(config: train_rlpa.Config, owned: Iterable[int]) -> dict:
+def measured(config: Config, owned: Iterable[int]) -> dict:
     """Run a case, and give every process's growth at its fullest, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")  # the fullest so far is what there is now
     before = resident("VmRSS")
@@ -68,7 +71,7 @@ def predicted(ranks: int, shard: bool) -> float:
     policy = random_policy(Qwen2Config(64, 64, 64, 1, 1, 1), 0)
     in_cpp = use_cpu(policy.head_weight) and SHAPE.head_dim in HEAD_DIMS
     plan = memory.Plan(
-        work.trained, work.decoded, () if in_cpp else memory.tree_blocks(*LENGTHS), several_microbatches=ranks < 4,
+        work.trained, work.decoded, () if in_cpp else tree_blocks(*LENGTHS), several_microbatches=ranks < 4,
         cache_tokens=0, workspace=WORKSPACE["cpu"], gradients_in_rollout=False, fused=False, shards=ranks * shard,
     )  # fmt: skip
     return memory.peak(SHAPE, plan)[1]

@@ -34,6 +34,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from command_line.flags import checkpoint_defaults
+from config import Config
+from packing import Packed, make_batches, pack
+from records.state import State, setup
+from simulator import Environment, open_environment
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train_rlpa  # noqa: E402
@@ -247,24 +253,24 @@ def slow_user(seconds: float) -> Iterator[str]:
         process.stdout.close()
 
 
-def bench_config(dialogues: int, turns: int, n: int = 4, **settings) -> train_rlpa.Config:
+def bench_config(dialogues: int, turns: int, n: int = 4, **settings) -> Config:
     """Return the tiny checkpoint's settings with the published credit, rewards and KL, for one iteration."""
     settings = dict(credit="turn", reward_at="turn", kl_coef=0.01, num_personas=256, eval_dialogues=1) | settings
     sizes = dict(rollout_batch_size=dialogues, minibatch_size=min(4, dialogues), max_turns=turns, num_candidates=n)
-    defaults = train_rlpa.checkpoint_defaults(Path(TINY))
-    return train_rlpa.Config(**(defaults | settings | sizes | {"ckpt": TINY, "num_iterations": 1}))
+    defaults = checkpoint_defaults(Path(TINY))
+    return Config(**(defaults | settings | sizes | {"ckpt": TINY, "num_iterations": 1}))
 
 
 @contextmanager
-def world_of(config: train_rlpa.Config, latency: float = 0.0) -> Iterator[tuple[train_rlpa.State, train_rlpa.World]]:
+def world_of(config: Config, latency: float = 0.0) -> Iterator[tuple[State, Environment]]:
     """Open the world of a user that takes `latency` seconds, and set a fresh run up in it."""
     with slow_user(latency) as url:
         config = replace(config, simulator_url=url)
-        with train_rlpa.open_world(config) as env:
-            yield train_rlpa.setup(config, env), env
+        with open_environment(config) as env:
+            yield setup(config, env), env
 
 
-def play(state: train_rlpa.State) -> list[Dialogue]:
+def play(state: State) -> list[Dialogue]:
     """Play the dialogues of a state's next iteration."""
     dialogues, config = train_rlpa.persona_batch(state), state.config
     how = train_rlpa.Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
@@ -281,7 +287,7 @@ def drawn(dialogues: list[Dialogue]) -> list:
 # update
 
 
-def trained_samples(dialogue: Dialogue, p: train_rlpa.Packed, config: train_rlpa.Config) -> list:
+def trained_samples(dialogue: Dialogue, p: Packed, config: Config) -> list:
     """Return the rows of a packed dialogue, with the statistics that were computed over its tree."""
     from benchmarks.published import samples_of
 
@@ -292,7 +298,7 @@ def trained_samples(dialogue: Dialogue, p: train_rlpa.Packed, config: train_rlpa
     return samples
 
 
-def per_turn_update(state: train_rlpa.State, samples: list, count: float, most_tokens: int) -> None:
+def per_turn_update(state: State, samples: list, count: float, most_tokens: int) -> None:
     """Take the step of `train_rlpa.minibatch_update` with the same models and kernels, fed padded rows."""
     from benchmarks.published import gathered, microbatches, right_padded, value_loss
 
@@ -312,7 +318,7 @@ def per_turn_update(state: train_rlpa.State, samples: list, count: float, most_t
         train_rlpa.optimizer_step(learner, 0.0, config.max_grad_norm)
 
 
-def gradients(state: train_rlpa.State) -> list[Tensor]:
+def gradients(state: State) -> list[Tensor]:
     """Copy the gradients of policy and critic."""
     return [p.grad.clone() for learner in (state.policy, state.critic) for p in learner.model.parameters()]
 
@@ -331,8 +337,8 @@ def update(dialogues: int = 4, turns: int = 10, n: int = 4, repeats: int = 3,
     with world_of(config) as (state, _):
         played = [d for d in play(state) if d.dropped is None]
         config = state.config
-        packed = [train_rlpa.pack(d, config) for d in played]
-        batches = train_rlpa.make_batches(packed, config)  # one mini-batch
+        packed = [pack(d, config) for d in played]
+        batches = make_batches(packed, config)  # one mini-batch
         train_rlpa.add_statistics(batches, state.policy.model, state.ref_policy, state.critic.model, config)
         for p in packed:
             train_rlpa.add_advantages(p, config)
@@ -409,7 +415,7 @@ def iteration(dialogues: int = 32, turns: int = 10, n: int = 4, latency: float =
 
 
 @torch.no_grad()
-def updated_difference(state: train_rlpa.State, published, played: list[Dialogue]) -> float:
+def updated_difference(state: State, published, played: list[Dialogue]) -> float:
     """Return the mean difference of the two trained policies' log-probs on one dialogue."""
     from benchmarks.published import right_padded, samples_of
 

@@ -134,7 +134,7 @@ class RunLog:
 
     def draw(self) -> None:
         """Draw the learning curve; then, last of all, mark the run as finished."""
-        plot_curve(self.folder)
+        plot_curve(self.folder / "curve.png", self.folder)
         (self.folder / FINISHED).touch()
 
 

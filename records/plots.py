@@ -1,4 +1,4 @@
-"""The learning curve of a run, drawn from its metrics.jsonl."""
+"""The learning curve of a run, or of several, drawn from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ CURVES = [
         },
     ),
 ]
+STYLES = {"train": ("-", 0.35), "heldout/sampled": ("o-", 1.0), "heldout/greedy": ("s--", 0.8)}
 
 
-def plot_curve(folder: Path) -> None:
-    """Draw curve.png from metrics.jsonl: training (all candidates, sampled) and held-out evaluations."""
+def plot_curve(path: Path, *runs: Path) -> None:
+    """Draw the metrics.jsonl of run folders over each other: training (all candidates) and held-out evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    styles = {"train": ("-", 0.35), "heldout/sampled": ("o-", 1.0), "heldout/greedy": ("s--", 0.8)}
     for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
-        for color, (name, label) in enumerate(names.items()):
-            for kind, (style, alpha) in styles.items():
-                points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind and name in r]
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        style,
-                        color=f"C{color}",
-                        alpha=alpha,
-                        markersize=3.5,
-                        label=f"{label}, {kind}",
-                    )
+        for i, run in enumerate(records):
+            draw_run(axis, run, names, labelled=i == 0)
         axis.set(title=title, xlabel="iteration", ylim=(0, None))
         axis.grid(alpha=0.25)
         if axis.lines:
             axis.legend(fontsize=7)
-    figure.suptitle(f"RLPA: {folder.name}")
-    figure.savefig(folder / "curve.png", dpi=120)
+    figure.suptitle(f"RLPA: {', '.join(run.name for run in runs)}")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_run(axis, records: list[dict], names: dict[str, str], labelled: bool) -> None:
+    """Draw one run's metrics in a panel: a colour per metric, a line style per kind of record."""
+    for color, (name, label) in enumerate(names.items()):
+        for kind, (style, alpha) in STYLES.items():
+            points = [(r["iteration"], r[name]) for r in records if r["kind"] == kind and name in r]
+            if points:
+                (line,) = axis.plot(*zip(*points, strict=True), style, color=f"C{color}", alpha=alpha, markersize=3.5)
+                line.set_label(f"{label}, {kind}" if labelled else None)

@@ -1,4 +1,4 @@
-"""`chat.py`: what the policy is shown of the past, in the terminal and at the endpoint, and what strangers may send.
+"""`chat`: what the policy is shown of the past, in the terminal and at the endpoint, and what strangers may send.
 
 The tiny checkpoint talks, greedily. What a prompt should bring out is sampled afresh, without anything kept.
 """
@@ -26,18 +26,19 @@ from pathlib import Path
 
 import pytest
 
-import chat
-import evaluate
 import train_rlpa
-from chat import HELP, Service, Talk, harmless, respond, show_turn
+from chat import __main__ as chat
+from chat.__main__ import HELP, harmless, respond, show_turn
+from chat.service import MAX_SAMPLERS, Service
+from chat.talk import Talk, read_turn
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from endpoints.server import make_server
+from evaluation import __main__ as evaluation
+from evaluation.subjects import load_checkpoint
 from model import Qwen2ForCausalLM
 from sampler import Sampler, generate
-from subjects import load_checkpoint
-from train_rlpa import Config
 
-ROOT = Path(chat.__file__).parent
+ROOT = Path(chat.__file__).parents[1]
 TINY = train_rlpa.TINY_CHECKPOINT
 CONFIG = Config(**train_rlpa.checkpoint_defaults(TINY), kv_gib=0.25)
 SAID = ["Hello", "I work as a nurse.", "I am 34 and live in Oslo."]
@@ -194,7 +195,7 @@ def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(talk, monkeypat
     """Guards a reply that clears the screen, sets a title, or reorders what stands around it; and odd bytes typed."""
     evil = "\x1b]0;owned\x07 \x9b2J \u202eabc\r hi \x00"
     text = f"<profile>\n- Age: {evil}\n</profile>\n\n<response>\n{evil}\n</response>"
-    monkeypatch.setattr(talk, "write", lambda *_: chat.read_turn(talk.chat.encode(text), "stop", talk.chat))
+    monkeypatch.setattr(talk, "write", lambda *_: read_turn(talk.chat.encode(text), "stop", talk.chat))
     terminal(talk, b"odd \xff\xfe byte\n/profile\n/forget \x1b[2J owned\n", monkeypatch)
     out = capsys.readouterr().out
     assert "owned" in out and r"\x1b" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
@@ -203,13 +204,13 @@ def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(talk, monkeypat
 def test_a_pipe_in_and_a_transcript_out():
     """Guards the program as such: its imports, its exit codes, and one line for what a user can mend."""
     def run(*argv: str, text: str = "") -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "chat.py", *argv]
-        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=200)
+        command = [sys.executable, "-m", "chat", *argv]
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=200, cwd=ROOT)
 
     done = run("--ckpt", str(TINY), text="Hello\nI work as a nurse.\n/quit\nnot read")
     assert done.returncode == 0 and "+ Occupation: nurse" in done.stdout and done.stderr == ""
     done = run("--ckpt", str(ROOT / "docs"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("chat.py: ")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("chat: ")
 
 
 def test_a_message_that_is_too_long_by_itself_must_be_shortened(loaded, talk):
@@ -221,7 +222,7 @@ def test_a_message_that_is_too_long_by_itself_must_be_shortened(loaded, talk):
     small = Talk(*loaded, replace(CONFIG, kv_gib=0.0001), 0.0)
     said = respond(small, "Hello", 0)
     flags = set(re.findall("--[a-z-]+", said))
-    assert flags == {"--kv-gib", "--max-new-tokens"} and "shorten the dialogue" in said  # flags that chat.py has
+    assert flags == {"--kv-gib", "--max-new-tokens"} and "shorten the dialogue" in said  # flags that chat has
 
 
 def test_ctrl_c_stops_a_reply_and_the_dialogue_goes_on(talk, monkeypatch):
@@ -261,23 +262,24 @@ def test_a_port_that_is_taken_or_does_not_exist_is_named_with_its_flag(capsys):
 @pytest.mark.parametrize("argv", [["--serve", "--port", "0"], []])
 def test_ctrl_c_is_one_line(argv):
     """Guards a traceback at the end of a server, or of a talk with a pipe."""
-    command = [sys.executable, ROOT / "chat.py", "--ckpt", str(TINY), *argv]
+    command = [sys.executable, "-m", "chat", "--ckpt", str(TINY), *argv]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, **pipes)
+    process = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
     if not argv:
         process.stdin.write("Hello\n")
         process.stdin.flush()
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert process.communicate()[1] == "chat.py: stopped by Ctrl-C\n"
+    assert process.communicate()[1] == "chat: stopped by Ctrl-C\n"
 
 
 def in_a_terminal(act: Callable[[int, subprocess.Popen, bytes], bool]) -> tuple[int, bytes]:
     """Talk in a terminal; `act` sees what was printed, until it returns True. Returns exit code and output."""
     parent, child = pty.openpty()
-    command = [sys.executable, ROOT / "chat.py", "--ckpt", str(TINY)]
-    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=os.environ | {"TERM": "dumb"})
+    command = [sys.executable, "-m", "chat", "--ckpt", str(TINY)]
+    env = os.environ | {"TERM": "dumb"}
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env, cwd=ROOT)
     os.close(child)
     seen, done, deadline = b"", False, time.monotonic() + 200
     while time.monotonic() < deadline:
@@ -298,8 +300,15 @@ def test_a_terminal():
 
 def test_ctrl_c_at_the_prompt_ends_the_talk():
     """Guards a traceback where people end a talk with Ctrl-C."""
-    code, seen = in_a_terminal(lambda _, process, seen: b"you> " in seen and not process.send_signal(signal.SIGINT))
-    assert code == 0 and b"Traceback" not in seen and b"chat.py" not in seen
+
+    def interrupt(_: int, process: subprocess.Popen, seen: bytes) -> bool:
+        if prompted := b"you> " in seen:
+            time.sleep(1)  # readline prints the prompt first and listens then: a signal in between would be lost
+            process.send_signal(signal.SIGINT)
+        return prompted
+
+    code, seen = in_a_terminal(interrupt)
+    assert code == 0 and b"Traceback" not in seen and b"chat: " not in seen
 
 
 # ------------------------------------------------------------------------------------------------------------- endpoint
@@ -391,7 +400,7 @@ def test_requests_at_once_are_each_answered_as_if_alone(loaded, service):
     alone = [post(service[1], request)[1]["choices"] for request in asked]
     with ThreadPoolExecutor(len(asked)) as pool:
         together = [reply["choices"] for _, reply in pool.map(lambda request: post(service[1], request), asked)]
-    assert together == alone and len(service[0].samplers) <= chat.MAX_SAMPLERS
+    assert together == alone and len(service[0].samplers) <= MAX_SAMPLERS
     assert len({json.dumps(choices) for choices in alone}) > len(asked) // 2
 
 
@@ -513,11 +522,11 @@ def test_a_cache_without_room_refuses_and_goes_on(loaded):
 
 
 def test_the_served_policy_evaluates_as_its_checkpoint(service, tmp_path):
-    """Guards whole turns (the system prompt of training, profile blocks in the content): what evaluate.py speaks."""
+    """Guards whole turns (the system prompt of training, profile blocks in the content): what the evaluation speaks."""
     out = tmp_path / "out"
     subjects = [f"own={TINY}", f"served={service[1]}/v1#tiny"]
     argv = [*subjects, "--turns", "3", "--num-personas", "4", "--temperature", "0"]
-    assert evaluate.main([*argv, "--max-new-tokens", "128", "--quiet", "--out", str(out)]) == 0
+    assert evaluation.main([*argv, "--max-new-tokens", "128", "--quiet", "--out", str(out)]) == 0
     found = json.loads((out / "results.json").read_text())["subjects"]
     assert found["own"]["figures"] == found["served"]["figures"] and found["own"]["personas"] == 4
 

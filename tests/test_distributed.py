@@ -21,13 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
 import train_rlpa
 from learners import processes
 from learners.weights import save_pretrained
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy
+from records import checkpoints
 from simulator import make_user_server
+from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {

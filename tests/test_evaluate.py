@@ -16,26 +16,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_replay import chat_server
 
-import evaluate
-import metrics
-import prompting
-import scenarios
-import subjects
 import train_rlpa
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
 from endpoints.wire import ChatReply, parse_reply
-from perplexity import read_texts
+from evaluation import __main__ as evaluation
+from evaluation import figures, prompting, results, scenarios, subjects
+from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
-from train_rlpa import Config
 from worlds import first, ledger
 from worlds.personas import Persona
 
-TINY = str(train_rlpa.TINY_CHECKPOINT)
+TINY, ROOT = str(train_rlpa.TINY_CHECKPOINT), Path(evaluation.__file__).parents[1]
 PUBLISHED = {  # RLPA's rows of the paper's tables 4 and 5: AL(k), then AVG, N-IR, N-R² (Extended: fitted again)
     "vanilla": ([62.16, 68.92, 70.27, 74.32, 72.97, 74.32, 75.68, 78.38, 77.03, 79.73], 73.38, 0.090, 0.855),
     "extended": ([49.32, 45.21, 46.58, 49.32, 52.05, 52.05, 53.42, 58.90, 53.42, 67.12], 52.74, 0.081, 0.706),
@@ -71,7 +68,7 @@ def scribe(messages: list[dict]) -> str:
 
 def run(tmp_path, *argv: object) -> dict:
     """Run the program in this process, which must succeed, and return its results.json."""
-    assert evaluate.main([*map(str, argv), "--quiet", "--out", str(tmp_path / "out")]) == 0
+    assert evaluation.main([*map(str, argv), "--quiet", "--out", str(tmp_path / "out")]) == 0
     return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
@@ -86,7 +83,7 @@ def episodes(tmp_path) -> list[dict]:
 def test_the_published_figures_follow_from_the_published_curves(row):
     """Guards the definitions: another fit, or another normalisation, would not give the paper's decimals."""
     curve, average, slope, fit = PUBLISHED[row]
-    found = metrics.alignment_figures(np.array(curve))
+    found = figures.alignment_figures(np.array(curve))
     assert found["AVG"] == pytest.approx(average, abs=0.005)
     assert found["N-IR"] == pytest.approx(slope, abs=0.0005) and found["N-R2"] == pytest.approx(fit, abs=0.0005)
 
@@ -94,7 +91,7 @@ def test_the_published_figures_follow_from_the_published_curves(row):
 def test_a_flat_curve_and_a_single_turn_have_figures():
     """Guards 0 ÷ 0: a subject that is right always, or asked once, has slope and fit 0, not NaN."""
     for curve in ([70.0] * 10, [0.1 + 0.2, 0.3, 0.3], [50.0]):
-        found = metrics.alignment_figures(np.array(curve))
+        found = figures.alignment_figures(np.array(curve))
         assert [float(found[name]) for name in ("IR", "R2", "N-IR", "N-R2")] == [0.0] * 4
 
 
@@ -102,7 +99,7 @@ def test_the_fit_equals_numpys_and_skips_absent_turns():
     """Guards the closed formulas, on several curves at once, and turns that nobody reached (long dialogues)."""
     curves = np.random.default_rng(0).uniform(0, 100, (5, 12))
     curves[2, 9:] = np.nan
-    slopes, fits = metrics.line_fit(curves)
+    slopes, fits = figures.line_fit(curves)
     for curve, slope, fit in zip(curves, slopes, fits, strict=True):
         y = curve[np.isfinite(curve)]
         k = np.arange(1, len(y) + 1)
@@ -122,7 +119,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng, hits = np.random.default_rng(1), 0
     for seed in range(100):
         levels = rng.uniform(0, 100, (40, 1))  # of persons; the truth is 50
-        hit = metrics.summarize(measured(np.repeat(levels, 10, 1)), seed).figures["AVG"]
+        hit = figures.summarize(measured(np.repeat(levels, 10, 1)), seed).figures["AVG"]
         hits += hit.low <= 50 <= hit.high
     assert 88 <= hits <= 100
 
@@ -130,7 +127,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_intervals_are_seeded():
     """Guards results that change when they are computed again."""
     al = np.random.default_rng(0).uniform(0, 100, (20, 10))
-    one, same, other = (metrics.summarize(measured(al), seed).figures["AVG"] for seed in (1, 1, 2))
+    one, same, other = (figures.summarize(measured(al), seed).figures["AVG"] for seed in (1, 1, 2))
     assert one == same and (one.low, one.high) != (other.low, other.high)
 
 
@@ -140,11 +137,11 @@ def test_a_comparison_is_paired_and_uses_shared_personas_only():
     better = al + 5
     better[:3] = np.nan
     al[3] = np.nan
-    found = metrics.compare(measured(better), measured(al), seed=0)
+    found = figures.compare(measured(better), measured(al), seed=0)
     assert found.personas == 26
     difference = found.figures["AVG"]
     assert difference.value == pytest.approx(5) and difference.high - difference.low < 1e-9
-    alone = metrics.summarize(measured(al), 0).figures["AVG"]
+    alone = figures.summarize(measured(al), 0).figures["AVG"]
     assert alone.high - alone.low > 2
 
 
@@ -152,9 +149,9 @@ def test_dropped_personas_count_in_n_and_nowhere_else():
     """Guards a lost dialogue scored 0; with nobody left figures are NaN, not an error in numpy."""
     al = np.full((4, 3), 60.0)
     al[1] = np.nan
-    found = metrics.summarize(measured(al), 0)
-    assert found.personas == 3 and found.figures["AVG"] == metrics.Estimate(60, 60, 60)
-    nobody = metrics.summarize(measured(np.full((4, 3), np.nan)), 0)
+    found = figures.summarize(measured(al), 0)
+    assert found.personas == 3 and found.figures["AVG"] == figures.Estimate(60, 60, 60)
+    nobody = figures.summarize(measured(np.full((4, 3), np.nan)), 0)
     assert nobody.personas == 0 and math.isnan(nobody.figures["AVG"].value)
 
 
@@ -164,7 +161,7 @@ def test_f1_over_max_is_a_ratio_of_means():
         "evidence_f1": np.array([[0.0, 0.1], [0.0, 0.3]]),
         "max_f1": np.array([[0.0, 0.1], [0.0, 0.7]]),
     }
-    summary = metrics.summarize(found, 0)
+    summary = figures.summarize(found, 0)
     assert math.isnan(summary.curves["f1_over_max"][0].value)
     assert summary.curves["f1_over_max"][1].value == summary.figures["f1_over_max"].value == pytest.approx(0.5)
 
@@ -278,11 +275,11 @@ def test_conflict_changes_user_and_ledger_at_its_turn(tmp_path, by_endpoint):
 def test_recovery_is_counted_from_the_change():
     """Guards recovery measured from the first turn, or found where the level never came back."""
     al = np.tile([40.0, 60.0, 20.0, 30.0, 60.0], (3, 1))
-    found = metrics.summarize(measured(al), 0, change_turn=3).figures
+    found = figures.summarize(measured(al), 0, change_turn=3).figures
     assert found["recovery_AL"].value == found["recovery_AL"].high == 2
-    never = metrics.summarize(measured(al[:, :4]), 0, change_turn=3).figures["recovery_AL"]
+    never = figures.summarize(measured(al[:, :4]), 0, change_turn=3).figures["recovery_AL"]
     assert math.isinf(never.value) and str(never) == "never [never, never]"
-    assert evaluate.plain(never)["value"] == "never"
+    assert results.plain(never)["value"] == "never"
 
 
 def test_other_keys_go_where_the_embedded_user_finds_them(tmp_path):
@@ -313,7 +310,7 @@ def test_a_checkpoint_against_itself_differs_by_nothing(tmp_path):
 
 
 def test_a_checkpoint_is_measured_as_the_trainer_measures_it(tmp_path):
-    """Guards a second set of definitions: F1 ÷ maximum, validity and verdicts equal `runlog.rates` of the episodes."""
+    """Guards a second set of definitions: F1 ÷ maximum, validity and verdicts equal those of `records.metrics`."""
     results = run(tmp_path, f"a={TINY}", "--num-personas", 6, "--turns", 4)["subjects"]["a"]["figures"]
     replies = [turn["candidates"][0] for e in episodes(tmp_path) for turn in e["turns"]]
     assert len(replies) == 24
@@ -412,7 +409,7 @@ def test_an_outage_is_told_from_an_error_by_its_exit_code(tmp_path, capsys):
         nobody.bind(("127.0.0.1", 0))
         away = ["--simulator-url", f"http://127.0.0.1:{nobody.getsockname()[1]}", "--outage-budget", "0.3"]
         flags = ["--num-personas", "2", "--turns", "2", "--quiet", "--out", str(tmp_path / "none")]
-        assert evaluate.main([f"a={TINY}", *away, *flags]) == os.EX_TEMPFAIL
+        assert evaluation.main([f"a={TINY}", *away, *flags]) == os.EX_TEMPFAIL
     assert "dropped (simulator: outage)" in capsys.readouterr().err
 
 
@@ -429,7 +426,7 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
     assert 0 < dropped < 8 and found["personas"] == 8 - dropped and found["figures"]["valid"]["value"] == 1
     with subject_server(lambda messages: None) as url:
         flags = [f"x={url}", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "none")]
-        assert evaluate.main(flags) == 2
+        assert evaluation.main(flags) == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0 and "no dialogue was left of x" in error and "http_4xx" in error
     assert json.loads((tmp_path / "none" / "results.json").read_text())["subjects"]["x"]["personas"] == 0
@@ -467,21 +464,21 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(argv, says, capsys, tmp_path):
     """Guards tracebacks, and mistakes that show only after the first subject has played for an hour."""
-    assert evaluate.main([*argv, "--quiet", "--out", str(tmp_path / "out")]) == 2
+    assert evaluation.main([*argv, "--quiet", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("evaluate.py: ") and "\n" not in error and says in error
+    assert error.startswith("evaluation: ") and "\n" not in error and says in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", evaluate.OWN_FILES)
+@pytest.mark.parametrize("name", evaluation.OWN_FILES)
 def test_results_are_not_overwritten(tmp_path, capsys, name):
     """Guards an hour's results from the next command, and a training run's dialogues."""
     (tmp_path / name).write_text("{}")
-    assert evaluate.main([f"x={TINY}", "--out", str(tmp_path)]) == 2
+    assert evaluation.main([f"x={TINY}", "--out", str(tmp_path)]) == 2
     assert "of an earlier run already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [metrics, prompting, scenarios, evaluate])
+@pytest.mark.parametrize("module", [figures, prompting, scenarios])
 def test_examples(module):
     """Guards examples in docstrings that no longer hold."""
     assert doctest.testmod(module).failed == 0
@@ -498,13 +495,14 @@ def test_a_reply_of_thoughts_alone_is_not_empty():
 
 
 def test_a_reader_that_goes_away_costs_neither_results_nor_a_traceback(tmp_path):
-    """Guards `evaluate.py … | head`: an hour of dialogues that is lost with a BrokenPipeError, and --help alike."""
+    """Guards `… | head`: an hour of dialogues that is lost with a BrokenPipeError, and --help alike."""
     out = tmp_path / "out"
     flags = [f"a$b_$c={TINY}", "--turns", "1", "--num-personas", "2", "--quiet", "--out", str(out)]
     for argv, codes in ((flags, {141}), (["--help"], {0, 141})):  # argparse may have swallowed it
         reading, writing = os.pipe()
         os.close(reading)
-        done = subprocess.run([sys.executable, evaluate.__file__, *argv], stdout=writing, stderr=subprocess.PIPE)
+        command = [sys.executable, "-m", "evaluation", *argv]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
         os.close(writing)
         assert done.returncode in codes and done.stderr == b""
     assert json.loads((out / "results.json").read_text())["subjects"] and (out / "curves.png").is_file()
@@ -529,5 +527,5 @@ def test_damaged_jsonl_is_not_taken_for_prose(tmp_path, name, text, says):
 def test_why_a_dialogue_was_dropped_steers_no_terminal():
     """Guards a reason out of a replayed file that clears the screen, or forges a line of the report."""
     lost = Dialogue(0, "x", ("Age: 34",), dropped="simulator: \x1b[2J\u202ex\ntrained: 1.0 s")
-    (count,) = evaluate.counts_of([lost], 2)
+    (count,) = evaluation.counts_of([lost], 2)
     assert count == "dropped (simulator: [2J x trained: 1.0 s)"

@@ -14,18 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-import make_tiny
-import metrics
-import perplexity
-import runlog
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
 from endpoints.client import ChatClient
+from evaluation import __main__ as evaluation
+from evaluation.figures import Estimate, estimate, perplexity_samples
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
-from perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
+from records import metrics, perplexity
+from records.perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
 from rewards import VERDICTS, score_profile
+from tiny import make
 
 TINY = Path(train_rlpa.TINY_CHECKPOINT)
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")
@@ -49,10 +48,10 @@ def dialogue(turns: list[tuple[list[str], str]], index: int = 0) -> Dialogue:
 
 
 def rates(*dialogues: Dialogue) -> dict[str, float]:
-    return runlog.rates(runlog.tally(list(dialogues)))
+    return metrics.rates(metrics.tally(list(dialogues)))
 
 
-@pytest.mark.parametrize("module", [runlog, perplexity])
+@pytest.mark.parametrize("module", [metrics, perplexity])
 def test_examples(module):
     """Guards examples in docstrings that no longer hold."""
     found = doctest.testmod(module)
@@ -86,8 +85,8 @@ def test_lines_that_add_something_are_no_duplicates():
     """Guards two hobbies, one city in another's name, and family told twice: only what is covered whole counts."""
     lines = ["Interests: chess", "Interests: chess boxing", "Location: York", "Location: New York", "Others: two cats",
              "Family Background: two sons", "likes tea", "likes green tea"]  # fmt: skip
-    assert runlog.duplicate_lines(lines) == 0
-    assert runlog.duplicate_lines(lines[::-1]) == 3  # "chess", "York" and "likes tea" after what holds them
+    assert metrics.duplicate_lines(lines) == 0
+    assert metrics.duplicate_lines(lines[::-1]) == 3  # "chess", "York" and "likes tea" after what holds them
 
 
 def test_mode_collapse_shows_in_distinct_n_alone():
@@ -104,8 +103,8 @@ def test_mode_collapse_shows_in_distinct_n_alone():
 def test_distinct_n_of_ranks_is_that_of_all_replies():
     """Guards a mean of the ranks' figures: what both say is new to neither of them, but to all it is said twice."""
     one, other = dialogue(HONEST, 0), dialogue(HONEST, 1)
-    halves = [runlog.tally([one]), runlog.tally([other])]
-    assert runlog.rates(runlog.sum_counters(halves)) == rates(one, other)
+    halves = [metrics.tally([one]), metrics.tally([other])]
+    assert metrics.rates(metrics.sum_counters(halves)) == rates(one, other)
     assert rates(one, other)["distinct_2"] == rates(one)["distinct_2"] / 2
 
 
@@ -114,25 +113,25 @@ def test_guards_of_nobody_are_not_measured():
     lost = dialogue([])
     lost.dropped = "simulator: timeout"
     found = rates(lost)
-    assert all(math.isnan(found[name]) for name in (*runlog.GUARDS, "distinct_1", "distinct_2"))
+    assert all(math.isnan(found[name]) for name in (*metrics.GUARDS, "distinct_1", "distinct_2"))
 
 
 def test_training_and_evaluation_measure_the_same(tmp_path):
-    """Guards a second set of definitions: the evaluation's figures are `runlog.rates` of the dialogues it played."""
+    """Guards a second set of definitions: the evaluation's figures are `metrics.rates` of the dialogues it played."""
     flags = ["--num-personas", "5", "--turns", "4", "--quiet", "--out", str(tmp_path / "out")]
-    (played,) = evaluate.evaluate(evaluate.parse_args([f"x={TINY}", *flags]))
+    (played,) = evaluation.evaluate(evaluation.parse_args([f"x={TINY}", *flags]))
     found, figures = rates(*played.dialogues), played.summary.figures
-    for name in (*runlog.GUARDS, "distinct_1", "distinct_2"):
+    for name in (*metrics.GUARDS, "distinct_1", "distinct_2"):
         assert figures[name].value == pytest.approx(found[name]), name
     assert figures["reply_words"].low < figures["reply_words"].high and math.isnan(figures["distinct_1"].low)
-    assert str(metrics.Estimate(0.25, math.nan, math.nan)) == "0.250"
+    assert str(Estimate(0.25, math.nan, math.nan)) == "0.250"
 
 
 def test_a_method_without_a_profile_has_no_profile_guards():
     """Guards a prompting baseline that looks free of padding because it writes no profile at all."""
-    found = evaluate.measure([dialogue(HONEST)], 3, writes_profile=False)
-    for name in runlog.GUARDS:
-        assert np.isnan(found[name]).all() == (name in runlog.PROFILE_GUARDS), name
+    found = evaluation.measure([dialogue(HONEST)], 3, writes_profile=False)
+    for name in metrics.GUARDS:
+        assert np.isnan(found[name]).all() == (name in metrics.PROFILE_GUARDS), name
 
 
 # ---------------------------------------------------------------------------------------------------------- perplexity
@@ -158,11 +157,11 @@ def test_scores_are_the_log_likelihood_of_the_assistants_turns(tiny):
 
 def test_chats_are_encoded_as_in_fine_tuning(tiny):
     """Guards another template than the one the policy was tuned on."""
-    turns = make_tiny.scripted_dialogue(random.Random(5), 3)
-    messages = [{"role": "system", "content": make_tiny.SYSTEM_PROMPT}]
+    turns = make.scripted_dialogue(random.Random(5), 3)
+    messages = [{"role": "system", "content": make.SYSTEM_PROMPT}]
     for user, assistant in turns:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    assert encode_text(messages, tiny[1]) == make_tiny.encode_dialogue(turns, tiny[1])
+    assert encode_text(messages, tiny[1]) == make.encode_dialogue(turns, tiny[1])
 
 
 def test_a_policy_that_knows_nothing_has_the_vocabularys_perplexity(tiny):
@@ -178,23 +177,23 @@ def test_a_policy_that_knows_nothing_has_the_vocabularys_perplexity(tiny):
 def test_intervals_are_over_texts_and_paired(tiny):
     """Guards tokens that are resampled one by one (too narrow), and two subjects with other resamples each."""
     scores = text_scores(*tiny, read_texts(TINY / HELDOUT_FILE))
-    found = metrics.estimate(perplexity.perplexity_samples(scores, seed=0))
+    found = estimate(perplexity_samples(scores, seed=0))
     assert found.value == pytest.approx(perplexity.perplexity(scores)) and found.low < found.value < found.high
-    worse = perplexity.perplexity_samples(scores * [2, 1], 0) - perplexity.perplexity_samples(scores, 0)
-    assert metrics.estimate(worse).low > 0
+    worse = perplexity_samples(scores * [2, 1], 0) - perplexity_samples(scores, 0)
+    assert estimate(worse).low > 0
     many = np.repeat(scores, 4, 0)
-    narrow = metrics.estimate(perplexity.perplexity_samples(many, seed=0))
+    narrow = estimate(perplexity_samples(many, seed=0))
     assert narrow.high - narrow.low < 0.7 * (found.high - found.low)
 
 
 def test_the_heldout_text_was_not_trained_on():
     """Guards text from a stream of the warm start: of its first steps no dialogue, and the file is what is built."""
     lines = (TINY / HELDOUT_FILE).read_text().splitlines(keepends=True)
-    assert lines == make_tiny.heldout_lines(0, 32, 6)
+    assert lines == make.heldout_lines(0, 32, 6)
     heldout = {tuple(m["content"] for m in text if m["role"] == "user") for text in read_texts(TINY / HELDOUT_FILE)}
     for rank in (0, 1):
-        rng = random.Random(f"0|{rank}")  # as in make_tiny.fine_tune
-        assert not heldout & {tuple(u for u, _ in make_tiny.scripted_dialogue(rng, 6)) for _ in range(100)}
+        rng = random.Random(f"0|{rank}")  # as in make.fine_tune
+        assert not heldout & {tuple(u for u, _ in make.scripted_dialogue(rng, 6)) for _ in range(100)}
     for text in read_texts(TINY / HELDOUT_FILE):
         assert len(text) == 13 and text[0]["role"] == "system"
 
@@ -227,16 +226,16 @@ def test_bad_text_is_one_line_before_anything_is_played(name, text, says, tmp_pa
     (tmp_path / name).write_text(text)
     out = tmp_path / "out"
     flags = ["--perplexity", str(tmp_path / name), "--quiet", "--num-personas", "1", "--turns", "1", "--out", str(out)]
-    assert evaluate.main([f"x={TINY}", *flags]) == 2
+    assert evaluation.main([f"x={TINY}", *flags]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("evaluate.py: ") and "\n" not in error and says in error and not out.exists()
+    assert error.startswith("evaluation: ") and "\n" not in error and says in error and not out.exists()
 
 
 def test_the_evaluation_reports_perplexity_of_checkpoints(tmp_path, capsys):
     """Guards a figure that is lost on its way to the table, JSON or the differences; endpoints have none."""
     out = tmp_path / "out"
     flags = ["--perplexity", str(TINY / HELDOUT_FILE), "--num-personas", "2", "--turns", "1", "--quiet"]
-    assert evaluate.main([f"a={TINY}", f"b={TINY}", *flags, "--out", str(out)]) == 0
+    assert evaluation.main([f"a={TINY}", f"b={TINY}", *flags, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     found = results["subjects"]["a"]["figures"]["perplexity"]
     assert 1.2 < found["low"] < found["value"] < found["high"] < 1.7
@@ -244,7 +243,7 @@ def test_the_evaluation_reports_perplexity_of_checkpoints(tmp_path, capsys):
     assert "\nperplexity  " in capsys.readouterr().out
     with closing(ChatClient("http://127.0.0.1:9", "m")) as client:
         texts = read_texts(TINY / HELDOUT_FILE)
-        assert np.isnan(evaluate.perplexities_of(client, train_rlpa.Config(), texts, 0)).all()
+        assert np.isnan(evaluation.perplexities_of(client, train_rlpa.Config(), texts, 0)).all()
 
 
 def test_the_trainer_logs_the_perplexity_of_what_its_checkpoint_brought(tmp_path):
@@ -256,6 +255,6 @@ def test_the_trainer_logs_the_perplexity_of_what_its_checkpoint_brought(tmp_path
     logged = {(r["kind"], r["iteration"]): r["perplexity_sft"] for r in records if "perplexity_sft" in r}
     assert set(logged) == {(f"heldout/{how}", i) for how in ("sampled", "greedy") for i in (0, 1)}
     assert logged["heldout/greedy", 0] == logged["heldout/sampled", 0] != logged["heldout/greedy", 1]
-    assert all(name in records[0] for name in (*runlog.GUARDS, "distinct_1", "distinct_2"))
+    assert all(name in records[0] for name in (*metrics.GUARDS, "distinct_1", "distinct_2"))
     policy = train_rlpa.newest_checkpoint(str(tmp_path / "run")) / "policy"
     assert (policy / HELDOUT_FILE).read_bytes() == (TINY / HELDOUT_FILE).read_bytes()

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import memory
 import train_rlpa
+from benchmarks import scaling_table
 from benchmarks.measure import allocations, extra_peak
+from benchmarks.scaling_table import row_work, traffic, tree_blocks
 from dialogue import TokenTree
+from dry_run import memory
+from dry_run.memory import Plan, advice, peak, phases, tree_work
 from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
-from memory import Plan, advice, peak, phases, row_work, tree_blocks, tree_work
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
 
 ppo_head = sys.modules["kernels.ppo_head"]  # the package's name for it is the function
@@ -181,8 +183,8 @@ def test_more_processes_hold_less_of_shards():
     peaks = [peak(config, dataclasses.replace(plan, shards=n))[1] for n in (2, 4, 8)]
     assert peaks[0] > peaks[1] > peaks[2] and peaks[0] < peak(config, plan)[1]
     for shards in (0, 8):
-        moved = memory.traffic(config, dataclasses.replace(plan, shards=shards), 8, 4, 2)
-        assert memory.traffic(config, dataclasses.replace(plan, shards=shards), 1, 4, 2) == (0, 0, 0)
+        moved = traffic(config, dataclasses.replace(plan, shards=shards), 8, 4, 2)
+        assert traffic(config, dataclasses.replace(plan, shards=shards), 1, 4, 2) == (0, 0, 0)
         assert moved.update > 0 and (moved.refresh > 0) == (moved.statistics > 0) == bool(shards)
 
 
@@ -191,22 +193,22 @@ def test_traffic_of_one_step():
     config = make_config(64, 128, 2, 2, tied=False)
     policy, root = memory.policy_parameters(config), memory.root_parameters(config, head=True)
     plan = Plan(compute_bytes=2, separate_critic=False, reference=False)
-    assert memory.traffic(config, plan, 2, 1, 1).update == 4 * (policy + 64)
-    assert memory.traffic(config, dataclasses.replace(plan, shards=2), 2, 1, 1) == (
+    assert traffic(config, plan, 2, 1, 1).update == 4 * (policy + 64)
+    assert traffic(config, dataclasses.replace(plan, shards=2), 2, 1, 1) == (
         policy, (2 * (2 * policy - root) + 4 * policy) / 2, policy
     )  # fmt: skip
 
 
 def test_scaling_table(tmp_path):
     """Guards the table of docs/scaling.md, which shows what the program counts now, and the shapes that it is for."""
-    doc = Path(memory.__file__).parent / "docs" / "scaling.md"
-    assert memory.scaling_table() in doc.read_text()
-    for size, shape in memory.QWEN.items():
+    doc = Path(memory.__file__).parents[1] / "docs" / "scaling.md"
+    assert scaling_table.scaling_table() in doc.read_text()
+    for size, shape in scaling_table.QWEN.items():
         path = SHARED / "qwen2.5" / f"config-{size}-Instruct.json"
         if path.is_file():
             given = Qwen2Config.from_file(path)
             assert dataclasses.replace(shape, bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id) == given
-    (tmp_path / "config.json").write_text(json.dumps(memory.QWEN["7B"].to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(scaling_table.QWEN["7B"].to_dict()))
     config = train_rlpa.Config(
         ckpt=str(tmp_path), dry_run=True, dry_run_gb=80, dry_run_processes=8, shard=True, checkpointing=True,
         max_user_tokens=64, max_new_tokens=320,
@@ -321,4 +323,4 @@ def test_report_of_qwen_3b(tmp_path, capsys):
 
 def test_examples():
     """Guards the examples of the docstrings."""
-    assert doctest.testmod(memory).failed == 0
+    assert doctest.testmod(memory).failed == doctest.testmod(scaling_table).failed == 0

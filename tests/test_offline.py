@@ -1,4 +1,4 @@
-"""Offline learning against slow references (losses row by row), and `offline.py` as a program, on `tiny/`."""
+"""Offline learning against slow references (losses row by row), and `studies.offline` as a program, on `tiny/`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import evaluate
-import offline
 import train_rlpa
 from dialogue import Candidate, Dialogue, Turn
+from evaluation import __main__ as evaluation
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
+from studies import offline
+from studies.offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
 from train_rlpa import make_learner, turn_reward
 
 SHAPE = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -268,10 +268,10 @@ def test_dpo_reuses_a_collection(collected, tmp_path, capsys):
 
 
 def test_evaluate_takes_the_checkpoint(collected, tmp_path):
-    """Guards the layout: `evaluate.py` plays base and tuned policy side by side."""
+    """Guards the layout: the evaluation plays base and tuned policy side by side."""
     subjects = [f"base={train_rlpa.TINY_CHECKPOINT}", f"sft={collected / 'policy'}"]
     out = ["--turns", "1", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "out")]
-    assert evaluate.main([*subjects, *out]) == 0
+    assert evaluation.main([*subjects, *out]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["subjects"]) == {"base", "sft"}
 
@@ -293,7 +293,7 @@ def test_bad_flags(given, named, capsys):
     """Guards tracebacks and flags ignored in silence: one line that names the value and what to change."""
     assert offline.main(given) == 2
     error = capsys.readouterr().err
-    assert error.startswith("offline.py: ") and error.count("\n") == 1 and all(text in error for text in named)
+    assert error.startswith("studies.offline: ") and error.count("\n") == 1 and all(text in error for text in named)
 
 
 def test_bad_collections(collected, tmp_path, capsys, monkeypatch):

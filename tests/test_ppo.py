@@ -16,33 +16,23 @@ import pytest
 import torch
 from torch import Tensor
 
-import memory
 import train_rlpa
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
+from dry_run import memory
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import reference_ppo
 from learners.weights import load_policy, save_pretrained
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
+from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import (
-    Config,
-    Packed,
     Play,
-    State,
-    World,
     add_advantages,
     add_group_advantages,
     add_statistics,
-    critic_values,
     gae,
     lr_share,
-    make_batches,
-    make_learner,
     minibatch_update,
-    pack,
-    policy_hidden,
     policy_loss,
-    read_candidate,
     rollout,
     run_iteration,
     token_rewards,

@@ -10,7 +10,7 @@ import pytest
 
 import benchmarks.published_run as run
 from benchmarks.published_run import Assumptions, lockstep_rollout, parked_rollout, parse_args, predict
-from memory import calls
+from dry_run.memory import calls
 from model import Qwen2Config
 
 TINY = Qwen2Config(10, 4, 6, 1, 1, 1, tie_word_embeddings=True)  # 200 parameters, 160 of them no embedding

@@ -26,8 +26,8 @@ from test_simulator import ASK, ask_all, completion, hostile_server, http_reply
 from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa: F401
 
 import report
+import plain_text
 import rewards
-import runlog
 import simulator
 import train_rlpa
 from benchmarks import chaos, fuzz_text
@@ -38,6 +38,10 @@ from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
 from worlds import personas
+from records import log
+from report import __main__ as report
+from simulator import ChatClient, Tape
+from throttle import BACKOFF_CAP, Breaker, Quota, backoff
 
 pytestmark = pytest.mark.timeout(300)  # what is guarded against would often show as a hang
 OK, BROKEN = http_reply(completion("ok")), http_reply(b"{}", "503 Busy")
@@ -523,7 +527,7 @@ def test_no_text_forges_anything(texts):
 @pytest.mark.parametrize(
     ("module", "name", "finds"),
     [(rewards, "indented", "forged role"), (wire, "plain_text", "acting character in a reply"),
-     (personas, "clean_text", "forged fact"), (runlog, "clean_text", "terminal escape"),
+     (personas, "clean_text", "forged fact"), (log, "clean_text", "terminal escape"),
      (report, "visible", "acting character on the page"), (report, "embed", "forged markup")],
 )  # fmt: skip
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch, module, name, finds):

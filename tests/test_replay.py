@@ -26,18 +26,18 @@ import torch
 from safetensors.torch import load_file
 from test_simulator import ask_all
 
-import evaluate
 import train_rlpa
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.wire import ChatError
+from evaluation import __main__ as evaluation
 from learners.weights import save_pretrained
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy
 from rewards import VERDICTS
-from train_rlpa import Config, calls_note, cost
+from tiny.make import scripted_dialogue, train_tokenizer
 
 ASK = [{"role": "user", "content": "How are you?"}]
+ROOT = Path(train_rlpa.__file__).parent
 CALLS = itertools.count()
 USAGE = {"prompt_tokens": 40, "completion_tokens": 9}
 SMALL = {
@@ -351,7 +351,7 @@ def test_an_evaluation_is_replayed_to_the_bit_and_counts_its_calls(ckpt, tmp_pat
         subjects = [f"ours={ckpt}", *(f"{name}={url}#same" for name, url in zip("ab", urls, strict=True))]
         ends = ["--simulator-url", urls[0], "--judge-url", urls[1], "--price-in", "1", "--price-out", "10"]
         folder = tmp_path / out
-        assert evaluate.main(
+        assert evaluation.main(
             [*subjects, *ends, *argv, "--turns", "3", "--num-personas", "4", "--quiet", "--out", str(folder)]
         ) == 0  # fmt: skip
         found = json.loads((folder / "results.json").read_text())["subjects"]
@@ -383,7 +383,7 @@ def test_a_request_that_is_not_on_file_ends_an_evaluation_whoever_asks(ckpt, tmp
 
     def play(subject: str, *argv: str) -> int:
         ends = ["--simulator-url", url, "--judge-url", url, "--turns", "2", "--num-personas", "6", "--quiet"]
-        return evaluate.main([subject, *ends, *argv, "--out", str(tmp_path / f"out{next(count)}")])
+        return evaluation.main([subject, *ends, *argv, "--out", str(tmp_path / f"out{next(count)}")])
 
     for method, who in (("rlpa", f"x={ckpt}"), ("base", f"x={ckpt}"), ("base", "x={url}#m")):
         tape.unlink(missing_ok=True)
@@ -412,14 +412,14 @@ def test_ctrl_c_ends_an_evaluation_that_waits(ckpt, tmp_path, who):
         return "Late."
 
     with chat_server(silent) as url:
-        command = [sys.executable, evaluate.__file__, who.format(url=url, ckpt=ckpt), "--simulator-url", url]
+        command = [sys.executable, "-m", "evaluation", who.format(url=url, ckpt=ckpt), "--simulator-url", url]
         command += ["--request-timeout", "600", "--quiet", "--out", tmp_path / "out"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         assert asked.wait(60)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
         answered.set()
-    assert process.returncode == 130 and said == "evaluate.py: stopped by Ctrl-C\n"
+    assert process.returncode == 130 and said == "evaluation: stopped by Ctrl-C\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs

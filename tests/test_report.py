@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import report
 import rewards
 from dialogue import Candidate, Dialogue, Turn
-from runlog import RunLog, episode_record
+from records.log import RunLog, episode_record
+from report import __main__ as report
 from worlds.first import generate_personas
 from worlds.ledger import disclosed
 
@@ -64,13 +64,13 @@ def write_training(folder: Path, dialogues: dict[tuple[int, str], list[Dialogue]
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> Path:
-    """Evaluate the tiny checkpoint twice, on three personas: the folder of evaluate.py itself."""
-    import evaluate  # slow to import: torch
+    """Evaluate the tiny checkpoint twice, on three personas: the folder that it writes."""
+    from evaluation import __main__ as evaluation  # slow to import: torch
 
     out = tmp_path_factory.mktemp("eval") / "ours"
     tiny = Path(__file__).parents[1] / "tiny"
     flags = ["--turns", "2", "--num-personas", "3", "--quiet", "--out", str(out)]
-    assert evaluate.main([f"tiny={tiny}", f"again={tiny}", *flags]) == 0
+    assert evaluation.main([f"tiny={tiny}", f"again={tiny}", *flags]) == 0
     return out
 
 
@@ -147,11 +147,11 @@ def test_a_training_run_and_an_evaluation_stand_side_by_side(tmp_path, evaluated
 
 
 def test_the_page_names_all_figures_of_an_evaluation():
-    """A figure that evaluate.py adds would silently be absent from the page's tables."""
-    import evaluate
+    """A figure that the evaluation adds would silently be absent from the page's tables."""
+    from evaluation.results import LABELS
 
     template = report.TEMPLATE.read_text()
-    assert [name for name in evaluate.LABELS if f'"{name}"' not in template] == []
+    assert [name for name in LABELS if f'"{name}"' not in template] == []
     assert [name for name in rewards.PARSE_FAILURES if f"{name}:" not in template] == []
 
 

@@ -21,14 +21,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import checkpoints
 import train_rlpa
 from benchmarks import corrupt
 from learners.weights import save_pretrained
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy
-from runlog import claim_folder
+from records import checkpoints
+from records.log import claim_folder
 from simulator import make_user_server
+from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -159,7 +159,7 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
     """Guards records that stay behind the weights: all that came after the older checkpoint is cut off, and is made
     again bit for bit, in TensorBoard's files too; the damaged folder is replaced."""
     corrupt.cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
-    (copy / "timeline.png").unlink()
+    (copy / "finished").unlink()
     for name in ("metrics.jsonl", "episodes.jsonl"):
         with (copy / name).open("a") as file:
             file.write('{"iteration": 3, "kind": "tr')  # a kill cut it short

@@ -18,11 +18,11 @@ import torch
 import train_rlpa
 from dialogue import ChatTokenizer, Dialogue
 from endpoints.wire import ChatError
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
-from train_rlpa import Config, Play, Replies, Stage, World, rollout, stream_seed
+from tiny.make import scripted_dialogue, train_tokenizer
+from train_rlpa import Play, rollout
 
 GOOD, POOR = ("{" + ", ".join(f'"{name}": {bit}' for name in VERDICTS) + "}" for bit in (1, 0))
 STREAM = (0, "test")

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import studies
-from studies import (
+from studies import __main__ as studies
+from studies import offline
+from studies.__main__ import (
     OFFLINE,
     PROMPTED,
     ROOT,
@@ -35,7 +36,6 @@ def arguments(folder, *more: str):
 
 def test_every_row_can_be_made():
     """Guards a study that names a run which nobody trains, and flags that the programs do not know."""
-    import offline
     import train_rlpa
 
     args = studies.parse_args(["all"])
@@ -44,7 +44,7 @@ def test_every_row_can_be_made():
         assert set(study.rows) <= known
     for run in RUNS:
         train_rlpa.parse_args(command_of(run, 0, args)[2:])
-    offline.parse_args(command_of("sft", 0, args)[2:])
+    offline.parse_args(command_of("sft", 0, args)[3:])
 
 
 def test_a_run_is_made_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
@@ -93,11 +93,11 @@ def test_what_ends_a_study_ends_its_runs(tmp_path, monkeypatch):
 def test_a_page_names_the_command_that_makes_it():
     """Guards figures that nobody can get again, because flags are missing from the page."""
     shown = studies.shown_command
-    assert shown("kl", studies.parse_args(["kl", "--jobs", "1", "--seeds", "0", "1", "2"])) == "python studies.py kl"
+    assert shown("kl", studies.parse_args(["kl", "--jobs", "1", "--seeds", "0", "1", "2"])) == "python -m studies kl"
     flags = ["--seeds", "3", "--num-iterations", "2", "--evaluate", "--turns", "4", "--personas", "a file.jsonl"]
     command = shown("kl", studies.parse_args(["kl", "--ckpt", ".", *flags]))
-    assert command == f"python studies.py kl --ckpt . {' '.join(flags[:-1])} 'a file.jsonl'"
-    assert shown("kl", studies.parse_args(shlex.split(command)[2:])) == command
+    assert command == f"python -m studies kl --ckpt . {' '.join(flags[:-1])} 'a file.jsonl'"
+    assert shown("kl", studies.parse_args(shlex.split(command)[3:])) == command
 
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -110,7 +110,7 @@ def test_bad_flags_are_one_line_before_anything_is_trained(flags, says, capsys, 
     monkeypatch.setattr(studies, "train_all", lambda *_: pytest.fail("trained"))
     assert studies.main(["credit", *flags]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("studies.py: ") and error.count("\n") == 1 and says in error
+    assert error.startswith("studies: ") and error.count("\n") == 1 and says in error
 
 
 def test_dpo_learns_from_sft_dialogues(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_study_is_written(tmp_path):
     run_study("credit", args)
     text = (args.out / "credit.md").read_text()
     assert "3 held-out personas, 6 turns, seeds 0, 1, 2 iterations of the tiny checkpoint" in text
-    assert "`python studies.py credit --seeds 0 1 --num-iterations 2 --evaluate --num-personas 3`" in text
+    assert "`python -m studies credit --seeds 0 1 --num-iterations 2 --evaluate --num-personas 3`" in text
     assert "| AVG − rlpa's |  | 0.000 [0.000, 0.000] |" in text and "| perplexity | 1.4" in text
     record = json.loads((args.out / "credit.json").read_text())
     assert record["rlpa"]["figures"] == record["credit dialogue"]["figures"]

@@ -28,11 +28,11 @@ import train_rlpa
 from dialogue import ChatTokenizer, Dialogue, render_turn
 from endpoints.client import ChatClient
 from learners.weights import load_critic, load_policy, save_pretrained
-from make_tiny import scripted_dialogue, train_tokenizer
 from model import Qwen2Config, random_policy
 from sampler import Draw
 from simulator import make_user_server
-from train_rlpa import Config, Play, World, parse_args, rollout
+from tiny.make import scripted_dialogue, train_tokenizer
+from train_rlpa import Play, rollout
 
 ROOT = Path(train_rlpa.__file__).parent
 SMALL = {

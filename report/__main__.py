@@ -1,11 +1,11 @@
 """One self-contained page about training runs and evaluations: curves, tables, and dialogues to page through.
 
-    python report.py runs/NAME                                 writes runs/NAME/report.html
-    python report.py runs/seed0 runs/seed1 runs/evaluate_DATE --out both.html
+    python -m report runs/NAME                                 writes runs/NAME/report.html
+    python -m report runs/seed0 runs/seed1 runs/evaluate_DATE --out both.html
 
-A RUN is a folder of train_rlpa.py (metrics.jsonl, and if there: episodes.jsonl, config.json) or of evaluate.py
+A RUN is a folder of train_rlpa.py (metrics.jsonl, and if there: episodes.jsonl, config.json) or of evaluation
 (results.json, episodes.jsonl). Several are overlaid. The page needs no network and forbids itself any; what users and
-models wrote enters it as data only. Its look and its drawing are in report.html.
+models wrote enters it as data only. Its look and its drawing are in report/report.html.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import command_line
 import rewards
+from command_line import exits
 from worlds.ledger import disclosed, split_fact
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -42,13 +42,13 @@ Record = dict[str, Any]
 def read_source(folder: Path, name: str, max_dialogues: int) -> tuple[Record, list[Record]]:
     """Read a run's folder: (what is known of the run, dialogues to show); ValueError if it is the folder of no run."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give folders of train_rlpa.py or evaluate.py")
+        raise ValueError(f"{folder} is no folder; give folders of train_rlpa.py or evaluation")
     if (folder / "metrics.jsonl").is_file():
         source = read_training(folder)
     elif (folder / "results.json").is_file():
         source = read_evaluation(folder)
     else:
-        raise ValueError(f"{folder} holds neither metrics.jsonl (of train_rlpa.py) nor results.json (of evaluate.py)")
+        raise ValueError(f"{folder} holds neither metrics.jsonl (of train_rlpa.py) nor results.json (of evaluation)")
     recorded, shown = read_episodes(folder / "episodes.jsonl", max_dialogues, source["notes"])
     if source["type"] == "evaluation":
         recorded.pop("turns")  # results.json has those means, with intervals
@@ -75,7 +75,7 @@ def read_evaluation(folder: Path) -> Record:
     """Read settings, figures and curves of an evaluation; ValueError if results.json is not one."""
     results = read_object(folder / "results.json")
     if missing := [key for key in ("settings", "subjects", "differences") if not isinstance(results.get(key), dict)]:
-        raise ValueError(f"{folder / 'results.json'} lacks {missing[0]!r}; is it of evaluate.py?")
+        raise ValueError(f"{folder / 'results.json'} lacks {missing[0]!r}; is it of evaluation?")
     for name, summary in [*results["subjects"].items(), *results["differences"].items()]:
         if not (isinstance(summary, dict) and {"personas", "figures", "turns"} <= set(summary)):
             raise ValueError(f"{folder / 'results.json'} lacks personas, figures or turns of {name!r}")
@@ -376,9 +376,11 @@ def collect(folders: Sequence[Path], max_dialogues: int) -> Record:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of train_rlpa.py or evaluate.py")
+    parser = argparse.ArgumentParser(
+        "python -m report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = exits.refuse
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of train_rlpa.py or of evaluation")
     parser.add_argument("--out", type=Path, help="the page [report.html in the first folder]")
     parser.add_argument("--max-dialogues", type=int, default=60, help="dialogues per run in the page [60]")
     args = parser.parse_args(argv)
@@ -409,8 +411,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py)."""
-    return command_line.run("report.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py)."""
+    return exits.run("report", lambda: run(argv))
 
 
 if __name__ == "__main__":

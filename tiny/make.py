@@ -1,6 +1,6 @@
 """Rebuild the tiny checkpoint: its tokenizer, and a warm start by supervised fine-tuning on scripted dialogues.
 
-    torchrun --nproc-per-node 2 make_tiny.py --out tiny
+    torchrun --nproc-per-node 2 -m tiny.make --out tiny
 
 The scripted assistant is deliberately imperfect, and systematically so: in most dialogues it forgets earlier facts,
 guesses, repeats its question or does not ask at all, and sometimes breaks the format; in a few it is attentive. What RL
@@ -28,7 +28,7 @@ from kernels import linear_logprob
 from learners.processes import all_sum_gradients, rank, world_size
 from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from perplexity import HELDOUT_FILE
+from records.perplexity import HELDOUT_FILE
 from worlds.first import COMPLAINTS, VALUES, fill, generate_personas, user_reply
 from worlds.ledger import SLOTS, asked_slots, disclosed, split_fact
 
@@ -341,7 +341,9 @@ def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Name
 
 def main() -> None:
     """Build tokenizer and warm start and write them to a checkpoint folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tiny.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000)

@@ -1,7 +1,8 @@
 """Studies in the embedded world: train over several seeds, evaluate on held-out personas, write a table and a figure.
 
-    python studies.py methods                 RLPA against its base, prompting, SFT and DPO
-    python studies.py all --seeds 0 1 2       every study below; what has been trained already is not trained again
+    python -m studies methods                 RLPA against its base, prompting, SFT and DPO
+    python -m studies all --seeds 0 1 2       every study below; what has been trained already is not trained again
+    python -m studies summary RUN RUN …       a table of training runs that differ in their seed (studies/summary.py)
 
 A study compares rows; a row is a checkpoint per seed, all evaluated on the same personas. A figure is the mean over
 seeds of each persona's score; its interval is a bootstrap over personas, and the spread of seeds stands beside it. Runs
@@ -27,14 +28,17 @@ from statistics import mean, stdev
 
 import numpy as np
 
-import command_line
-import evaluate
-from evaluate import Played
-from metrics import LEVEL, Array, Estimate, Summary, compare, shown, summarize
-from runlog import GUARDS
+from command_line import exits
+from evaluation.__main__ import evaluate
+from evaluation.__main__ import parse_args as evaluation_args
+from evaluation.drawing import draw_curve, style
+from evaluation.figures import LEVEL, Array, Estimate, Summary, compare, shown, summarize
+from evaluation.results import LABELS, Played, summary_record
+from records.metrics import GUARDS
+from studies.summary import print_summary
 from worlds.first import generate_personas
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tiny")
 SEEDS, ITERATIONS = [0, 1, 2], 24
 BASE = "base"  # the checkpoint that all runs start from
@@ -51,7 +55,7 @@ RUNS: dict[str, list[str]] = {  # what each run is called, and its flags beyond 
     "ten turns": ["--max-turns", "10"],
 }
 OFFLINE: dict[str, list[str]] = {"sft": ["--method", "sft", "--min-reward", "1"], "dpo": ["--method", "dpo"]}
-PROMPTED = {"reminder": "reminder"}  # the base, prompted: a row and its method in evaluate.py
+PROMPTED = {"reminder": "reminder"}  # the base, prompted: a row and its method of evaluation
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Study:
     """What is compared, how it is evaluated, and what was to be seen."""
 
     rows: tuple[str, ...]  # the first is what the others are compared with
-    flags: tuple[str, ...]  # of evaluate.py
+    flags: tuple[str, ...]  # of the evaluation
     question: str
 
 
@@ -102,7 +106,7 @@ def command_of(run: str, seed: int, args: argparse.Namespace) -> list[str]:
         ends = ["--eval-every", "0", "--save-every", iterations]
         return [sys.executable, "train_rlpa.py", *common, *where, *ends, *RUNS[run]]
     collect = common if run == "sft" else ["--seed", str(seed), "--data", str(folder_of("sft", seed, args))]
-    return [sys.executable, "offline.py", *collect, *where, *OFFLINE[run]]
+    return [sys.executable, "-m", "studies.offline", *collect, *where, *OFFLINE[run]]
 
 
 def policy_of(run: str, seed: int, args: argparse.Namespace) -> Path:
@@ -212,7 +216,7 @@ def personas_file(args: argparse.Namespace) -> Path:
 
 
 def flags_of(name: str, args: argparse.Namespace) -> list[str]:
-    """Return the flags of evaluate.py that a study has: its own, and those of --evaluate behind them."""
+    """Return the flags of the evaluation that a study has: its own, and those of --evaluate behind them."""
     return [*STUDIES[name].flags, *args.evaluate]
 
 
@@ -229,7 +233,7 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.with_suffix(".log").open("w") as log, redirect_stdout(log):  # its own tables
             chosen = [*subjects, "--method", PROMPTED.get(row, "rlpa"), *flags]
-            found[row] = evaluate.evaluate(evaluate.parse_args(chosen))
+            found[row] = evaluate(evaluation_args(chosen))
     return found
 
 
@@ -274,10 +278,10 @@ def table(rows: list[Row]) -> str:
     lines = ["| | " + " | ".join(row.name for row in rows) + " |", "|---|" + "---|" * len(rows)]
     for name in FIGURES:
         cells = [str(row.summary.figures.get(name, "-")) for row in rows]
-        lines += [f"| {evaluate.LABELS[name]} | " + " | ".join(cells) + " |"] * (set(cells) != {"-"})
+        lines += [f"| {LABELS[name]} | " + " | ".join(cells) + " |"] * (set(cells) != {"-"})
     for name in WHOLE:
         cells = [shown(row.whole[name]) for row in rows]
-        lines += [f"| {evaluate.LABELS[name]} | " + " | ".join(cells) + " |"] * (set(cells) != {"-"})
+        lines += [f"| {LABELS[name]} | " + " | ".join(cells) + " |"] * (set(cells) != {"-"})
     differences = ["" if row.difference is None else str(row.difference) for row in rows]
     lines.append(f"| AVG − {rows[0].name}'s | " + " | ".join(differences) + " |")
     lines.append("| AVG of each seed | " + " | ".join(", ".join(f"{x:.1f}" for x in row.seeds) for row in rows) + " |")
@@ -310,7 +314,7 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for i, row in enumerate(rows):
         for axis, name in zip(axes, ("AL", "f1_over_max"), strict=True):
-            evaluate.draw_curve(axis, row.summary.curves[name], *evaluate.style(i), row.name)
+            draw_curve(axis, row.summary.curves[name], *style(i), row.name)
     axes[0].set(xlabel="turn k", ylabel="AL(k)", title="Replies that pass all five verdicts, %", ylim=(0, 102))
     axes[1].set(xlabel="turn k", ylabel="F1 ÷ maximum", title="Profile against what was disclosed", ylim=(0, 1.05))
     for axis in axes:
@@ -328,13 +332,13 @@ def shown_command(name: str, args: argparse.Namespace) -> str:
     flags += ["--seeds", *map(str, args.seeds)] * (args.seeds != SEEDS)
     flags += ["--num-iterations", str(args.num_iterations)] * (args.num_iterations != ITERATIONS)
     flags += ["--evaluate", *args.evaluate] * bool(args.evaluate)
-    return shlex.join(["python", "studies.py", name, *flags])
+    return shlex.join(["python", "-m", "studies", name, *flags])
 
 
 def run_study(name: str, args: argparse.Namespace) -> None:
     """Evaluate a study whose runs are there, and write NAME.md, NAME.png and NAME.json."""
     study, found = STUDIES[name], evaluate_rows(name, args)
-    how = evaluate.parse_args([f"{BASE}={args.ckpt}", *flags_of(name, args)])
+    how = evaluation_args([f"{BASE}={args.ckpt}", *flags_of(name, args)])
     change = how.change_turn if how.scenario == "conflict" else None
     rows, turns = rows_of(found, change), next(iter(found.values()))[0].measurements["AL"].shape[1]
     personas = rows[0].summary.personas
@@ -349,15 +353,17 @@ def run_study(name: str, args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text("\n\n".join(text) + "\n")
     draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
-    record = {row.name: evaluate.summary_record(row.summary) | {"AVG of seeds": row.seeds} for row in rows}
+    record = {row.name: summary_record(row.summary) | {"AVG of seeds": row.seeds} for row in rows}
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{text[0]}\n\n{table(rows)}\n\n{args.out / name}.md", flush=True)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command_line.refuse
+    parser = argparse.ArgumentParser(
+        "python -m studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = exits.refuse
     names = "; ".join(f"{name}: {study.question}" for name, study in STUDIES.items())
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{names}; all")
     parser.add_argument("--ckpt", default=TINY, help="checkpoint that all start from [tiny]")
@@ -366,7 +372,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a core each [all cores]")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/studies", help="folder of the runs [runs/studies]")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/studies", help="[docs/results/studies]")
-    parser.add_argument("--evaluate", nargs=argparse.REMAINDER, default=[], help="further flags of evaluate.py, last")
+    parser.add_argument("--evaluate", nargs=argparse.REMAINDER, default=[], help="further flags of evaluation, last")
     args = parser.parse_args(argv)
     for flag, value, least in (("--jobs", args.jobs, 1), ("--num-iterations", args.num_iterations, 1),
                                ("--seeds", min(args.seeds), 0)):  # fmt: skip
@@ -376,12 +382,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--ckpt {args.ckpt} is no folder")
     args.studies = list(STUDIES) if "all" in args.studies else list(dict.fromkeys(args.studies))
     for name in args.studies:  # a bad flag of --evaluate is found now, not after hours of training
-        evaluate.parse_args([f"{BASE}={args.ckpt}", *flags_of(name, args)])
+        evaluation_args([f"{BASE}={args.ckpt}", *flags_of(name, args)])
     return args
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Train and evaluate as the command line says."""
+    """Train and evaluate, or summarize runs, as the command line says."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["summary"]:
+        return print_summary(argv[1:])
     args = parse_args(argv)
     train_all(args.studies, args)
     for name in args.studies:
@@ -389,8 +398,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py)."""
-    return command_line.run("studies.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py)."""
+    return exits.run("studies", lambda: run(argv))
 
 
 if __name__ == "__main__":

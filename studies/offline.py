@@ -1,7 +1,7 @@
 """SFT and DPO on dialogues with the simulated user: what RLPA's data is worth when it is collected once, beforehand.
 
-    python offline.py --method sft --ckpt                      collects, then fine-tunes the tiny checkpoint
-    python offline.py --method dpo --ckpt --data runs/NAME     learns from the same dialogues
+    python -m studies.offline --method sft --ckpt                      collects, then fine-tunes the tiny checkpoint
+    python -m studies.offline --method dpo --ckpt --data runs/NAME     learns from the same dialogues
 
 collect   The starting policy plays what a run of `train_rlpa.py` of so many --num-iterations plays: the same personas
           in the same order, turns, candidates, rewards, and the best candidate goes on. The budget is printed and kept.
@@ -33,31 +33,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-import command_line
 import train_rlpa
+from command_line import exits
 from dialogue import Candidate, Dialogue, Turn
 from kernels import linear_logprob
 from learners.weights import resolve_checkpoint, save_pretrained
 from model import Qwen2ForCausalLM
-from runlog import RunLog
-from train_rlpa import (
-    Batch,
-    Config,
-    Learner,
-    Packed,
-    Play,
-    State,
-    World,
-    collate,
-    flag,
-    lr_share,
-    microbatches,
-    optimizer_step,
-    pack,
-    policy_hidden,
-    stream_seed,
-    turn_reward,
-)
+from records.log import RunLog
+from train_rlpa import Play, lr_share, optimizer_step
 
 METHODS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
 COLLECTED = (  # settings that decide what the dialogues are and earn; with --data they are those of its collection
@@ -114,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
     parser = train_rlpa.make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
     given = vars(parser.parse_args(argv))
-    command_line.check_prices(given.get("price_in"), given.get("price_out"))
+    exits.check_prices(given.get("price_in"), given.get("price_out"))
     for name in ("personas", "eval_personas", "data"):
         if given.get(name):
             given[name] = str(Path(given[name]).resolve())
@@ -364,20 +347,20 @@ def epoch_line(state: State, m: dict[str, float]) -> str:
 def run(argv: Sequence[str] | None) -> int:
     """Learn as the command line says; returns the exit code."""
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"WORLD_SIZE is {processes}; offline.py runs in one process: start it with python")
+        raise ValueError(f"WORLD_SIZE is {processes}; studies.offline runs in one process: start it with python -m")
     config = parse_args(argv)
     try:
         with train_rlpa.open_world(config) as env:
             learn(config, env)
     except train_rlpa.Unavailable as error:
-        print(f"offline.py: {error}", file=sys.stderr)
+        print(f"studies.offline: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line.py, and 75: user or judge stayed away)."""
-    return command_line.run("offline.py", lambda: run(argv))
+    """Run from the command line; returns the exit code (command_line/exits.py, and 75: user or judge stayed away)."""
+    return exits.run("studies.offline", lambda: run(argv))
 
 
 if __name__ == "__main__":

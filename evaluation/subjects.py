@@ -21,18 +21,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import prompting
 import rewards
 import train_rlpa
-from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn
+from config import Config
+from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, stream_seed
 from endpoints.client import ChatClient
 from endpoints.wire import ChatError, ChatReply, Message
+from evaluation import prompting
 from kernels import set_backend
+from learners.loading import compute_dtype, keep_freed_memory, set_threads
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
-from sampler import Draw, Sampler
-from simulator import simulator_messages
-from train_rlpa import Config, Play, World, stream_seed
+from sampler import Draw, Sampler, kv_budget
+from simulator import Environment, simulator_messages
+from train_rlpa import Play
 from worlds.personas import Persona
 
 RLPA = "rlpa"  # the method with a profile: the system prompt of training, and replies that are parsed
@@ -66,20 +68,20 @@ def counted_by(candidate: Candidate) -> str:
 def load_checkpoint(folder: Path, config: Config) -> tuple[Qwen2ForCausalLM, ChatTokenizer]:
     """Load a policy for sampling; ValueError in one line if folder or tokenizer is amiss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(folder, dtype=train_rlpa.compute_dtype(config, device), device=device).requires_grad_(False)
+    policy = load_policy(folder, dtype=compute_dtype(config, device), device=device).requires_grad_(False)
     chat = ChatTokenizer.from_folder(folder)
     if chat.vocab_size > policy.config.vocab_size:
         raise ValueError(
             f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {policy.config.vocab_size}"
         )
-    train_rlpa.set_threads(policy, config)
-    train_rlpa.keep_freed_memory()
+    set_threads(policy, config)
+    keep_freed_memory()
     set_backend(config.kernels)
     return policy, chat
 
 
 def play_checkpoint(
-    folder: Path, method: str, dialogues: list[Dialogue], play: Play, config: Config, env: World
+    folder: Path, method: str, dialogues: list[Dialogue], play: Play, config: Config, env: Environment
 ) -> None:
     """Play dialogues with a checkpoint: natively, or by asking it in messages; fills in `turns` and `dropped`."""
     policy, chat = load_checkpoint(folder, config)
@@ -98,7 +100,7 @@ def play_checkpoint(
 
 
 @contextmanager
-def dialogue_threads(config: Config, env: World, subject: ChatClient | None = None) -> Iterator[ThreadPoolExecutor]:
+def dialogue_threads(config: Config, env: Environment, subject: ChatClient | None = None) -> Iterator[ThreadPoolExecutor]:
     """Yield a pool of threads. An error in one of them, or Ctrl-C, ends all: requests under way are cut off."""
     with ThreadPoolExecutor(config.max_concurrency) as pool:
         try:
@@ -138,7 +140,7 @@ class AskedPolicy:
             temperature=play.temperature,
             batch_size=config.decode_batch_size,
             max_rows=size,
-            kv_bytes=train_rlpa.kv_budget(config, policy.head_weight.device),
+            kv_bytes=kv_budget(config, policy.head_weight.device),
         )
 
     def answer(self, calls: dict[int, Call]) -> dict[int, ChatReply | ChatError]:
@@ -171,7 +173,7 @@ class AskedPolicy:
 
 
 def play_endpoint(
-    client: ChatClient, method: str, dialogues: list[Dialogue], play: Play, config: Config, env: World
+    client: ChatClient, method: str, dialogues: list[Dialogue], play: Play, config: Config, env: Environment
 ) -> None:
     """Play dialogues with an OpenAI-compatible endpoint, each in a thread; fills in `turns` and `dropped`."""
 
@@ -188,7 +190,7 @@ def play_endpoint(
 # The dialogue loop for subjects that are asked in messages
 
 
-def converse(dialogue: Dialogue, method: str, play: Play, config: Config, env: World) -> Player:
+def converse(dialogue: Dialogue, method: str, play: Play, config: Config, env: Environment) -> Player:
     """Play one dialogue; yields the calls that its subject is to answer, and ends when it is over or dropped.
 
     The loop of `train_rlpa.Stage` with one candidate: user message → reply → parsed and judged → next turn.
@@ -215,7 +217,7 @@ def converse(dialogue: Dialogue, method: str, play: Play, config: Config, env: W
             return
 
 
-def user_message(dialogue: Dialogue, play: Play, config: Config, env: World) -> str | ChatError:
+def user_message(dialogue: Dialogue, play: Play, config: Config, env: Environment) -> str | ChatError:
     """Return what the simulated user says next: the fixed opener, or a reply in the streams of the rollout."""
     if not dialogue.turns and config.first_user_message:
         return config.first_user_message

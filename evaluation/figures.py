@@ -146,6 +146,15 @@ def recovery_turns(curve: Array, change_turn: int) -> Array:
     return np.where(np.isfinite(before[..., 0]), turns, np.nan)
 
 
+def perplexity_samples(scores: Array, seed: int) -> Array:
+    """Return the perplexity (1 + R,) of the texts and of their bootstrap resamples, for `estimate`.
+
+    Texts are resampled, not tokens; equal seeds draw equal texts, so that two policies' samples are paired.
+    """
+    nats, tokens = np.moveaxis(persona_weights(len(scores), seed) @ scores, -1, 0)  # (1 + R,) each
+    return np.exp(ratio(nats, tokens))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A figure with its bootstrap interval; NaN where nothing was measured, or there is no interval."""

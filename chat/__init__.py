@@ -1,0 +1,1 @@
+"""Talking to a checkpoint, in the terminal or through an OpenAI-compatible endpoint."""

@@ -1,0 +1,1 @@
+"""Studies: many runs trained and compared, offline methods (SFT, DPO) to compare with, and a table over seeds."""
