@@ -35,11 +35,19 @@ from tqdm import tqdm
 
 import train_rlpa
 from command_line import exits
-from dialogue import Candidate, Dialogue, Turn
+from command_line.flags import checkpoint_defaults, make_parser
+from config import Config, flag
+from dialogue import Candidate, Dialogue, Turn, stream_seed
+from endpoints.calls import calls_note
 from kernels import linear_logprob
+from learners.learner import Learner
 from learners.weights import resolve_checkpoint, save_pretrained
 from model import Qwen2ForCausalLM
+from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
 from records.log import RunLog
+from records.outages import Unavailable
+from records.state import State, save_texts, setup
+from simulator import Environment, open_environment
 from train_rlpa import Play, lr_share, optimizer_step
 
 METHODS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
@@ -95,7 +103,7 @@ class Offline(Config):
 
 def parse_args(argv: Sequence[str] | None = None) -> Offline:
     """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
-    parser = train_rlpa.make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
+    parser = make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
     given = vars(parser.parse_args(argv))
     exits.check_prices(given.get("price_in"), given.get("price_out"))
     for name in ("personas", "eval_personas", "data"):
@@ -113,7 +121,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     chosen = {**saved, **given}
     if not chosen.get("ckpt"):
         raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
-    own = {"lr": Config.lr} | train_rlpa.checkpoint_defaults(Path(chosen["ckpt"]))
+    own = {"lr": Config.lr} | checkpoint_defaults(Path(chosen["ckpt"]))
     own = {name: own[name] for name in (*COLLECTED, "minibatch_size", "eval_dialogues", "lr") if name in own}
     own["lr"] *= METHODS.get(chosen.get("method"), 1.0)
     config = Offline(**{**own, **chosen})
@@ -291,10 +299,10 @@ def run_epoch(state: State, packed: list[Packed], epoch: int) -> dict[str, float
 # The run
 
 
-def learn(config: Offline, env: World) -> None:
+def learn(config: Offline, env: Environment) -> None:
     """Collect or read dialogues, learn from them, evaluate, and write the policy."""
     dialogues = load_dialogues(config.data) if config.data else []
-    state = train_rlpa.setup(config, env)
+    state = setup(config, env)
     log = RunLog(config.run_dir, {}, tensorboard=False)
     (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     print(f"{config.method}: policy {config.ckpt} -> {config.run_dir}")
@@ -319,7 +327,7 @@ def learn(config: Offline, env: World) -> None:
         if last or config.eval_every and state.iteration % config.eval_every == 0:
             train_rlpa.run_evaluation(state, log, ends=last)
     save_pretrained(state.policy.model, log.folder / "policy", weights=state.policy.masters)
-    train_rlpa.save_texts(state, log.folder / "policy")
+    save_texts(state, log.folder / "policy")
     print(f"policy: {log.folder / 'policy'}")
 
 
@@ -331,7 +339,7 @@ def budget_line(budget: dict[str, float], packed: list[Packed], config: Offline)
         f"{'collected' if not config.data else 'reused'} {budget['dialogues']:,} dialogues"
         f" ({budget['dialogues_dropped']} dropped), {budget['candidates']:,} candidates,"
         f" {budget['sampled_tokens']:,} sampled tokens, {budget['seconds']:.0f} s;"
-        f" {train_rlpa.calls_note(budget, config)}\nlearning from {taught}, {tokens:,} tokens"
+        f" {calls_note(budget, config)}\nlearning from {taught}, {tokens:,} tokens"
     )
 
 
@@ -350,9 +358,9 @@ def run(argv: Sequence[str] | None) -> int:
         raise ValueError(f"WORLD_SIZE is {processes}; studies.offline runs in one process: start it with python -m")
     config = parse_args(argv)
     try:
-        with train_rlpa.open_world(config) as env:
+        with open_environment(config) as env:
             learn(config, env)
-    except train_rlpa.Unavailable as error:
+    except Unavailable as error:
         print(f"studies.offline: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
     return 0

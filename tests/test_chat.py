@@ -26,11 +26,12 @@ from pathlib import Path
 
 import pytest
 
-import train_rlpa
 from chat import __main__ as chat
 from chat.__main__ import HELP, harmless, respond, show_turn
 from chat.service import MAX_SAMPLERS, Service
 from chat.talk import Talk, read_turn
+from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults
+from config import Config
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from endpoints.server import make_server
 from evaluation import __main__ as evaluation
@@ -39,8 +40,8 @@ from model import Qwen2ForCausalLM
 from sampler import Sampler, generate
 
 ROOT = Path(chat.__file__).parents[1]
-TINY = train_rlpa.TINY_CHECKPOINT
-CONFIG = Config(**train_rlpa.checkpoint_defaults(TINY), kv_gib=0.25)
+TINY = TINY_CHECKPOINT
+CONFIG = Config(**checkpoint_defaults(TINY), kv_gib=0.25)
 SAID = ["Hello", "I work as a nurse.", "I am 34 and live in Oslo."]
 Loaded = tuple[Qwen2ForCausalLM, ChatTokenizer]
 

@@ -22,7 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 import train_rlpa
+from config import Config
 from learners import processes
+from learners.learner import optimizer_tensors
+from learners.loading import load_models
 from learners.weights import save_pretrained
 from model import Qwen2Config, random_policy
 from records import checkpoints
@@ -189,12 +192,12 @@ def test_a_checkpoint_of_shards_is_one_of_whole_models(sharded, one_process):
     assert checkpoints.damage(folder) == "" and checkpoints.damage(other) == ""
     names = [sorted(f.relative_to(x).as_posix() for x in [path] for f in path.rglob("*")) for path in (folder, other)]
     assert names[0] == names[1] and not list((sharded / "checkpoints").glob(".*"))
-    config = train_rlpa.Config(**json.loads((sharded / "config.json").read_text()) | {"shard": False})
-    policy, critic, _ = train_rlpa.load_models(config, folder)
+    config = Config(**json.loads((sharded / "config.json").read_text()) | {"shard": False})
+    policy, critic, _ = load_models(config, folder)
     for name, learner in (("policy", policy), ("critic", critic)):
         weights, file = load_file(folder / name / "model.safetensors"), f"{name}_optimizer.safetensors"
         assert all(torch.equal(weights[key], master) for key, master in learner.masters.items())
-        loaded = train_rlpa.optimizer_tensors(learner)
+        loaded = optimizer_tensors(learner)
         moments, expected = load_file(folder / file), load_file(other / file)
         assert moments.keys() == loaded.keys() == expected.keys()
         for key, value in loaded.items():

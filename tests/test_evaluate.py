@@ -23,16 +23,19 @@ import pytest
 from test_replay import chat_server
 
 import train_rlpa
+from command_line.flags import TINY_CHECKPOINT
+from config import Config
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
 from endpoints.wire import ChatReply, parse_reply
 from evaluation import __main__ as evaluation
 from evaluation import figures, prompting, results, scenarios, subjects
 from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
+from simulator import open_environment
 from worlds import first, ledger
 from worlds.personas import Persona
 
-TINY, ROOT = str(train_rlpa.TINY_CHECKPOINT), Path(evaluation.__file__).parents[1]
+TINY, ROOT = str(TINY_CHECKPOINT), Path(evaluation.__file__).parents[1]
 PUBLISHED = {  # RLPA's rows of the paper's tables 4 and 5: AL(k), then AVG, N-IR, N-R² (Extended: fitted again)
     "vanilla": ([62.16, 68.92, 70.27, 74.32, 72.97, 74.32, 75.68, 78.38, 77.03, 79.73], 73.38, 0.090, 0.855),
     "extended": ([49.32, 45.21, 46.58, 49.32, 52.05, 52.05, 53.42, 58.90, 53.42, 67.12], 52.74, 0.081, 0.706),
@@ -376,8 +379,8 @@ def test_a_checkpoint_can_be_prompted_too(tmp_path):
     personas = [Persona(f"p{i}", tuple(facts)) for i, facts in enumerate(first.generate_personas(3, 0, "heldout"))]
     config = Config(ckpt=TINY, max_turns=3, max_new_tokens=128)
     play, told = train_rlpa.Play(1, 0.0, (0, "evaluate")), []
-    with train_rlpa.open_world(config) as env:
-        policy, chat = subjects.load_checkpoint(train_rlpa.TINY_CHECKPOINT, config)
+    with open_environment(config) as env:
+        policy, chat = subjects.load_checkpoint(TINY_CHECKPOINT, config)
         native, asked = scenarios.make_dialogues(personas), scenarios.make_dialogues(personas)
         train_rlpa.rollout(policy, chat, native, play, config, env)
         model = subjects.AskedPolicy(policy, chat, play, config, 3)

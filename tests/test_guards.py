@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import train_rlpa
+from command_line.flags import TINY_CHECKPOINT
+from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
 from endpoints.client import ChatClient
 from evaluation import __main__ as evaluation
@@ -23,10 +25,11 @@ from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from records import metrics, perplexity
 from records.perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
+from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
 from tiny import make
 
-TINY = Path(train_rlpa.TINY_CHECKPOINT)
+TINY = Path(TINY_CHECKPOINT)
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")
 USER = ["Hello", "I work as a nurse at night.", "I live in Oslo."]
 HONEST = [  # profile and reply per turn
@@ -243,7 +246,7 @@ def test_the_evaluation_reports_perplexity_of_checkpoints(tmp_path, capsys):
     assert "\nperplexity  " in capsys.readouterr().out
     with closing(ChatClient("http://127.0.0.1:9", "m")) as client:
         texts = read_texts(TINY / HELDOUT_FILE)
-        assert np.isnan(evaluation.perplexities_of(client, train_rlpa.Config(), texts, 0)).all()
+        assert np.isnan(evaluation.perplexities_of(client, Config(), texts, 0)).all()
 
 
 def test_the_trainer_logs_the_perplexity_of_what_its_checkpoint_brought(tmp_path):
@@ -256,5 +259,5 @@ def test_the_trainer_logs_the_perplexity_of_what_its_checkpoint_brought(tmp_path
     assert set(logged) == {(f"heldout/{how}", i) for how in ("sampled", "greedy") for i in (0, 1)}
     assert logged["heldout/greedy", 0] == logged["heldout/sampled", 0] != logged["heldout/greedy", 1]
     assert all(name in records[0] for name in (*metrics.GUARDS, "distinct_1", "distinct_2"))
-    policy = train_rlpa.newest_checkpoint(str(tmp_path / "run")) / "policy"
+    policy = newest_checkpoint(str(tmp_path / "run")) / "policy"
     assert (policy / HELDOUT_FILE).read_bytes() == (TINY / HELDOUT_FILE).read_bytes()

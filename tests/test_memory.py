@@ -17,12 +17,16 @@ import train_rlpa
 from benchmarks import scaling_table
 from benchmarks.measure import allocations, extra_peak
 from benchmarks.scaling_table import row_work, traffic, tree_blocks
+from config import Config, flag
 from dialogue import TokenTree
 from dry_run import memory
 from dry_run.memory import Plan, advice, peak, phases, tree_work
+from dry_run.plan import dry_run
 from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
+from learners.learner import make_learner
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
+from packing import Packed, collate
 
 ppo_head = sys.modules["kernels.ppo_head"]  # the package's name for it is the function
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -48,11 +52,11 @@ def grow_tree(system: int, user: list[int], reply: list[int], n: int) -> tuple[T
     return tree, actions
 
 
-def make_packed(config: Qwen2Config, shape: tuple) -> tuple[train_rlpa.Packed, TokenTree]:
+def make_packed(config: Qwen2Config, shape: tuple) -> tuple[Packed, TokenTree]:
     """Pack a dialogue of this shape, with statistics of any value, and return its tree."""
     tree, actions = grow_tree(*shape)
     layout, zeros = tree.layout(), torch.zeros(len(actions))
-    return train_rlpa.Packed(
+    return Packed(
         minibatch=0, token_ids=torch.tensor(tree.token_ids)[layout.order] % config.vocab_size,
         position_ids=torch.tensor(tree.positions)[layout.order], enter=torch.tensor(layout.enter),
         leave=torch.tensor(layout.leave), blocks=[Block(*block) for block in layout.blocks],
@@ -67,16 +71,16 @@ def measured_step(
 ) -> tuple[int, Plan]:
     """Run one update of the trainer; return the peak of its bytes without weights and moments, and its plan."""
     packed, tree = make_packed(config, shape)
-    settings = train_rlpa.Config(ckpt="x", kl_coef=0.0, critic="shared" if shared else "separate")
+    settings = Config(ckpt="x", kl_coef=0.0, critic="shared" if shared else "separate")
     policy = random_policy(config, 0)
     critic = ValueHead.from_policy(policy) if shared else Critic.from_policy(policy)
-    learners = [train_rlpa.make_learner(model, 1e-4, settings, dtype) for model in (policy, critic)]
+    learners = [make_learner(model, 1e-4, settings, dtype) for model in (policy, critic)]
     for model in (policy,) if shared else (policy, critic):
         model.model.checkpointing = checkpointing
     for learner in learners:  # the optimizers' state is made
         train_rlpa.optimizer_step(learner, 1.0, 1.0)
         learner.optimizer.zero_grad()
-    batch = train_rlpa.collate([packed])
+    batch = collate([packed])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         for _ in range(micro):
             on_device = batch.to(policy.head_weight)
@@ -150,10 +154,10 @@ def test_resident_bytes():
 
 def test_resident_bytes_in_bf16():
     """Guards the master's copy, a shared critic's few bytes, and moments in fp32."""
-    config, settings = make_config(64, 128, 2, 2), train_rlpa.Config(ckpt="x")
+    config, settings = make_config(64, 128, 2, 2), Config(ckpt="x")
     policy = random_policy(config, 0)
     learners = [
-        train_rlpa.make_learner(m, 1e-3, settings, torch.bfloat16) for m in (policy, ValueHead.from_policy(policy))
+        make_learner(m, 1e-3, settings, torch.bfloat16) for m in (policy, ValueHead.from_policy(policy))
     ]
     resident = Plan(compute_bytes=2, separate_critic=False).resident(config)
     for name, learner in zip(("policy", "critic"), learners, strict=True):
@@ -209,13 +213,13 @@ def test_scaling_table(tmp_path):
             given = Qwen2Config.from_file(path)
             assert dataclasses.replace(shape, bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id) == given
     (tmp_path / "config.json").write_text(json.dumps(scaling_table.QWEN["7B"].to_dict()))
-    config = train_rlpa.Config(
+    config = Config(
         ckpt=str(tmp_path), dry_run=True, dry_run_gb=80, dry_run_processes=8, shard=True, checkpointing=True,
         max_user_tokens=64, max_new_tokens=320,
     )  # fmt: skip
-    assert "fits 80.0 GB" in train_rlpa.dry_run(config)
-    assert "does not fit 80.0 GB" in train_rlpa.dry_run(dataclasses.replace(config, dry_run_processes=1))
-    assert "does not fit 80.0 GB" in train_rlpa.dry_run(dataclasses.replace(config, shard=False))
+    assert "fits 80.0 GB" in dry_run(config)
+    assert "does not fit 80.0 GB" in dry_run(dataclasses.replace(config, dry_run_processes=1))
+    assert "does not fit 80.0 GB" in dry_run(dataclasses.replace(config, shard=False))
 
 
 def test_kv_cache_exactly():
@@ -291,7 +295,7 @@ def test_advice_names_flags_that_exist():
     parts = set().union(*phases(make_config(64, 128, 2, 2), Plan()).values())
     plans = [Plan(separate_critic=s, checkpointing=c) for s in (True, False) for c in (True, False)]
     told = {part: " ".join(memory.remedy(part, plan) for plan in plans) for part in parts}
-    flags = {train_rlpa.flag(f.name) for f in dataclasses.fields(train_rlpa.Config)}
+    flags = {flag(f.name) for f in dataclasses.fields(Config)}
     for part, text in told.items():
         named = set(re.findall(r"--[a-z-]+", text))
         assert named and named <= flags, (part, named - flags)
@@ -309,11 +313,11 @@ def test_report_of_qwen_3b(tmp_path, capsys):
     reports = {}
     with capsys.disabled():
         for critic, gb in (("separate", 141), ("shared", 80), ("separate", 80)):
-            config = train_rlpa.Config(
+            config = Config(
                 ckpt=str(tmp_path), critic=critic, dry_run=True, dry_run_gb=gb, checkpointing=True, max_user_tokens=64,
                 max_new_tokens=320,
             )  # fmt: skip
-            reports[critic, gb] = text = train_rlpa.dry_run(config)
+            reports[critic, gb] = text = dry_run(config)
             print(f"\n--critic {critic} --dry-run --dry-run-gb {gb}\n{text}")
             table = text.splitlines()[: text.splitlines().index(next(x for x in text.splitlines() if "fit" in x))]
             assert len({len(line) for line in table}) == 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import train_rlpa
+from command_line.flags import TINY_CHECKPOINT
 from dialogue import Candidate, Dialogue, Turn
 from evaluation import __main__ as evaluation
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
@@ -269,7 +270,7 @@ def test_dpo_reuses_a_collection(collected, tmp_path, capsys):
 
 def test_evaluate_takes_the_checkpoint(collected, tmp_path):
     """Guards the layout: the evaluation plays base and tuned policy side by side."""
-    subjects = [f"base={train_rlpa.TINY_CHECKPOINT}", f"sft={collected / 'policy'}"]
+    subjects = [f"base={TINY_CHECKPOINT}", f"sft={collected / 'policy'}"]
     out = ["--turns", "1", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "out")]
     assert evaluation.main([*subjects, *out]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 
 import train_rlpa
+from command_line.flags import TINY_CHECKPOINT
+from config import Config, flag
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from dry_run import memory
+from dry_run.plan import dry_run
+from endpoints.calls import COUNTED
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import reference_ppo
+from learners.learner import Learner, make_learner
 from learners.weights import load_policy, save_pretrained
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
+from packing import Batch, Packed, collate, critic_values, make_batches, microbatches, pack, policy_hidden
+from records.state import State
+from rewards import read_candidate
+from simulator import Environment
 from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import (
     Play,
@@ -45,9 +54,9 @@ from worlds.personas import Persona
 FACTS = ("Age: 34", "Occupation: baker", "Location: Oslo")
 
 
-def together(packed: list[Packed]) -> train_rlpa.Batch:
+def together(packed: list[Packed]) -> Batch:
     """One micro-batch of these dialogues, as a forward takes it."""
-    return train_rlpa.collate(packed).to(torch.zeros(0))
+    return collate(packed).to(torch.zeros(0))
 
 
 def settings(**changes) -> Config:
@@ -56,14 +65,14 @@ def settings(**changes) -> Config:
     return Config(**{**small, "old_logprobs": "trainer", **changes})
 
 
-def policy_logprobs(policy: Qwen2ForCausalLM, batch: train_rlpa.Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def policy_logprobs(policy: Qwen2ForCausalLM, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of a micro-batch's action tokens."""
     return linear_logprob(policy_hidden(policy, batch), policy.head_weight, batch.targets, temperature)[:2]
 
 
-def loss_of(policy: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None, batch: train_rlpa.Batch, config: Config):
+def loss_of(policy: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None, batch: Batch, config: Config):
     """The policy's loss and its statistics from a fresh forward."""
-    return policy_loss(train_rlpa.policy_hidden(policy, batch), policy.head_weight, reference, batch, config)
+    return policy_loss(policy_hidden(policy, batch), policy.head_weight, reference, batch, config)
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +436,7 @@ def test_what_makes_no_sense_without_a_critic_is_refused(advantage, changes):
     with pytest.raises(ValueError, match="--advantage") as error:
         critic_free(advantage, **changes)
     ((name, value),) = changes.items()
-    assert f"{train_rlpa.flag(name)} {value}" in str(error.value) and "\n" not in str(error.value)
+    assert f"{flag(name)} {value}" in str(error.value) and "\n" not in str(error.value)
     assert settings(**changes).advantage == "gae"
 
 
@@ -468,10 +477,10 @@ def test_memory_without_a_critic(shape):
     reports = {}
     for advantage in ("gae", "rloo"):
         config = settings(
-            ckpt=str(train_rlpa.TINY_CHECKPOINT), advantage=advantage, dry_run=True, num_personas=4, max_new_tokens=16,
+            ckpt=str(TINY_CHECKPOINT), advantage=advantage, dry_run=True, num_personas=4, max_new_tokens=16,
             max_user_tokens=16,
         )  # fmt: skip
-        header, *lines = train_rlpa.dry_run(config).splitlines()
+        header, *lines = dry_run(config).splitlines()
         assert header.split()[-9:] == "critic reference optimizer gradients activations head KV cache total".split()
         reports[advantage] = [float(line.split()[-8]) for line in lines[:5]]
     assert reports["rloo"] == [0.0] * 5 and min(reports["gae"]) > 0
@@ -508,7 +517,7 @@ def test_kl_is_in_the_reward_or_in_the_loss(policy, critic):
     for estimator, coef in (("k1", 0.1), ("k3", 0.1), ("exact", 0.1), ("k3", 0.0)):
         config = settings(kl_estimator=estimator, kl_coef=coef, num_candidates=1)
         p = pack(random_dialogue(0, [[8]]), config)
-        add_statistics([[train_rlpa.collate([p])]], policy, reference, critic, config)
+        add_statistics([[collate([p])]], policy, reference, critic, config)
         p.advantages, candidate = torch.zeros(8), p.spans[0].candidate
         losses[estimator, coef] = loss_of(policy, reference, together([p]), config)[0].item()
         placed[estimator, coef] = torch.tensor(token_rewards(p.spans[0], p, config))
@@ -630,7 +639,7 @@ def test_a_tree_stores_each_token_once(chat):
 class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
-    counts = {**dict.fromkeys(train_rlpa.COUNTED, 0), "errors": {}}
+    counts = {**dict.fromkeys(COUNTED, 0), "errors": {}}
     outage = ""
 
     def ask(self, messages, seed):
@@ -645,7 +654,7 @@ def play(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> list[
         dialogues,
         Play(config.num_candidates, config.temperature, (0, "test")),
         config,
-        World(Talker(), None),
+        Environment(Talker(), None),
     )
     return dialogues
 
@@ -691,7 +700,7 @@ def test_the_first_ratio_is_one(chat, policy, critic, microbatch_tokens):
     """Guards dropout, temperature, masks and padding that differ between the statistics and the update."""
     config = settings(rollout_batch_size=4, minibatch_size=4, microbatch_tokens=microbatch_tokens, temperature=0.8)
     packed = prepared([scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)], policy, critic, config)
-    for dialogues in train_rlpa.microbatches(packed, microbatch_tokens):
+    for dialogues in microbatches(packed, microbatch_tokens):
         batch = together(dialogues)
         ratio = (policy_logprobs(policy, batch, 0.8)[0] - batch.gather("old_logprobs")).exp()
         assert (ratio - 1).abs().max().item() < 1e-5
@@ -756,7 +765,7 @@ def test_the_gradient_does_not_depend_on_the_microbatches(chat, policy, critic):
         dialogues = [scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)]
         packed = prepared(dialogues, *models, settings(rollout_batch_size=4, minibatch_size=4))
         learners = [make_learner(model, 1e-3, config) for model in models]
-        parts.append(len(train_rlpa.microbatches(packed, tokens)))
+        parts.append(len(microbatches(packed, tokens)))
         (minibatch,) = make_batches(packed, config)
         sums = minibatch_update(*learners, minibatch, sum(len(p.targets) for p in packed), 1.0, config, True)
         results.append((sums, [torch.cat([q.grad.flatten() for q in model.parameters()]) for model in models]))
@@ -792,12 +801,12 @@ def test_checkpointing_changes_memory_only(chat, policy, critic):
 def test_microbatches_are_balanced(chat):
     """Guards one micro-batch full and the last nearly empty, a dialogue lost or doubled, and more than are needed."""
     packed = [pack(random_dialogue(i, [[3 + 7 * (i % 5)] * 2] * 2), settings()) for i in range(9)]
-    parts = train_rlpa.microbatches(packed, 150)
+    parts = microbatches(packed, 150)
     loads = [sum(len(p.token_ids) for p in part) for part in parts]
     assert sorted(id(p) for part in parts for p in part) == sorted(map(id, packed))
     assert len(parts) == math.ceil(sum(loads) / 150) > 1
     assert max(loads) - min(loads) <= max(len(p.token_ids) for p in packed)
-    assert train_rlpa.microbatches([], 150) == []
+    assert microbatches([], 150) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the update
@@ -832,7 +841,7 @@ def test_a_gradient_that_is_not_finite_skips_that_model(policy, critic):
     packed = prepared([random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)], policy, critic, config)
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
     handle = policy.model.norm.weight.register_hook(lambda grad: grad * math.inf)
-    before, both = (weights_of(policy), weights_of(critic)), [train_rlpa.collate(packed)]
+    before, both = (weights_of(policy), weights_of(critic)), [collate(packed)]
     sums = minibatch_update(*learners, both, 22, 1.0, config, True)
     assert sums["updates_skipped"] == 1 and not math.isfinite(sums["policy_grad_norm"])
     assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
@@ -1033,7 +1042,7 @@ def play_with_varied_rewards(policy, chat, config) -> list:
 def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
     """Guards the kernels inside training: the shipped checkpoint, 20 updates, losses as with eager logits to 1e-5."""
     config = settings(
-        ckpt=str(train_rlpa.TINY_CHECKPOINT), rollout_batch_size=4, minibatch_size=2, num_epochs=10,
+        ckpt=str(TINY_CHECKPOINT), rollout_batch_size=4, minibatch_size=2, num_epochs=10,
         max_new_tokens=24, lr=3e-4, critic_lr=1e-3, kl_coef=0.05, entropy_coef=0.01, kl_estimator=estimator,
     )  # fmt: skip
     chat = ChatTokenizer.from_folder(config.ckpt)
@@ -1086,7 +1095,7 @@ def one_iteration(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config)
     """Metrics of one iteration with random rewards."""
     learners = make_learner(policy, config.lr, config), make_learner(Critic.from_policy(policy), 1e-4, config)
     personas = [Persona(str(i), FACTS) for i in range(8)]
-    return run_iteration(State(config, chat, *learners, None, personas, {}, World(Talker(), None)))[0]
+    return run_iteration(State(config, chat, *learners, None, personas, {}, Environment(Talker(), None)))[0]
 
 
 @pytest.mark.parametrize("source", ["sampler", "trainer"])
@@ -1120,7 +1129,7 @@ def test_mfu_is_the_model_flops_over_the_cards(chat, shape, monkeypatch):
 # -------------------------------------------------------------------------------------------- bf16 with fp32 masters
 
 
-def bf16_learners(*models: torch.nn.Module, lr: float = 1e-3) -> list[train_rlpa.Learner]:
+def bf16_learners(*models: torch.nn.Module, lr: float = 1e-3) -> list[Learner]:
     return [make_learner(copy.deepcopy(model), lr, settings(), torch.bfloat16) for model in models]
 
 
@@ -1138,7 +1147,7 @@ def test_bf16_gradients_are_summed_in_fp32(policy, critic):
             for q, master in zip(rounded.model.parameters(), learner.masters.values(), strict=True):
                 master.copy_(q)
 
-    def gradients(one: train_rlpa.Learner, other: train_rlpa.Learner, batches: list) -> list[Tensor]:
+    def gradients(one: Learner, other: Learner, batches: list) -> list[Tensor]:
         for learner in (one, other):
             learner.optimizer.zero_grad()
         for batch in batches:
@@ -1243,7 +1252,7 @@ def test_warm_up_of_a_shared_trunk_trains_the_head_alone(policy, critic):
 def test_a_shared_trunk_learns_values_and_policy():
     """Guards signs and learning rates of the joint step: on the shipped checkpoint both losses fall."""
     config = settings(
-        ckpt=str(train_rlpa.TINY_CHECKPOINT), critic="shared", rollout_batch_size=4, minibatch_size=4, num_epochs=12,
+        ckpt=str(TINY_CHECKPOINT), critic="shared", rollout_batch_size=4, minibatch_size=4, num_epochs=12,
         max_new_tokens=24, lr=1e-3, critic_lr=1e-2, kl_coef=0.0, value_clip=10.0, old_logprobs="sampler",
     )  # fmt: skip
     policy, chat = load_policy(config.ckpt), ChatTokenizer.from_folder(config.ckpt)
@@ -1277,7 +1286,7 @@ def test_ppo_learns_a_bandit(chat, shape, monkeypatch, advantage):
     critic = make_learner(Critic.from_policy(policy), config.critic_lr, config) if advantage == "gae" else None
     personas = [Persona(str(i), FACTS) for i in range(8)]
     learner = make_learner(policy, config.lr, config)
-    state = State(config, chat, learner, critic, None, personas, {}, World(Talker(), None))
+    state = State(config, chat, learner, critic, None, personas, {}, Environment(Talker(), None))
     prompt = open_turn(Dialogue(0, "p", FACTS), config.first_user_message, chat).prompt_ids
 
     def even() -> float:

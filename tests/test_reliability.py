@@ -19,14 +19,15 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import plain_text
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_simulator import ASK, ask_all, completion, hostile_server, http_reply
 from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa: F401
+from throttle import BACKOFF_CAP, Breaker, Quota, backoff
 
 import report
-import plain_text
 import rewards
 import simulator
 import train_rlpa
@@ -37,11 +38,10 @@ from endpoints import plain_text, wire
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
-from worlds import personas
 from records import log
 from report import __main__ as report
 from simulator import ChatClient, Tape
-from throttle import BACKOFF_CAP, Breaker, Quota, backoff
+from worlds import personas
 
 pytestmark = pytest.mark.timeout(300)  # what is guarded against would often show as a hang
 OK, BROKEN = http_reply(completion("ok")), http_reply(b"{}", "503 Busy")

@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 from test_simulator import ask_all
 
 import train_rlpa
+from config import Config
+from endpoints.calls import calls_note, cost
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.wire import ChatError

@@ -27,6 +27,7 @@ from learners.weights import save_pretrained
 from model import Qwen2Config, random_policy
 from records import checkpoints
 from records.log import claim_folder
+from records.state import newest_checkpoint
 from simulator import make_user_server
 from tiny.make import scripted_dialogue, train_tokenizer
 
@@ -115,12 +116,12 @@ def test_every_damage_to_the_newest_checkpoint_falls_back(copy, capsys):
     newest = copy / "checkpoints" / "iteration_000003"
     tried = []
     for name, how in corrupt.damages(newest):
-        assert train_rlpa.newest_checkpoint(str(copy)).name == "iteration_000002", (name, how)
+        assert newest_checkpoint(str(copy)).name == "iteration_000002", (name, how)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("warning: ") and (name in line or name == checkpoints.SUMS), line
         tried.append((name, how))
     assert len(tried) >= 40 and (checkpoints.SUMS, "flipped") in tried
-    assert train_rlpa.newest_checkpoint(str(copy)) == newest and capsys.readouterr().err == ""
+    assert newest_checkpoint(str(copy)) == newest and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["policy/pytorch_model.bin", "optimizer.pt", "state.pkl", "notes.txt"])
@@ -130,7 +131,7 @@ def test_pickles_are_refused_by_name(copy, name, capsys):
     (newest / name).write_bytes(b"\x80\x04.")
     with (newest / checkpoints.SUMS).open("a") as sums:
         sums.write(f"{checkpoints.sha256(newest / name)}  {name}\n")
-    assert train_rlpa.newest_checkpoint(str(copy)).name == "iteration_000002"
+    assert newest_checkpoint(str(copy)).name == "iteration_000002"
     assert f"{name} is refused" in capsys.readouterr().err
     (newest / name).rename(newest / "extra.json")
     assert "not listed" in checkpoints.damage(newest) or "missing" in checkpoints.damage(newest)

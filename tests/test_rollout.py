@@ -16,11 +16,14 @@ import pytest
 import torch
 
 import train_rlpa
-from dialogue import ChatTokenizer, Dialogue
+from config import Config
+from dialogue import ChatTokenizer, Dialogue, stream_seed
 from endpoints.wire import ChatError
 from model import KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
+from scheduler import Replies
+from simulator import Environment
 from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Play, rollout
 
@@ -97,11 +100,11 @@ def seeds_of(kind: str, index: int, turn: int) -> list[int]:
     return [stream_seed(*STREAM, "judge", index, turn, c) for c in range(N)]
 
 
-def play(policy, chat, *, user=None, judge=None, size: int = SIZE, **changes) -> tuple[list[Dialogue], World]:
+def play(policy, chat, *, user=None, judge=None, size: int = SIZE, **changes) -> tuple[list[Dialogue], Environment]:
     """Play dialogues with n candidates a turn."""
     settings = dict(ckpt="x", max_turns=TURNS, num_candidates=N, max_new_tokens=12, reply_steps=0, kv_gib=1.0)
     config = Config(**(settings | changes))
-    env = World(user or Endpoint(say), judge or Endpoint(verdict))
+    env = Environment(user or Endpoint(say), judge or Endpoint(verdict))
     dialogues = [Dialogue(i, f"persona {i}", ("Age: 34", "Occupation: baker")) for i in range(size)]
     rollout(policy, chat, dialogues, Play(N, 1.0, STREAM), config, env)
     return dialogues, env
@@ -378,7 +381,7 @@ def test_no_dialogue_is_no_rollout(policy, chat, samplers):
 def test_reply_steps_of_its_own_choice():
     """Guards the default: bit for bit with the embedded user, as they come with endpoints of any other kind."""
     def steps(**settings) -> int:
-        with Replies(Config(ckpt="x", **settings), World(None, None)) as replies:
+        with Replies(Config(ckpt="x", **settings), Environment(None, None)) as replies:
             return replies.steps
 
     url = "http://127.0.0.1:9"
@@ -389,7 +392,7 @@ def test_reply_steps_of_its_own_choice():
 def test_replies_wait_for_their_step():
     """Guards --reply-steps: in the order of requests, neither before their step, however fast, nor after it."""
     slow, taken = threading.Event(), []
-    with Replies(Config(ckpt="x", reply_steps=5), World(None, None)) as replies:
+    with Replies(Config(ckpt="x", reply_steps=5), Environment(None, None)) as replies:
         for clock, ask in ((0, lambda: "a"), (2, lambda: slow.wait(60) and "b"), (2, lambda: "c"), (9, lambda: "d")):
             while replies.clock < clock:
                 replies.clock += 1
@@ -406,7 +409,7 @@ def test_replies_wait_for_their_step():
 def test_replies_as_they_come():
     """Guards --reply-steps 0 against one slow reply that holds up all others; when idle, it waits for the next one."""
     slow, taken = threading.Event(), defaultdict(list)
-    with Replies(Config(ckpt="x", reply_steps=0), World(None, None)) as replies:
+    with Replies(Config(ckpt="x", reply_steps=0), Environment(None, None)) as replies:
         replies.request(lambda: slow.wait(60), lambda reply: taken["slow"].append(reply))
         replies.hand_out(idle=False)
         assert not taken

@@ -13,16 +13,20 @@ import pytest
 from test_simulator import ask_all
 
 import rewards
-import train_rlpa
+from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults
+from config import Config
 from endpoints.client import ChatClient
 from evaluation import __main__ as evaluation
 from rewards import VERDICTS
-from simulator import make_user_server, simulator_messages
+from simulator import Environment, make_user_server, simulator_messages
 from tiny import make
+from tiny import make as make_tiny
 from worlds import first, ledger, second
+from worlds.first import generate_personas
+from worlds.ledger import sentences
 from worlds.personas import Persona
 
-TINY = str(train_rlpa.TINY_CHECKPOINT)
+TINY = str(TINY_CHECKPOINT)
 FACTS = [f"{slot}: {value}" for slot, parts in first.VALUES.items() for part in parts for value in part]
 SEVERAL = {"Interests", "Personality Traits", "Others"}  # slots of which a persona may have two facts
 PERSONA = ["Age: 34", "Gender: woman", "Interests: chess", "Interests: yoga", "Educational Background: law",
@@ -87,17 +91,17 @@ def test_no_sentence_is_met_in_training_dialogues():
     for facts in first.generate_personas(100, 0, "heldout"):
         spoken |= {s for who, text in play(facts, rng, 6)[1:] if who == "user" for s in ledger.sentences(text)}
         for text, _ in make.scripted_dialogue(rng, 6):
-            trained |= set(world.sentences(text))
-    for facts in world.generate_personas(100, 0, "heldout"):
-        spoken |= {s for who, text in play(facts, rng, 6)[1:] if who == "user" for s in world.sentences(text)}
+            trained |= set(sentences(text))
+    for facts in generate_personas(100, 0, "heldout"):
+        spoken |= {s for who, text in play(facts, rng, 6)[1:] if who == "user" for s in sentences(text)}
     assert len(spoken) > 200 and not spoken & trained
 
 
 def test_training_never_meets_it():
     """Guards a default, or settings of the tiny checkpoint, that train on what transfer is measured with."""
-    assert train_rlpa.Config().simulator_model != "rule-user-2"
-    assert "simulator_model" not in train_rlpa.checkpoint_defaults(train_rlpa.TINY_CHECKPOINT)
-    assert train_rlpa.World(None, None).rule_verdicts is rewards.rule_verdicts
+    assert Config().simulator_model != "rule-user-2"
+    assert "simulator_model" not in checkpoint_defaults(TINY_CHECKPOINT)
+    assert Environment(None, None).rule_verdicts is rewards.rule_verdicts
 
 
 # -------------------------------------------------------------------------------------------------------------- ledger

@@ -11,7 +11,7 @@ from dialogue import ChatTokenizer
 from learners.weights import load_policy
 from studies.summary import read_records, table
 
-TINY = Path(train_rlpa.TINY_CHECKPOINT)
+TINY = Path(TINY_CHECKPOINT)
 
 
 def test_the_checkpoint_is_small_and_holds_nothing_to_unpickle():

@@ -25,12 +25,16 @@ import torch
 from safetensors.torch import load_file
 
 import train_rlpa
+from config import Config
 from dialogue import ChatTokenizer, Dialogue, render_turn
 from endpoints.client import ChatClient
 from learners.weights import load_critic, load_policy, save_pretrained
 from model import Qwen2Config, random_policy
+from packing import pack
+from records.metrics import rates, tally
+from records.state import newest_checkpoint
 from sampler import Draw
-from simulator import make_user_server
+from simulator import Environment, make_user_server
 from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Play, rollout
 
@@ -299,7 +303,7 @@ def test_checkpoints_are_in_hugging_face_layout(ckpt, user_url, tmp_path):
     """Guards what a run is for: its policy loads in transformers with our logits, and starts another run as it is."""
     transformers = pytest.importorskip("transformers")
     go("--ckpt", ckpt, "--run-dir", tmp_path / "run", "--simulator-url", user_url, "--num-iterations", 1)
-    folder = train_rlpa.newest_checkpoint(str(tmp_path / "run")) / "policy"
+    folder = newest_checkpoint(str(tmp_path / "run")) / "policy"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours, token_ids = load_policy(folder), torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -321,7 +325,7 @@ def test_a_run_in_bf16_saves_its_masters_and_a_shared_critic_its_head(ckpt, user
        "--critic", "shared")  # fmt: skip
     (train,) = records(run, "train")
     assert train["updates_skipped"] == 0 and train["ratio_dev_first"] < 1e-4
-    folder = train_rlpa.newest_checkpoint(str(run))
+    folder = newest_checkpoint(str(run))
     policy, critic = (load_file(folder / name / "model.safetensors") for name in ("policy", "critic"))
     assert {name: tuple(x.shape) for name, x in critic.items()} == {"value_head.weight": (1, 32)}
     for weights in (policy, critic):
@@ -609,14 +613,14 @@ def scripted(chat: ChatTokenizer, replies: list[str]) -> Iterator[None]:
 
 def judged(
     ckpt: Path, answer: Callable[[str], tuple[int, str]], replies: list[str], **changes
-) -> tuple[Dialogue, World]:
+) -> tuple[Dialogue, Environment]:
     """Play one turn whose candidates are valid turns with these replies, before a judge that answers so."""
     changes |= {"max_turns": 1, "first_user_message": "Hello, I am 34."}
     chat, config = ChatTokenizer.from_folder(ckpt), Config(ckpt=str(ckpt), **{**SMALL, **changes})
     dialogue, play = Dialogue(0, "p", ("Age: 34", "Occupation: baker")), Play(len(replies), 1.0, (0, "test"))
     with chat_server(answer) as url, scripted(chat, replies):
         client = ChatClient(url, "judge", max_retries=1, total_timeout=20)
-        env = World(None, client)
+        env = Environment(None, client)
         rollout(load_policy(ckpt), chat, [dialogue], play, config, env)
         client.close()
     return dialogue, env
@@ -646,7 +650,7 @@ def test_a_verdict_that_cannot_be_had_is_not_a_verdict(ckpt, bad):
     lost, kept = dialogue.turns[0].candidates
     assert (lost.judged, kept.judged) == (False, True) and env.counts["candidates_unjudged"] == 1
     assert dialogue.turns[0].chosen == 1 and dialogue.dropped is None
-    p = train_rlpa.pack(dialogue, Config(ckpt="x", **SMALL))
+    p = pack(dialogue, Config(ckpt="x", **SMALL))
     assert p.targets.tolist() == kept.token_ids
 
 
@@ -654,8 +658,8 @@ def test_a_judge_that_always_fails_drops_the_dialogue(ckpt):
     """Guards a choice among candidates nobody judged: the dialogue is dropped with its reason and counted."""
     dialogue, env = judged(ckpt, lambda text: (200, "?"), ["How lovely.", "How dull."])
     assert dialogue.dropped.startswith("judge") and env.counts["candidates_unjudged"] == 2
-    assert train_rlpa.pack(dialogue, Config(ckpt="x", **SMALL)) is None
-    counted = train_rlpa.rates(train_rlpa.tally([dialogue]))
+    assert pack(dialogue, Config(ckpt="x", **SMALL)) is None
+    counted = rates(tally([dialogue]))
     assert (counted["dialogues_dropped"], counted["dropped_judge"]) == (1, 1)
 
 
@@ -681,7 +685,7 @@ def test_weights_and_targets_of_the_rewards(ckpt):
     dialogue, _ = judged(ckpt, answer, ["How dull.", "How lovely."], response_weight=0.0)
     assert dialogue.turns[0].chosen == 0
     config = Config(ckpt="x", **{**SMALL, "response_weight": 0.0, "profile_weight": 2.0, "kl_coef": 0.0})
-    p = train_rlpa.pack(dialogue, config)
+    p = pack(dialogue, config)
     p.old_logprobs = p.ref_logprobs = torch.zeros(len(p.targets))
     assert sum(train_rlpa.token_rewards(p.spans[1], p, config)) == 2 * p.spans[1].candidate.profile_reward > 0
 

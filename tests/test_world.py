@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from tiny import make
+from tiny import make as make_tiny
 from worlds import first, ledger
+from worlds.first import fill, unseen_values
+from worlds.ledger import asked_slots
 from worlds.personas import load_personas
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +114,11 @@ def test_a_question_is_about_its_own_slot_and_no_other(slot):
     for template in make_tiny.ACKNOWLEDGEMENTS[slot]:
         assert ledger.asked_slots(first.fill(template, VALUES[slot][0])) == []
     for question in make.QUESTION_PHRASES[slot]:
-        assert world.asked_slots(question) == [slot]
-        assert world.asked_slots(f"I live for my job. {question.upper()}") == [slot]
-        assert world.asked_slots(question.replace("?", ".")) == []
+        assert asked_slots(question) == [slot]
+        assert asked_slots(f"I live for my job. {question.upper()}") == [slot]
+        assert asked_slots(question.replace("?", ".")) == []
     for template in make.ACKNOWLEDGEMENTS[slot]:
-        assert world.asked_slots(world.fill(template, VALUES[slot][0])) == []
+        assert asked_slots(fill(template, VALUES[slot][0])) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ the user
@@ -316,7 +319,7 @@ def test_unseen_values_stay_unseen(personas):
     warmup = [make_tiny.warmup_persona(random.Random(seed)) for seed in range(300)]
     words = {fact for fact in first.unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
     warmup = [make.warmup_persona(random.Random(seed)) for seed in range(300)]
-    words = {fact for fact in world.unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
+    words = {fact for fact in unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
     assert not any(fact in words for facts in warmup for fact in facts)
 
 
