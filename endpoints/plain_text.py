@@ -1,6 +1,7 @@
-"""Texts from strangers (users, judges, persona files, the policy) as plain text that can steer nothing on its way.
+"""Make texts from strangers (users, judges, persona files, the policy) plain, and show values in messages.
 
-To the tokenizer no text is a control token (`ChatTokenizer.encode`); here it loses what acts on terminals and readers.
+The tokenizer never reads a text as a control token (`ChatTokenizer.encode`). Here a text loses the characters that act
+on terminals and readers.
 """
 
 from __future__ import annotations
@@ -52,9 +53,15 @@ def json_type(value: Any) -> str:
 
 
 def shorten(text: str, limit: int = 80) -> str:
+    """Put a text on one line and cut it after `limit` characters.
+
+    >>> shorten("one\\ntwo", limit=5)
+    'one t…'
+    """
     text = clean_text(text)
     return text if len(text) <= limit else text[:limit] + "…"
 
 
 def why_not_json(error: Exception) -> str:
+    """Say in a few words why a text could not be read as JSON."""
     return "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error).split(":")[0])

@@ -1,4 +1,7 @@
-"""The HTTP server of chat completions: it refuses what is malformed and passes the rest to a function."""
+"""The HTTP server of chat completions: it refuses malformed requests and passes the others to a function.
+
+`simulator.py` serves the embedded users with it, and the chat program a trained policy.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.answer(raw)
 
     def _check_access(self) -> None:
-        """Refuse who does not have the key, and web pages that reach this machine under a name of their own."""
+        """Refuse requests without the key, and those of web pages that reach this machine under another host name."""
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         known = scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.server.key.encode())
         if self.server.key and not known:

@@ -1,4 +1,8 @@
-"""Connections that can be cut off: an adapter of `requests` that knows its socket, and a bounded connect."""
+"""Connections that can be cut off at a deadline: an adapter of `requests` that knows its socket, and a bounded connect.
+
+The time-outs of `requests` begin anew with every byte, with every address of a host, and do not hold while a name is
+looked up. The client promises a limit for the whole call, so it needs the socket itself.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ from requests.adapters import HTTPAdapter
 class CuttableAdapter(HTTPAdapter):
     """A `requests` adapter that remembers its newest socket, so that another thread can cut it off.
 
-    Not its connection: `http.client` forgets the socket there as soon as a reply without a length begins.
+    It remembers the socket and not the connection, because `http.client` takes the socket away from the connection when
+    a reply without a length begins.
     """
 
     sock: socket.socket | None = None
@@ -34,6 +39,7 @@ class CuttableAdapter(HTTPAdapter):
         return manager
 
     def _track(self, manager: urllib3.PoolManager) -> None:
+        """Make the manager's connections with `_connect`, and remember their sockets."""
         adapter = self
 
         def tracked(pool_class: type) -> type:

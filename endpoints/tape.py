@@ -17,15 +17,17 @@ from endpoints.wire import Call, ChatError, ChatReply
 
 
 class Tape:
-    """A file of calls, so that a run with a paid or random endpoint can be repeated without it, bit for bit.
+    """A file of calls. With it, a run with a paid or random endpoint can be repeated bit for bit without the endpoint.
 
-    JSONL, a call per line: the endpoint's name, a hash of that name and of all that was sent (model, messages, seed,
-    temperature, max_tokens), the seed, and what came of it: text and usage, or the error. There are no keys in it.
+    The file is JSONL with one call per line: the endpoint's name, a hash of that name and of all that was sent (model,
+    messages, seed, temperature, max_tokens), the seed, and the outcome: text and usage, or the error. It holds no keys.
 
-    A request has one reply: while `recording`, one that is on file is not asked again, neither in the same run nor when
-    a killed run goes on with its file (calls that failed in an earlier run are). When replaying, a request that is not
-    on file is a ValueError. `note` says how much the file held, and if its last line was cut short, which is left out.
-    Several processes may record into one file. Raises ValueError for a file that cannot be used or a damaged line.
+    A request has one reply. While `recording`, a request that is on file is not sent again, neither in the same run nor
+    when a killed run is resumed with its file; calls that failed in an earlier run are made again. When replaying, a
+    request that is not on file is a ValueError. `note` says how many calls the file held, and whether its last line was
+    cut short and left out. Several processes may record into one file.
+
+    Raises ValueError for a file that cannot be used, and for a damaged line.
     """
 
     def __init__(self, path: str | Path, recording: bool):
@@ -53,7 +55,7 @@ class Tape:
         return call
 
     def keep(self, endpoint: str, request: dict[str, Any], call: Call) -> Call:
-        """Write a call that was made to the file; return the one that counts, for a thread may have been faster."""
+        """Write a call to the file; return the call that counts: the first one, if another thread was faster."""
         key = _fingerprint(endpoint, request)
         with self._lock:
             if key not in self._calls:
@@ -76,7 +78,7 @@ class Tape:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _load(self) -> str:
-        """Read all calls, later lines over earlier ones; a last line that a kill cut short is dropped and told of."""
+        """Read all calls (later lines win); drop a last line that a kill cut short, and return a note about it."""
         size = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -1,4 +1,4 @@
-"""When a request may be sent: a circuit breaker per endpoint, and a quota of requests and tokens. It knows no HTTP."""
+"""When a request may be sent: a circuit breaker per endpoint, and a quota of requests and tokens; no HTTP in here."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def backoff(failures: int) -> float:
 class Breaker:
     """Whether an endpoint answers, for all threads that ask it (M. Nygard, "Release It!", 2007: circuit breaker).
 
-    Closed, requests go out. `threshold` failures in a row open it, or one that asks for patience (Retry-After): then
-    nothing is sent but one probe at a time, after pauses that grow (`backoff`), until something is answered.
+    While it is closed, requests are sent. `threshold` failures in a row open it, or one failure that asks for patience
+    (Retry-After). While it is open, one probe at a time is sent, after pauses that grow (`backoff`), until one is
+    answered.
     """
 
     def __init__(self, threshold: int, clock: Callable[[], float] = time.monotonic):
@@ -58,7 +59,7 @@ class Breaker:
             return opens
 
     def claim_probe(self) -> bool:
-        """Say whether a probe is due; whoever is told so must send it."""
+        """Return whether a probe is due; the caller must then send it."""
         with self._lock:
             due = self.is_open and not self._probing and self.clock() >= self._probe_at
             self._probing |= due
@@ -66,10 +67,11 @@ class Breaker:
 
 
 class Quota:
-    """At most so many requests in any 60 seconds, and tokens (and one request's more); 0: any number. May be shared.
+    """A limit of requests and tokens in any 60 seconds, for all clients that share it; 0: no limit.
 
-    Both are buckets that fill at 1/61 of the limit per second and hold one second's worth, so that the burst and a
-    minute's flow together keep to the limit. Who takes more than there is waits until it has been earned.
+    Each is a bucket that fills at 1/61 of the limit per second and holds what one second brings, so that the burst and
+    a minute's flow together keep to the limit. A call that takes more than the bucket holds must wait until that has
+    flowed in. Tokens may exceed their limit by those of one request.
     """
 
     def __init__(self, requests: float = 0.0, tokens: float = 0.0, clock: Callable[[], float] = time.monotonic):

@@ -1,4 +1,7 @@
-"""What goes over the wire: requests, replies and their errors, as texts of the OpenAI chat format."""
+"""What goes over the wire: requests, replies and their errors in the OpenAI chat format.
+
+In reading order: what a call returns, addresses, what the client reads, what the server reads.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,7 @@ def _split_url(base_url: str, whose: str) -> SplitResult:
 
 
 def is_loopback(host: str | None) -> bool:
+    """Return whether a host is this machine: "localhost" or a loopback address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
     except ValueError:

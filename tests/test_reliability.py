@@ -135,9 +135,15 @@ def test_a_client_keeps_to_its_quota_outside_the_time_of_its_calls(monkeypatch):
     body = json.dumps(json.loads(completion("ok")) | usage).encode()
     clock = Clock()
     quota = Quota(6, 6000, clock)
+    take = quota.take
+
+    def take_at_once(tokens: float, requests: int = 1) -> float:
+        rests.append(take(tokens, requests) * requests)  # what is given back (0 requests) waits for nothing
+        return 0.0
+
+    monkeypatch.setattr(quota, "take", take_at_once)
     with hostile_server(lambda sock, *_: sock.sendall(http_reply(body))) as url:
         with closing(ChatClient(url, "m", total_timeout=5, quota=quota, max_tokens=100)) as client:
-            monkeypatch.setattr(client, "_rest", rests.append)
             assert [client.ask(ASK, i) for i in range(5)] == ["ok"] * 5
     assert [r for r in rests if r > 1] == pytest.approx([61 / 6 * i for i in range(1, 5)], rel=0.01)
     assert max(rests) > 40  # eight times what a call may last

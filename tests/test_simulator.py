@@ -565,6 +565,50 @@ def test_the_seed_decides(embedded):
         assert reply_of(client, other) == reply_of(client, other)
 
 
+@contextmanager
+def user_server():
+    """Serve the embedded users from this process; yield the URL."""
+    server = make_user_server(port=0)
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("name", simulator.EMBEDDED_USERS)
+def test_an_embedded_user_answers_anything_and_repeats_itself(name):
+    """Guards a user of the table that crashes, says nothing, or says other words to the same request."""
+    strange = ["", "?", "\n\n", "Tell me all! " * 50, "{0} %s", "Where do you live? And your job?"]
+    histories = [[], *([("user", "Hello"), ("assistant", text)] for text in strange), HISTORY]
+    messages = [simulator_messages(PERSONA, history) for history in histories]
+    messages.append(simulator_messages(Persona("one", ("He plays the guitar.",)), HISTORY))
+    with user_server() as url, closing(ChatClient(url, name, max_retries=0)) as client:
+        said = ask_all(client, messages * 5, range(len(messages) * 5))
+        assert not [reply for reply in said if isinstance(reply, ChatError)]
+        assert said == ask_all(client, messages * 5, range(len(messages) * 5))
+
+
+def test_an_embedded_user_is_added_by_one_line_of_the_table(monkeypatch):
+    """Guards the road of docs/endpoints.md: name, function, and what it is given; another name gets the first user."""
+    def parrot(facts, history, seed):
+        return f"{seed}: {facts[1]}; {history[-1][1]}"
+
+    monkeypatch.setitem(simulator.EMBEDDED_USERS, "parrot", parrot)
+    asked = simulator_messages(PERSONA, HISTORY)
+    with user_server() as url:
+        for model, expected in (("parrot", "7: Location: Oslo; Hi! Where do you live?"),
+                                ("no such user", first.user_reply(list(PERSONA.facts), HISTORY, 7))):
+            with closing(ChatClient(url, model)) as client:
+                assert reply_of(client, asked, 7) == expected
+            body = {"model": model, "messages": asked}
+            answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=20).json()
+            assert answer["model"] == (model if model == "parrot" else "rule-user")
+        listed = requests.get(f"{url}/v1/models", timeout=20).json()["data"]
+        assert [entry["id"] for entry in listed] == ["rule-user", "rule-user-2", "parrot"]
+
+
 def test_sixty_four_requests_at_once(address):
     """Guards: a request waits for another one to finish."""
     body = json.dumps({"messages": simulator_messages(PERSONA, HISTORY), "seed": 1}).encode()

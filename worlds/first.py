@@ -1,13 +1,12 @@
-"""The embedded world: who can be met in it, what a user says, and what a question is about.
+"""The embedded world: the values of its people, and the user who plays them by rules.
 
-Plain data and pure functions of text: no torch, no HTTP, no state. `simulator.py` serves `user_reply` over HTTP,
-`rewards.py` judges with `asked_slots` and `mentions`, and `make_tiny.py` writes its demonstrations with the same
-phrases. A persona is a list of facts such as "Occupation: baker"; a fact without a slot ("He plays the guitar.") is
-prose, as in the ALOE files.
+Plain data and pure functions of text: no torch, no HTTP, no state. `simulator.py` serves `user_reply` over HTTP, and
+the demonstrations of the tiny checkpoint are written with the same phrases. `worlds/ledger.py` decides which facts a
+text gives away.
 
-The user is rule-based, yet it follows the role prompt of a real model: it opens with "Hello", answers what it is asked,
-discloses at most 15 % of its facts per turn (but one fact is the smallest step there is), says so when it is asked
-again, and never says more than three sentences.
+The user follows the role prompt that a real model gets. It opens with "Hello" and answers what it is asked. It
+discloses at most 15 % of its facts per turn, or one fact where that is less than one. It complains when it is asked
+again, and it never says more than three sentences.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def fill(template: str, value: str) -> str:
 
 
 def say_fact(fact: str, rng: random.Random) -> str:
-    """Say a fact in the first person, in one of several phrasings; prose has its pronouns turned round.
+    """Say a fact in the first person, in one of several phrasings; in prose, "he" and "she" become "I".
 
     >>> say_fact("She enjoys hiking and has two cats.", random.Random(0))
     'I enjoy hiking and have two cats.'

@@ -1,4 +1,7 @@
-"""Personas: the people to be played, read from JSONL files."""
+"""Personas: the people that simulated users play, read from JSONL files.
+
+In reading order: a file into JSON values, a value into a persona, prose into sentences.
+"""
 
 from __future__ import annotations
 

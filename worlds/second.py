@@ -1,13 +1,13 @@
-"""The second embedded world, which no training ever meets: another user and a stricter judge, to measure transfer.
+"""The second embedded world: another user and a stricter judge, to measure transfer. No training meets it.
 
-The people are the same as in `world.py` (its slots and values), and so are the questions that can be understood, the
-ledger and the disclosure budget; everything else differs. The first user is terse and obliging. This one is chatty and
-impatient: it wraps a fact in small talk and often hints rather than states, now and then answers a question one turn
-late or with something that nobody asked for, refuses once, and puts up neither with long replies nor with repeated
-ones. No phrase of it stands in `world.py` or `make_tiny.py`, and none of its judge's five rules is one of `rewards.py`.
+The people, the questions that are understood, the ledger and the disclosure budget are those of the first world
+(`worlds/first.py`, `worlds/ledger.py`). All else differs. The first user is terse and obliging. The second one is
+chatty and impatient: it wraps facts in small talk and often hints at them. Now and then it answers a question one turn
+late, or tells something that nobody asked for. It refuses once, and it complains about long and about repeated replies.
+None of its phrases is used in training, and none of its judge's five rules is one of `rewards.py`.
 
-`simulator.py` serves `user_reply` under the model name `rule-user-2`; `evaluate.py --world second` plays against both.
-Never more than three sentences, and never more facts than `world.allowance`.
+`simulator.py` serves `user_reply` under the model name `rule-user-2`; the evaluation's `--world second` plays against
+user and judge. The user never says more than three sentences, and never more facts than `allowance`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_SENTENCES, MAX_WORDS = 3, 35  # of a reply that the second judge calls natur
 # ---------------------------------------------------------------------------------------------------------------------
 # The second user
 
-# What it says to disclose a fact, placeholders as in `world.fill`; each phrase is one sentence.
+# What it says to disclose a fact, placeholders as in `fill`; each phrase is one sentence.
 DISCLOSURES: dict[str, list[str]] = {
     "Age": [
         "My last birthday cake carried {v} candles.",
@@ -111,7 +111,7 @@ UNKNOWN = ["No comment.", "Pass on that one."]
 
 
 def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
-    """Say what the second user says next, given its facts and the dialogue so far; arguments as `world.user_reply`.
+    """Say what the second user says next, given its facts and the dialogue so far; arguments as in `worlds/first.py`.
 
     >>> user_reply(["Location: Oslo"] + ["Age: 34"] * 9, [("user", "Hello"), ("assistant", "Where do you live?")], 11)
     'Phew, what an afternoon. Come to Oslo and the first drink is free. But enough about that.'
