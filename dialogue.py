@@ -79,19 +79,25 @@ class ChatTokenizer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ChatTokenizer:
-        """Load `tokenizer.json` from a checkpoint folder; ValueError if it is absent or unreadable."""
+    def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:
+        """Load `tokenizer.json` from a checkpoint folder.
+
+        Raises ValueError if it is absent or unreadable, or has more ids than the model's embedding, `vocab_size`.
+        """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(
                 f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
             )
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            chat = cls(Tokenizer.from_file(str(path)))
         except ValueError:
             raise
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        if vocab_size is not None and chat.vocab_size > vocab_size:
+            raise ValueError(f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}")
+        return chat
 
     def encode(self, text: str) -> list[int]:
         """Encode text as plain characters: no control token can come out, whatever the text says."""

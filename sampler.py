@@ -397,8 +397,9 @@ class Sampler:
 
 
 def make_sampler(
-    policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, n: int, temperature: float, max_rows: int
-) -> Sampler:
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, n: int, temperature: float, max_rows: int,
+    kv_bytes: int | None = None,
+) -> Sampler:  # fmt: skip
     """Make a sampler as the settings say: n candidates for each of max_rows dialogues, until `<|im_end|>`."""
     return Sampler(
         policy,
@@ -408,7 +409,7 @@ def make_sampler(
         temperature=temperature,
         batch_size=config.decode_batch_size,
         max_rows=max_rows,
-        kv_bytes=kv_budget(config, policy.head_weight.device),
+        kv_bytes=kv_bytes or kv_budget(config, policy.head_weight.device),
     )
 
 

@@ -17,19 +17,18 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from chat.service import HOT, Service, is_temperature, serve
 from chat.talk import Talk
 from command_line import exits
-from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults, field_comments
-from config import flag
+from command_line.flags import TINY_CHECKPOINT, add_flags, checkpoint_defaults
+from config import Config
+from endpoints.client import read_key
+from endpoints.server import make_server
 from evaluation.subjects import load_checkpoint
-from model import resolve_checkpoint
-from simulator import make_server, read_key
-from train_rlpa import Config
-from worlds.ledger import contains_phrase, split_fact, words
+from learners.weights import resolve_checkpoint
+from worlds import ledger
 
 HELP = """\
 /profile        what the policy has inferred of you, and since which turn
@@ -38,16 +37,9 @@ HELP = """\
 /help           this text
 /quit           end; so does the end of the input
 Marks: + new, ~ changed, - no longer there."""
-PASSED = (  # flags that are the trainer's; their help stands in train_rlpa.Config
-    "max_new_tokens",
-    "history_profile",
-    "decode_batch_size",
-    "kv_gib",
-    "dtype",
-    "kernels",
-    "threads",
-    "seed",
-)
+PASSED = (  # flags that are the trainer's; their help stands in config.py
+    "max_new_tokens", "history_profile", "decode_batch_size", "kv_gib", "dtype", "kernels", "threads", "seed",
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Terminal
@@ -76,15 +68,15 @@ def marked(before: Sequence[str], now: Sequence[str]) -> list[str]:
     gone = [line for line in before if line not in now]
     lines = []
     for line in now:
-        slot = split_fact(line)[0]
-        old = next((g for g in gone if slot and split_fact(g)[0] == slot), None)
+        slot = ledger.split_fact(line)[0]
+        old = next((g for g in gone if slot and ledger.split_fact(g)[0] == slot), None)
         if line in before:
             lines.append(f"  {line}")
         elif old is None:
             lines.append(f"+ {line}")
         else:
             gone.remove(old)
-            lines.append(f"~ {line} (was {split_fact(old)[1]})")
+            lines.append(f"~ {line} (was {ledger.split_fact(old)[1]})")
     return lines + [f"- {line}" for line in gone]
 
 
@@ -117,11 +109,11 @@ def show_profile(talk: Talk) -> str:
 
 def forget(talk: Talk, trait: str) -> str:
     """Forget a trait, and say what that did and what it did not do."""
-    if not words(trait):
+    if not ledger.words(trait):
         return "/forget takes words of a trait, for example /forget Age, or /forget chess"
     struck = talk.forget(trait)
-    values = [trait, *(split_fact(line)[1] for line in struck)]
-    said = sum(any(contains_phrase(text, value) for value in values) for _, text in talk.dialogue.history())
+    values = [trait, *(ledger.split_fact(line)[1] for line in struck)]
+    said = sum(any(ledger.contains_phrase(text, value) for value in values) for _, text in talk.dialogue.history())
     lines = [f"  struck: {line}" for line in struck] or ["  no profile has such a line"]
     lines += [f'  Profile lines with "{trait}" stay out until /reset.']
     lines += [f"  Messages and replies stay as they are, and the policy still reads them: {said} mention it."]
@@ -207,12 +199,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; any but loopback needs a key")
     parser.add_argument("--port", type=int, default=8200, help="port to serve at; 0 takes a free one [8200]")
     parser.add_argument("--api-key-env", default="", help="environment variable with the key that clients must send")
-    comments = field_comments(Config)
-    defaults = {f.name: f.default for f in fields(Config)}
-    for name in PASSED:  # absent if not given, so that a checkpoint's own setting holds
-        text = f"{comments[name]} [{defaults[name]}]".replace("%", "%%")
-        kind = type(defaults[name])
-        parser.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, help=text)
+    add_flags(parser, Config, PASSED)  # absent if not given, so that a checkpoint's own setting holds
     args = parser.parse_args(argv)
     if not is_temperature(args.temperature):
         raise ValueError(f"--temperature {args.temperature} must be 0 or lie in {HOT}")

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from threading import Thread
 
-from plain_text import clean_text
-
-from chat.talk import make_sampler, read_turn
-from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, render_turn
-from learners.sharding import adopt
+from config import Config
+from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, render_turn, stream_seed
+from endpoints.plain_text import clean_text, json_type
+from endpoints.wire import Message, RequestError, parse_request
 from model import Qwen2ForCausalLM
-from sampler import Draw, Sampler, kv_budget
-from simulator import Message, RequestError, json_type, parse_request
-from train_rlpa import Config, stream_seed
+from rewards import read_candidate
+from sampler import Draw, Sampler, kv_budget, make_sampler
 
 MAX_SAMPLERS = 4  # temperatures that are served at once; a fifth takes the place of one that is idle
 MAX_WAITING = 256  # requests that may wait for a place; more are sent away
@@ -92,7 +90,8 @@ class Service:
             flags = f"the flags are the server's, whose {MAX_SAMPLERS} temperatures share --kv-gib"
             raise RequestError(400, f"{error}; {flags}") from None
         cut = len(draw.token_ids) > limit
-        reply = read_turn(draw.token_ids[:limit], "length" if cut else draw.stop_reason, self.chat)
+        stop_reason = "length" if cut else draw.stop_reason
+        reply = read_candidate(draw.token_ids[:limit], [], stop_reason, Dialogue(0, "client", ()), self.chat)
         return self.completion(reply, len(prompt_ids), whole)
 
     def read_settings(self, request: dict) -> tuple[float, int]:
@@ -163,7 +162,7 @@ class Service:
                 self.start_waiting()
                 for sampler in self.samplers.values():
                     for draw in sampler.step() if sampler.running else ():
-                        adopt(draw.key, 0)
+                        sampler.adopt(draw.key, 0)
                         self.running.pop(draw.key).draw.set_result(draw)
             except Exception as error:  # out of memory, or a bug: those who wait must hear of it, and others be served
                 traceback.print_exc()
@@ -202,8 +201,9 @@ class Service:
                 return None
             del self.samplers[idle]
         if temperature not in self.samplers:
+            rows = self.config.decode_batch_size
             self.samplers[temperature] = make_sampler(
-                self.policy, self.chat, self.config, temperature, self.config.decode_batch_size, self.kv_bytes
+                self.policy, self.chat, self.config, 1, temperature, rows, self.kv_bytes
             )
         return self.samplers[temperature]
 

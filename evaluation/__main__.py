@@ -18,14 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-import train_rlpa
 from command_line import exits
-from command_line.flags import checkpoint_defaults, field_comments
+from command_line.flags import add_flags, checkpoint_defaults
 from config import Config, flag
 from dialogue import Dialogue
 from endpoints.calls import calls_note, client_counts, cost
@@ -56,33 +55,12 @@ from train_rlpa import Play
 from worlds import second
 from worlds.personas import Persona
 
-PASSED = (  # flags that go to the rollout as they are; their help stands in train_rlpa.Config
-    "simulator_url",
-    "simulator_model",
-    "judge_url",
-    "judge_model",
-    "profile_judge",
-    "api_key_env",
-    "request_timeout",
-    "max_retries",
-    "max_concurrency",
-    "requests_per_minute",
-    "tokens_per_minute",
-    "outage_budget",
-    "max_new_tokens",
-    "history_profile",
-    "decode_batch_size",
-    "kv_gib",
-    "reply_steps",
-    "record",
-    "replay",
-    "price_in",
-    "price_out",
-    "dtype",
-    "kernels",
-    "threads",
-    "seed",
-)
+PASSED = (  # flags that go to the rollout as they are; their help stands in config.py
+    "simulator_url", "simulator_model", "judge_url", "judge_model", "profile_judge", "api_key_env", "request_timeout",
+    "max_retries", "max_concurrency", "requests_per_minute", "tokens_per_minute", "outage_budget", "max_new_tokens",
+    "history_profile", "decode_batch_size", "kv_gib", "reply_steps", "record", "replay", "price_in", "price_out",
+    "dtype", "kernels", "threads", "seed",
+)  # fmt: skip
 OWN_FILES = ("results.json", "metrics.jsonl", "episodes.jsonl")  # a folder that holds one is not written to
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,9 +117,8 @@ def play(
 
 def calls_of(player: ChatClient | Path, env: Environment) -> Counter:
     """Return the calls so far of user, judge and, if it is an endpoint, the subject."""
-    counts = train_rlpa.endpoint_counts(env)
-    if isinstance(player, ChatClient):
-        counts.update(client_counts("subject", player))
+    counts = env.calls()
+    counts.update(client_counts({"subject": player if isinstance(player, ChatClient) else None}))
     return counts
 
 
@@ -270,12 +247,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subject-key-env", default="", help="environment variable with the key of URL subjects")
     parser.add_argument("--out", type=Path, help="folder for the results [runs/evaluate_DATE-TIME]")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    comments = field_comments(Config)
-    defaults = {f.name: f.default for f in fields(Config)}
-    for name in PASSED:  # None: not given, so that a checkpoint's own setting holds
-        text = f"{comments[name]} [{defaults[name]}]".replace("%", "%%")
-        parser.add_argument(flag(name), type=type(defaults[name]), help=text)
+    add_flags(parser, Config, PASSED)
     args = parser.parse_intermixed_args(argv)  # subjects may stand between flags
+    for name in PASSED:  # None: not given, so that a checkpoint's own setting holds
+        setattr(args, name, getattr(args, name, None))
     args.seed = args.seed or 0
     args.turns = args.turns if args.turns is not None else 70 if args.scenario == "long" else 10
     args.out = args.out or Path(f"runs/evaluate_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
@@ -329,14 +304,13 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
     played = []
     with ExitStack() as stack:  # whatever can be wrong with a flag is found before anything is played
         common = next(iter(configs.values()))  # how the user's and the judge's endpoints are asked
-        tape = stack.enter_context(train_rlpa.open_tape(common))
+        env = stack.enter_context(open_environment(common))
         players: dict[str, ChatClient | Path] = {
-            name: open_client(name, target, args, tape) if isinstance(target, str) else target
+            name: open_client(name, target, args, env.tape) if isinstance(target, str) else target
             for name, target in targets.items()
         }
         for client in (player for player in players.values() if isinstance(player, ChatClient)):
             stack.enter_context(closing(client))
-        env = stack.enter_context(open_environment(common, tape))
         perplexities = {n: perplexities_of(p, configs[n], texts, args.seed) for n, p in players.items()}
         make_out(args.out)
         if args.world == "second":

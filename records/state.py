@@ -75,12 +75,7 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)
-    chat = ChatTokenizer.from_folder(config.ckpt)
-    if chat.vocab_size > policy.model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer of {config.ckpt} has {chat.vocab_size} ids, the model's embedding only"
-            f" {policy.model.config.vocab_size}"
-        )
+    chat = ChatTokenizer.from_folder(config.ckpt, policy.model.config.vocab_size)
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
     if folder:
         progress = json.loads((folder / "trainer.json").read_text())

@@ -138,7 +138,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
 def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float]]:
     """Play RLPA's dialogues with the starting policy; returns them and what they cost, and writes both down."""
     config, env, collected = state.config, state.env, []
-    start, calls_before = time.perf_counter(), train_rlpa.endpoint_counts(env)
+    start, calls_before = time.perf_counter(), env.calls()
     with (folder / "dialogues.jsonl").open("w") as file:
         for i in tqdm(range(state.num_iterations), desc="collecting", unit="it"):
             batch = partial(train_rlpa.persona_batch, replace(state, iteration=i))
@@ -146,7 +146,7 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
             dialogues = train_rlpa.play_batch(state.policy.model, state.chat, batch, play, config, env)
             file.writelines(json.dumps(asdict(dialogue)) + "\n" for dialogue in dialogues)
             collected += dialogues
-    budget = budget_of(collected) | (train_rlpa.endpoint_counts(env) - calls_before)
+    budget = budget_of(collected) | (env.calls() - calls_before)
     budget["seconds"] = round(time.perf_counter() - start, 1)
     collection = {"settings": {name: getattr(config, name) for name in COLLECTED}, "budget": budget}
     (folder / "collection.json").write_text(json.dumps(collection, indent=1) + "\n")  # last: the dialogues are whole
@@ -197,7 +197,7 @@ def dialogue_of(record: dict) -> Dialogue:
 
 def teachers(turn: Turn, config: Offline) -> list[Candidate]:
     """Return the candidates of a turn to learn from: [best] or, with dpo, [best, worst]; none if they teach nothing."""
-    rewards = [turn_reward(c, config) if c.judged else math.inf for c in turn.candidates]
+    rewards = [c.reward if c.judged else math.inf for c in turn.candidates]
     best, worst = rewards[turn.chosen], min(rewards)
     if config.method == "sft":
         return [turn.winner] if best >= config.min_reward else []
