@@ -120,7 +120,7 @@ def wrong(run: Path) -> Counter[str]:
         check("counts of dialogues", record["dialogues"] == len(played) == config["rollout_batch_size"])
         check("counts of dropped dialogues", record["dialogues_dropped"] == len(played) - len(whole))
         check("counts of action tokens", record["action_tokens"] == sum(c["tokens"] for c in scored))
-        mean = sum(c["profile_reward"] + c["response_reward"] for c in scored) / max(1, len(scored))
+        mean = sum(c["reward"] for c in scored) / max(1, len(scored))
         check("mean rewards", math.isclose(record["reward"], mean, abs_tol=1e-6))
         for episode in whole:
             check("lengths", len(episode["turns"]) == config["max_turns"])

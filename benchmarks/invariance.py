@@ -81,7 +81,8 @@ def random_dialogue(index: int) -> Dialogue:
         for _ in range(2):
             ids = [rng.randrange(60) for _ in range(rng.randint(2, 9))]
             candidates.append(Candidate(ids, [-4.0 - rng.random() / 10 for _ in ids], "stop", profile_tokens=1))
-            candidates[-1].profile_reward, candidates[-1].response_reward = rng.random(), float(rng.random() < 0.5)
+            candidates[-1].parts = {"profile": rng.random(), "response": float(rng.random() < 0.5)}
+            candidates[-1].reward = sum(candidates[-1].parts.values())
         dialogue.turns.append(Turn("", history, candidates, chosen=rng.randrange(2)))
         history = history + candidates[dialogue.turns[-1].chosen].token_ids
     return dialogue

@@ -157,13 +157,13 @@ def measure(dialogues: list[Dialogue], turns: int, writes_profile: bool) -> dict
     for i, dialogue in enumerate(dialogues):
         for t, turn in enumerate(dialogue.turns if dialogue.dropped is None else []):
             reply = turn.winner
-            values = {"AL": 100 * reply.response_reward, "max_f1": reply.ledger["max_f1"], **reply.verdicts}
+            values = {"AL": 100 * reply.parts["response"], "max_f1": reply.ledger["max_f1"], **reply.verdicts}
             before = [earlier.winner.response for earlier in dialogue.turns[:t]]
             values |= {"tokens": subjects.tokens_of(reply), **guards(reply, before, turn.user_text)}
             if not writes_profile:
                 values |= dict.fromkeys(PROFILE_GUARDS, math.nan)
             else:
-                values |= {"f1": reply.profile_reward, "evidence_f1": reply.ledger["evidence_f1"]}
+                values |= {"f1": reply.parts["profile"], "evidence_f1": reply.ledger["evidence_f1"]}
                 values |= {"valid": reply.failure is None}
             for name, value in values.items():
                 measured[name][i, t] = value

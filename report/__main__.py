@@ -240,9 +240,10 @@ def dialogue_view(record: Record) -> Record:
 def candidate_view(candidate: Record, facts: list, told: list[int], past: list, before: list[str]) -> Record:
     """Return what the page shows of one candidate; its text as sampled only where it could not be parsed."""
     lines, missing = mark_profile(candidate["profile"], facts, told, past, before)
-    names = ("response", "failure", "profile_reward", "response_reward", "ledger", "tokens", "mean_logprob")
+    names = ("response", "failure", "reward", "ledger", "tokens", "mean_logprob")
     view = {name: candidate.get(name) for name in (*names, "stop_reason")}
     view |= {"lines": lines, "missing": missing, "judged": candidate.get("judged", True)}
+    view["parts"] = candidate.get("parts", {})
     view["verdicts"] = [candidate["verdicts"].get(name) for name in rewards.VERDICTS]
     return view | ({"text": candidate["text"]} if candidate["failure"] else {})
 
