@@ -1,11 +1,15 @@
-"""Qwen-2.5 by hand: modules, a KV cache, a critic, and Hugging Face safetensors in and out.
+"""Qwen-2.5 by hand: modules, a critic and a KV cache.
 
-Parameter names and shapes are Hugging Face's: weights load without a map, and a save loads in `transformers` and vLLM.
-Left out, and refused by name when a config asks for it: RoPE scaling, sliding windows, other activations.
+Parameter names and shapes are Hugging Face's. So weights load without renaming, and what is saved loads in
+`transformers` and vLLM (`learners/weights.py` reads and writes checkpoints). RoPE scaling, sliding windows and other
+activations are not implemented; a config that asks for one is refused by name.
 
-Reading order: config, norm, rotary positions, attention, MLP, trunk, policy, critic, cache, checkpoints. What decodes
-with the cache is `sampler.py`. Shapes: B rows, T padded tokens, N packed tokens, S cache slots read, D hidden, H/Hkv
-heads, Dh head dim, V vocabulary. Tests: `pytest tests/test_model.py`.
+Reading order: config, norm, rotary positions, attention, MLP, trunk, policy, critic, KV cache. `sampler.py` decodes
+with the cache. Tests: `pytest tests/test_model.py`.
+
+Letters: B rows (dialogues), T tokens of a row, padding included (B = 1 where the token trees of a micro-batch are
+packed into one row), N tokens packed without padding to continue rows of the cache, S cache slots, L layers, D hidden,
+H query heads, Hkv key and value heads, Dh width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ class Qwen2Config:
 
     @property
     def head_dim(self) -> int:
-        """Give the width Dh of one attention head."""
+        """Return the width Dh of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
@@ -104,7 +108,7 @@ class Qwen2Config:
             raise ValueError(f"cannot read {path}: {error}") from None
 
     def to_dict(self) -> dict:
-        """Give the content of a `config.json` that `transformers` and vLLM load."""
+        """Return the content of a `config.json` that `transformers` and vLLM load."""
         return {**IMPLEMENTED, **asdict(self)}
 
 
@@ -112,7 +116,7 @@ class Qwen2Config:
 
 
 class RMSNorm(nn.Module):
-    """Add to the residual stream, and scale by the root mean square: y = weight * x / sqrt(mean(x^2) + eps)."""
+    """Add to the residual stream, then normalise it: y = weight * x / sqrt(mean(x^2) + eps)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -120,17 +124,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Give the norm of x + delta (..., dim), and x + delta itself: the stream that goes on."""
+        """Return the norm of x + delta (..., dim), and x + delta itself, the residual stream from here on."""
         if delta is None:
             return rmsnorm(x, self.weight, self.eps), x
         return rmsnorm(delta, self.weight, self.eps, residual=x)
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Give cos and sin of the rotation angles, (B, T, 1, Dh/2) fp32, one frequency per pair of channels.
+    """Return cos and sin of the rotation angles, (B, T, 1, Dh/2) fp32, one angle for each pair of channels.
 
-    angle[p, i] = p * theta^(-2i / Dh)   (RoFormer, arXiv:2104.09864 eq. 15). Computed per forward: no table to store,
-    no longest position to guess.
+    angle[p, i] = p * theta^(-2i / Dh)   (RoFormer, arXiv:2104.09864 eq. 15). Every forward computes its own, so that
+    there is no table to store and no longest position to choose.
     """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[:, :, None, None].float() * (1.0 / theta ** (channels / head_dim))
@@ -138,7 +142,10 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Tree | None) -> Tensor:
-    """Attend with queries (B, H, T, Dh) to keys and values (B, Hkv, S, Dh); mask None is causal; give (B, H, T, Dh)."""
+    """Attend with queries (B, H, T, Dh) to keys and values (B, Hkv, S, Dh); return (B, H, T, Dh).
+
+    mask: a token tree, or (T, S) bool, True where a query sees a key; None: causal.
+    """
     if isinstance(mask, Tree):
         return tree_attention(q, k, v, mask)
     if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -159,7 +166,10 @@ class Attention(nn.Module):
         self.head_dim, self.layer_idx = config.head_dim, layer_idx
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], context: Tree | Cached | None) -> Tensor:
-        """Mix the tokens of x (B, T, D): each attends to what the context says, or, without one, to those before it."""
+        """Return (B, T, D): what each token of x (B, T, D) reads from the tokens that it sees.
+
+        context: a token tree or rows of a KV cache; None: a token sees itself and those before it in its row.
+        """
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, Dh)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, Dh)
@@ -187,9 +197,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the MLP, each fed a normed copy of the residual stream and added to it.
+    """Attention, then the MLP: each reads a normed copy of the residual stream, and its output is added to the stream.
 
-    An addition and the norm of its sum are one kernel, so what the MLP adds is handed on with the stream, unadded.
+    One kernel does an addition and the norm of the sum. So a layer returns the MLP's output beside the stream, and the
+    first norm of the next layer adds it.
     """
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
@@ -206,7 +217,10 @@ class DecoderLayer(nn.Module):
         tables: tuple[Tensor, Tensor],
         context: Tree | Cached | None,
     ) -> tuple[Tensor, Tensor]:
-        """Give the stream x (B, T, D) and the next delta to it; delta None: there is none yet."""
+        """Return the stream (B, T, D) and the MLP's output, which is not added yet.
+
+        delta: the previous layer's output, not added to x yet; None in the first layer.
+        """
         normed, x = self.input_layernorm(x, delta)
         normed, x = self.post_attention_layernorm(x, self.self_attn(normed, tables, context))
         return x, self.mlp(normed)
@@ -216,7 +230,7 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2Model(nn.Module):
-    """The trunk that policy and critic share in kind: embedding, decoder layers, final norm."""
+    """The trunk: embedding, decoder layers, final norm. Policy and critic have one each."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -224,16 +238,17 @@ class Qwen2Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False  # keep each layer's input only, and compute the layer again in the backward
+        self.checkpointing = False  # True: keep only each layer's input, and compute the layer again in the backward
 
     def forward(
         self, token_ids: Tensor, position_ids: Tensor | None = None, context: Tree | Cached | None = None
     ) -> Tensor:
-        """Give hidden states after the final norm, (B, T, D), for token_ids (B, T) long.
+        """Return hidden states after the final norm, (B, T, D), for token_ids (B, T) long.
 
-        Rows are right-padded and attention is causal, so that padding at the end of a row is harmless. With a context,
-        all tokens stand in one row (B = 1) and need position_ids (1, T): token trees (`Tree`), or tokens that continue
-        rows of a KV cache (`Cached`), where their keys and values are stored. Raises ValueError on other shapes.
+        Without a context attention is causal. Padding stands at the end of a row, so no real token sees it.
+        With a context all tokens stand in one row (B = 1), and position_ids (1, T) are needed. The context is a `Tree`,
+        for packed token trees, or `Cached`, for tokens that continue rows of a KV cache: their keys and values are
+        stored there. Raises ValueError for other shapes.
         """
         if token_ids.dim() != 2:
             raise ValueError(f"token_ids must be (B, T), got {tuple(token_ids.shape)}")
@@ -246,15 +261,15 @@ class Qwen2Model(nn.Module):
             raise ValueError(f"position_ids must be {(B, T)}, got {tuple(position_ids.shape)}")
         tables = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         x, delta = self.embed_tokens(token_ids), None  # (B, T, D)
-        again = self.checkpointing and torch.is_grad_enabled()
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             inputs = (x, delta, tables, context)
-            x, delta = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+            x, delta = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         return self.norm(x, delta)[0]
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """The policy: a trunk and a head, which is the embedding itself when `tie_word_embeddings`."""
+    """The policy: a trunk and a head. With `tie_word_embeddings` the embedding is the head."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -264,19 +279,19 @@ class Qwen2ForCausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, *args, **kwargs) -> Tensor:
-        """Give hidden states (B, T, D), arguments as `Qwen2Model.forward`; the head is the caller's.
+        """Return hidden states (B, T, D); arguments as for `Qwen2Model.forward`. The caller applies the head.
 
-        Training never builds [tokens, V] logits, and sampling needs them for a row's last token only.
+        Training never builds the logits of all tokens, and sampling needs those of a row's last token only.
         """
         return self.model(token_ids, *args, **kwargs)
 
     @property
     def head_weight(self) -> Tensor:
-        """Give the head's weight (V, D)."""
+        """Return the head's weight (V, D)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Give logits (..., V) fp32 of hidden (..., D); half-precision products are not rounded on the way."""
+        """Return logits (..., V) fp32 of hidden (..., D): products of half-precision numbers are summed in fp32."""
         weight = self.head_weight
         if weight.dtype == torch.float32:
             return F.linear(hidden, weight)
@@ -296,13 +311,14 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, token_ids: Tensor, *args, **kwargs) -> Tensor:
-        """Give values (B, T) fp32: the return expected after each token; arguments as `Qwen2Model.forward`."""
-        values = values_of(self.model(token_ids, *args, **kwargs), self.value_head.weight)
-        return values.clone()  # sharding hangs its hooks on an output, which must not be a view
+        """Return values (B, T) fp32, the return expected after each token; arguments as for `Qwen2Model.forward`."""
+        hidden = self.model(token_ids, *args, **kwargs)
+        values = F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
+        return values.clone()  # sharding puts hooks on the output, which must not be a view
 
     @classmethod
     def from_policy(cls, policy: Qwen2ForCausalLM, seed: int = 0) -> Critic:
-        """Copy the policy's trunk, and draw a value head."""
+        """Make a critic: a copy of the policy's trunk, and a new random value head."""
         with torch.device("meta"):
             critic = cls(policy.config)
         critic.model.load_state_dict({k: v.detach().clone() for k, v in policy.model.state_dict().items()}, assign=True)
@@ -311,7 +327,7 @@ class Critic(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """The critic without a trunk: it reads values off the policy's hidden states."""
+    """A critic without a trunk: a linear map from the policy's hidden states to values."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -319,25 +335,20 @@ class ValueHead(nn.Module):
         self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Give values (...) fp32 of the policy's hidden states (..., D)."""
-        return values_of(hidden, self.value_head.weight)
+        """Return values (...) fp32 of the policy's hidden states (..., D)."""
+        return F.linear(hidden.float(), self.value_head.weight.float()).squeeze(-1)
 
     @classmethod
     def from_policy(cls, policy: Qwen2ForCausalLM, seed: int = 0) -> ValueHead:
-        """Draw a value head for the policy's trunk."""
+        """Make a new random value head for the policy's trunk."""
         with torch.device("meta"):
             critic = cls(policy.config)
         critic.value_head.weight = draw_value_head(policy, seed)
         return critic
 
 
-def values_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Give the product (...) fp32 of hidden states (..., D) and a value head (1, D), computed in fp32."""
-    return F.linear(hidden.float(), weight.float()).squeeze(-1)
-
-
 def draw_value_head(policy: Qwen2ForCausalLM, seed: int) -> nn.Parameter:
-    """Draw a value head (1, D) from N(0, std 1 / (D + 1)), so that first values are near 0."""
+    """Draw a value head (1, D) from N(0, std 1 / (D + 1)), so that the first values are near 0."""
     D, like = policy.config.hidden_size, policy.head_weight
     head = torch.randn(1, D, generator=torch.Generator().manual_seed(seed)) / (D + 1)
     return nn.Parameter(head.to(like.device, like.dtype))
@@ -366,8 +377,8 @@ def random_policy(config: Qwen2Config, seed: int) -> Qwen2ForCausalLM:
 class KVCache:
     """Keys and values of B rows, per layer (B, Hkv, capacity, Dh), all on one device.
 
-    It is only storage: who owns a row, and how many of its slots are in use, its user knows (`sampler.py`). Slots that
-    are not in use hold stale numbers, which nobody reads.
+    It is storage only. The sampler knows which dialogue a row belongs to, and how many of its slots are in use. The
+    other slots hold old numbers, which no query reads.
     """
 
     def __init__(
@@ -378,40 +389,38 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
+        self.shape = rows, capacity  # B and slots of each row
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        # Zeros, not empty: a hidden slot has weight 0, but 0 * NaN would be NaN.
+        # Zeros, not empty: a masked slot has weight 0, but 0 * NaN would be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Give the number of rows and each one's capacity in tokens."""
-        return self.keys[0].shape[0], self.keys[0].shape[2]
-
-    @property
     def nbytes(self) -> int:
-        """Give the bytes held by keys and values."""
+        """Return the bytes of all keys and values."""
         return sum(t.nbytes for t in self.keys + self.values)
 
     def move(self, kept: list[int], rows: int, capacity: int) -> None:
-        """Change the size; row i becomes a copy of the old row kept[i], the rest is empty."""
-        old_capacity = self.shape[1]
+        """Change the size: new row i is a copy of old row kept[i], cut or padded to capacity; the others are 0."""
+        shared, self.shape = min(capacity, self.shape[1]), (rows, capacity)
         index = torch.tensor(kept, dtype=torch.long, device=self.keys[0].device)
         for tensors in (self.keys, self.values):
-            for layer_idx, old in enumerate(tensors):  # layer by layer: the old tensor is released before the next
+            for layer_idx, old in enumerate(tensors):  # layer by layer: each old tensor is freed before the next
                 tensors[layer_idx] = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
-                shared = min(capacity, old_capacity)
                 torch.index_select(old[:, :, :shared], 0, index, out=tensors[layer_idx][: len(kept), :, :shared])
 
     def adopt(self, row: int, prompt: int, tokens: int, candidate: int, n: int) -> None:
-        """Move the candidate's tokens, every nth slot behind the prompt, together: a plain sequence again."""
+        """Keep one of a row's n candidates: move its tokens, which lie n slots apart, next to one another.
+
+        The row then holds `prompt` slots of prompt and `tokens` of the candidate, one after another.
+        """
         for stored in self.keys + self.values:
             own = stored[row, :, prompt + candidate : prompt + n * tokens : n]
             stored[row, :, prompt : prompt + tokens] = own.clone()  # the two overlap
 
 
 class Chunk(NamedTuple):
-    """Tokens [first, last) of a forward: the new ones of one row, which has `used` slots in use with them."""
+    """Tokens [first, last) of a forward: the new tokens of one cache row, which then has `used` slots in use."""
 
     row: int
     first: int
@@ -421,9 +430,10 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Cached:
-    """What N tokens of one packed row attend to: rows of a KV cache, in which they are stored themselves.
+    """What N packed tokens attend to: rows of a KV cache, where their own keys and values are stored first.
 
-    Either they are one new token of each running candidate (`decoding`), or consecutive ones of some rows (`chunks`).
+    The tokens are either one new token of each running candidate (`decoding`), or several new tokens of each of some
+    rows, one row after another (`chunks`).
     """
 
     cache: KVCache
@@ -433,7 +443,7 @@ class Cached:
     chunks: Sequence[Chunk] = ()
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Store k and v (N, Hkv, Dh), and give what the queries q (N, H, Dh) find in their rows, (N, H, Dh)."""
+        """Store k and v (N, Hkv, Dh) in the cache, then attend with q (N, H, Dh) to its rows; return (N, H, Dh)."""
         keys, values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
         cos, sin = tables[0][0], tables[1][0]  # (N, 1, Dh/2)
         q = rope_into_cache(q, k, v, cos, sin, keys, values, self.rows, self.slots)
@@ -448,14 +458,14 @@ class Cached:
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """Give who sees whom in each chunk, (T, S) bool, once for all layers: the last T of S slots ask.
+        """Return each chunk's mask (new tokens, S) bool, True where a token sees a slot; made once for all layers.
 
-        None for a row's first chunk: causal.
+        The new tokens stand in the last of the S slots. None for a chunk that begins its row: plain causal attention.
         """
         masks = []
         for _, first, last, used in self.chunks:
-            T, mask = last - first, None
-            if T < used:
-                mask = torch.ones(T, used, dtype=torch.bool, device=self.rows.device).tril_(used - T)
+            new, mask = last - first, None
+            if new < used:
+                mask = torch.ones(new, used, dtype=torch.bool, device=self.rows.device).tril_(used - new)
             masks.append(mask)
         return masks

@@ -1,16 +1,21 @@
 """Sample many dialogues at once with a KV cache: candidates join and leave the batch at any step.
 
-    start    a dialogue takes a row of the cache; of its prompt, only what the row does not hold is computed
-    step     what was started is prefilled, and every running candidate of every dialogue gets its next token
-    adopt    the chosen candidate's keys and values are kept as part of the row, the others' are forgotten
+    start    a dialogue takes a row of the cache and queues its prompt; tokens that the row holds already are kept
+    step     the queued prompts are prefilled, and every running candidate of every dialogue samples its next token
+    adopt    the chosen candidate's keys and values stay in the row, behind the prompt; the others' are dropped
 
-A dialogue that waits for its user keeps its row ("parked") while others decode. When memory is short, a parked one
-loses it, and its prompt is computed again later; when all rows decode, `start` says so, and the dialogue waits.
+A dialogue that waits for its user keeps its row while others decode: it is parked. When memory is short, a parked
+dialogue loses its row, and its whole prompt is computed again later. When every row is decoding, `start` returns False,
+and the caller tries again later.
 
-What a candidate samples depends on its prompt and its seed, not on its neighbours or on when it joined. There is no
-top-k or top-p: while training data is collected, the sampled distribution must be the policy itself.
+A candidate's tokens depend on its prompt and its seed, and neither on the other candidates nor on when it joined. There
+is no top-k or top-p: while training data is collected, the sampled distribution must be the policy's own.
 
-Shapes: B rows of the cache, n candidates each, R running candidates, N tokens of a prefill, D hidden, V vocabulary.
+What the device knows of a running candidate is one column of seven integers, its lane: the token to feed next, that
+token's position and slot, the number of tokens sampled, the cache row, row * n + candidate, and the seed.
+
+Letters: B rows (dialogues) of the cache, n candidates of each, R running candidates (lanes), N packed tokens of a
+prefill (all new tokens of the queued prompts), D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,31 +39,31 @@ from model import Cached, Chunk, KVCache, Qwen2ForCausalLM, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
 BUCKETS = (1, 2, 4, 8, *range(16, 1025, 16))  # numbers of candidates that a CUDA graph is captured for
-TOKEN, POSITION, SLOT, STEP, ROW, PLACE, SEED = range(7)  # what a lane knows of its candidate
+TOKEN, POSITION, SLOT, STEP, ROW, PLACE, SEED = range(7)  # the seven rows of `lanes`
 
 
 @dataclass
 class Draw:
-    """One candidate: what was sampled so far, and why it ended."""
+    """One candidate: what it has sampled so far, and why it ended."""
 
     key: int  # its dialogue
     candidate: int
     token_ids: list[int] = field(default_factory=list)  # the stop id included
     logprobs: list[float] = field(default_factory=list)  # nats, of each sampled id
-    stop_reason: str = ""  # "stop": a stop id was sampled; "length": max_new_tokens were; "": it runs
+    stop_reason: str = ""  # "stop": it sampled a stop id; "length": it has max_new_tokens; "": it is still running
 
 
 @dataclass
 class Row:
-    """What a row of the cache holds: a dialogue's ids, and the candidates of its turn."""
+    """What a row of the cache holds: the ids of a dialogue, and the candidates of its current turn."""
 
     key: int
-    token_ids: list[int]  # keys and values of these are stored, from slot 0 on
+    token_ids: list[int]  # their keys and values are stored, from slot 0 on; the candidates' lie behind them
     draws: list[Draw] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
-        """Say whether a candidate is still being sampled."""
+        """Say whether one of the candidates is still running."""
         return any(not draw.stop_reason for draw in self.draws)
 
 
@@ -66,15 +71,16 @@ class Sampler:
     """Rows of a KV cache, and the candidates that are decoding in them.
 
     Args:
-        policy: samples; its weights must not change while the sampler is used.
+        policy: the model that samples; its weights must not change while the sampler is used.
         n: candidates per dialogue.
         max_new_tokens: most ids sampled per candidate, at least 1.
         stop_ids: ids that end a candidate.
         temperature: divides the logits; 0 is greedy.
-        batch_size: dialogues that decode at once: n times as many candidates.
-        max_rows: dialogues that keep their keys and values.
-        kv_bytes: bytes that the cache may take; None: as many as max_rows need.
-        lag: 1: the host reads tokens one step late, so that a GPU never waits for it; 0: at once; None: 1 on CUDA.
+        batch_size: most dialogues that decode at once; each has n candidates.
+        max_rows: most rows of the cache, that is, dialogues that keep their keys and values.
+        kv_bytes: most bytes of the cache; None: as many as max_rows need.
+        lag: steps by which the host reads sampled tokens late: 1, so that a GPU never waits for the host, or 0; None: 1
+            on CUDA, else 0.
     """
 
     def __init__(
@@ -94,10 +100,11 @@ class Sampler:
             raise ValueError(
                 f"{n=}, {max_new_tokens=}, {batch_size=} and {max_rows=} must be at least 1, {temperature=} at least 0"
             )
-        if lag not in (None, 0, 1):  # a row has no slots for more steps after its last
+        if lag not in (None, 0, 1):  # a candidate that has ended runs on for `lag` steps, and has slots for one only
             raise ValueError(f"{lag=} must be 0 or 1")
         self.policy, self.n, self.max_new_tokens, self.temperature = policy, n, max_new_tokens, temperature
         self.stop_ids, self.batch_size, self.max_rows = frozenset(stop_ids), batch_size, max_rows
+        self.turn_slots = n * max_new_tokens  # what a turn needs behind its prompt
         head = policy.head_weight
         self.device, self.kv_bytes = head.device, kv_bytes
         self.lag = lag if lag is not None else int(head.is_cuda)
@@ -106,11 +113,11 @@ class Sampler:
         self.bytes_per_slot = KVCache(policy.config, 1, 1, head.dtype, "meta").nbytes
         self.rows: list[Row | None] = []
         self.queued: list[tuple[int, int, list[int], list[int]]] = []  # row, kept tokens, prompt, seeds
-        self.draws: list[Draw] = []  # of the lanes, in their order
+        self.draws: list[Draw] = []  # the running candidates, in the order of their lanes
         self.lanes = torch.zeros(7, 0, dtype=torch.long, device=self.device)  # (7, R)
-        self.stride = torch.tensor([0, 1, n, 1, 0, 0, 0], device=self.device)[:, None]  # what a step adds to a lane
-        self.padding = torch.tensor([0, 0, 0, 0, -1, -1, 0], device=self.device)[:, None]  # a lane that is nobody's
-        self.pending: deque[tuple[list[Draw], Tensor, Tensor]] = deque()  # sampled, not yet read by the host
+        self.stride = torch.tensor([0, 1, n, 1, 0, 0, 0], device=self.device)[:, None]  # what each step adds to a lane
+        self.padding = torch.tensor([0, 0, 0, 0, -1, -1, 0], device=self.device)[:, None]  # a lane of no candidate
+        self.pending: deque[tuple[list[Draw], Tensor, Tensor]] = deque()  # sampled, but not read by the host yet
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by bucket: graph, lanes, log-probs
         self.trunk = cached_trunk(policy)
         self.resize([], 0, 0)
@@ -119,13 +126,14 @@ class Sampler:
 
     @property
     def running(self) -> int:
-        """Give the number of candidates that are being sampled or wait for their prefill."""
+        """Return the number of candidates that are running or wait for their prefill."""
         return len(self.draws) + self.n * len(self.queued)
 
     def start(self, key: int, prompt_ids: list[int], seeds: Sequence[int]) -> bool:
-        """Begin a turn of a dialogue: n candidates for its prompt, one seed each. False: no room now, try again later.
+        """Start a turn of a dialogue: queue n candidates for its prompt, with one seed each.
 
-        Raises ValueError for an id that is not in the vocabulary, and when the prompt could not even be decoded alone.
+        Returns False if there is no room now; try again after some steps. Raises ValueError for an id outside the
+        vocabulary, and for a prompt that has too little memory even if it decodes alone.
         """
         if not prompt_ids or len(seeds) != self.n:
             raise ValueError(f"{len(prompt_ids)} ids and {len(seeds)} seeds; at least one id and {self.n} seeds needed")
@@ -136,61 +144,52 @@ class Sampler:
             )
         if self.running + self.n > self.batch_size * self.n:
             return False
-        index = self.find_row(key, self.slots_of(len(prompt_ids)))
+        slots = len(prompt_ids) + self.turn_slots
+        if slots > self.cache.shape[1] and not self.grow(key, slots):
+            return False
+        index = self.index_of(key)
+        if index is None:
+            index = self.rows.index(None) if None in self.rows else self.evict()
         if index is None:
             return False
-        row = self.rows[index]
-        # The last id is always computed, for the next token is predicted from it.
-        kept = min(common_prefix(row.token_ids, prompt_ids), len(prompt_ids) - 1)
+        stored = self.rows[index].token_ids if self.rows[index] else []
+        kept, most = 0, min(len(stored), len(prompt_ids) - 1)  # the last id is always computed: it predicts the next
+        while kept < most and stored[kept] == prompt_ids[kept]:
+            kept += 1
         self.counts.update(tokens_prefilled=len(prompt_ids) - kept, tokens_kept=kept)
-        row.token_ids, row.draws = prompt_ids, [Draw(key, c) for c in range(self.n)]
+        self.rows[index] = Row(key, prompt_ids, [Draw(key, c) for c in range(self.n)])
         self.queued.append((index, kept, prompt_ids, list(seeds)))
         return True
 
     def fits(self, length: int) -> bool:
-        """Say whether a dialogue with a prompt of so many tokens can decode at all, with the whole cache for itself."""
-        return self.kv_bytes is None or self.slots_of(length) * self.bytes_per_slot <= self.kv_bytes
-
-    def slots_of(self, length: int) -> int:
-        """Give the slots that a dialogue with a prompt of so many tokens needs while it decodes."""
-        return length + self.n * self.max_new_tokens
+        """Say whether a dialogue whose prompt has this length can decode if the whole cache is its own."""
+        return self.kv_bytes is None or (length + self.turn_slots) * self.bytes_per_slot <= self.kv_bytes
 
     def adopt(self, key: int, candidate: int) -> None:
-        """Keep what the row holds of this candidate behind its prompt; the next prompt may go on from there."""
+        """Keep the keys and values of this candidate, and drop the others': the next prompt can continue from there."""
         index = self.index_of(key)
-        if index is None:  # the row was lost while its candidates were judged: the next prompt is computed whole
+        if index is None:  # it lost its row while the candidates were judged: the next prompt is computed as a whole
             return
         row = self.rows[index]
-        stored = row.draws[candidate].token_ids[:-1]  # the last sampled id was never fed
+        stored = row.draws[candidate].token_ids[:-1]  # the last sampled id was not fed, and has no key
         if self.n > 1 and stored:
             self.cache.adopt(index, len(row.token_ids), len(stored), candidate, self.n)
         row.token_ids, row.draws = row.token_ids + stored, []
 
     def forget(self, key: int) -> None:
-        """Give up a dialogue's row, if it has one and does not decode."""
+        """Free the row of a dialogue, if it has one. It must not be decoding."""
         index = self.index_of(key)
         if index is not None:
             self.rows[index] = None
 
     def index_of(self, key: int) -> int | None:
-        """Give the row of a dialogue."""
+        """Return the index of a dialogue's row, or None if it has none."""
         return next((i for i, row in enumerate(self.rows) if row is not None and row.key == key), None)
 
     # ------------------------------------------------------------------------------------------------- rows and memory
 
-    def find_row(self, key: int, slots: int) -> int | None:
-        """Give a dialogue's row, or an empty one for it, with so many slots; None if all memory is decoding."""
-        if slots > self.cache.shape[1] and not self.grow(key, slots):
-            return None
-        index = self.index_of(key)
-        if index is None:
-            index = self.rows.index(None) if None in self.rows else self.evict()
-        if index is not None and self.rows[index] is None:
-            self.rows[index] = Row(key, [])
-        return index
-
     def evict(self) -> int | None:
-        """Empty the row of the parked dialogue that has the least to lose."""
+        """Free the row of the parked dialogue with the fewest tokens; return its index, or None if none is parked."""
         parked = [i for i, row in enumerate(self.rows) if not row.running]
         if not parked:
             return None
@@ -200,7 +199,11 @@ class Sampler:
         return index
 
     def grow(self, key: int, slots: int) -> bool:
-        """Make rows of at least so many slots: by half at least, where memory allows. False: too much is decoding."""
+        """Enlarge the rows to at least this many slots: by half, or less where memory allows no more.
+
+        Longer rows can mean fewer rows, so parked dialogues may lose theirs. Returns False if too many rows are
+        decoding. Raises ValueError if the budget is too small for one such row.
+        """
         running = [i for i, row in enumerate(self.rows) if row is not None and row.running]
         for capacity in (max(slots, self.cache.shape[1] * 3 // 2), slots):
             rows = self.max_rows
@@ -224,7 +227,7 @@ class Sampler:
         return True
 
     def resize(self, kept: list[int], rows: int, capacity: int) -> None:
-        """Keep these rows as the first ones of a cache of another size."""
+        """Change the size of the cache; these rows are kept and become its first ones."""
         if self.cache.shape[0]:
             self.cache.move(kept, rows, capacity)
         else:
@@ -237,7 +240,7 @@ class Sampler:
         self.lengths, self.growth = torch.zeros_like(self.prompt), torch.zeros_like(self.prompt)
         self.members = torch.full((rows, self.n), -1, device=self.device)
         width = 0 if self.temperature == 0 or use_triton(self.policy.head_weight) else self.max_new_tokens + self.lag
-        self.uniforms = torch.zeros(rows, self.n, width, device=self.device)  # the torch path's, drawn ahead
+        self.uniforms = torch.zeros(rows, self.n, width, device=self.device)  # for the torch path, drawn ahead of time
         if kept:
             index = torch.tensor(kept, device=self.device)
             self.prompt[: len(kept)], self.uniforms[: len(kept)] = old_prompt[index], old_uniforms[index]
@@ -254,15 +257,17 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> list[Draw]:
-        """Prefill what was started and sample one token for every running candidate; give those that ended."""
+        """Prefill the queued prompts and sample one token for every running candidate; return those that ended."""
         ended = self.prefill() if self.queued else []
         if self.draws:
-            token, logprob = self.decode()
+            # The torch path reads numbers on the host, which a CUDA graph cannot.
+            graphs = self.device.type == "cuda" and use_triton(self.policy.head_weight)
+            token, logprob = self.replay() if graphs else self.advance(self.lanes)
             ended += self.read(self.draws, token, logprob)
         return ended
 
     def prefill(self) -> list[Draw]:
-        """Compute what is new of the queued prompts, and sample each candidate's first token."""
+        """Prefill the queued prompts in groups of at most PREFILL_TOKENS; return the candidates that ended at once."""
         ended, group = [], []
         for job in self.queued:
             if group and sum(len(p) - kept for _, kept, p, _ in [*group, job]) > PREFILL_TOKENS:
@@ -273,7 +278,10 @@ class Sampler:
         return ended + self.prefill_group(group)
 
     def prefill_group(self, group: list[tuple[int, int, list[int], list[int]]]) -> list[Draw]:
-        """Compute new prompt tokens as one packed row of N, and let the candidates of these dialogues join."""
+        """Compute the N new tokens of these prompts, packed one after another, and sample each candidate's first token.
+
+        The candidates join the lanes. Returns those that ended with their first token.
+        """
         chunks, rows, slots, token_ids = [], [], [], []
         for row, kept, prompt, _ in group:
             chunks.append(Chunk(row, len(token_ids), len(token_ids) + len(prompt) - kept, len(prompt)))
@@ -282,7 +290,7 @@ class Sampler:
             token_ids += prompt[kept:]
         token_ids, rows, slots = torch.tensor([token_ids, rows, slots], device=self.device)  # (N,) each
         hidden = self.compute(token_ids, slots, Cached(self.cache, rows, slots, chunks=chunks))  # (N, D)
-        last = hidden[torch.tensor([chunk.last - 1 for chunk in chunks], device=self.device)]  # (J, D)
+        last = hidden[torch.tensor([chunk.last - 1 for chunk in chunks], device=self.device)]  # (prompts, D)
         lanes = torch.tensor(
             [
                 [0, len(prompt), len(prompt) + c, 0, row, row * self.n + c, seeds[c]]
@@ -290,7 +298,7 @@ class Sampler:
                 for c in range(self.n)
             ],
             device=self.device,
-        ).T.contiguous()  # (7, J n)
+        ).T.contiguous()  # (7, prompts * n)
         joined = lanes[ROW, :: self.n]
         self.prompt[joined] = lanes[POSITION, :: self.n]
         if self.uniforms.shape[2]:
@@ -305,14 +313,14 @@ class Sampler:
         return self.read(draws, token, logprob)
 
     def compute(self, token_ids: Tensor, position_ids: Tensor, context: Cached) -> Tensor:
-        """Give the hidden states (N, D) of tokens that continue rows of the cache."""
+        """Return the hidden states (N, D) of tokens that continue rows of the cache."""
         if self.trunk is None:
             return self.policy(token_ids[None], position_ids[None], context)[0]
         where = context.rows, context.slots, self.cache.keys, self.cache.values, context.decoding
         return self.trunk(token_ids, position_ids, *where)
 
     def sample(self, hidden: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw each lane's next id from hidden (R, D); give ids (R,) and log-probs (R,)."""
+        """Sample each lane's next id from hidden (R, D); return ids (R,) and log-probs (R,)."""
         uniforms = None
         if self.uniforms.shape[2]:
             uniforms = self.uniforms.flatten(0, 1)[lanes[PLACE], lanes[STEP]]
@@ -320,28 +328,26 @@ class Sampler:
             uniforms = hidden.new_zeros(len(hidden))
         return sample_head(hidden, self.policy.head_weight, self.temperature, lanes[SEED], lanes[STEP], uniforms)
 
-    def decode(self) -> tuple[Tensor, Tensor]:
-        """Sample every lane's next token: on CUDA by replaying a graph, which the host only launches."""
-        if self.device.type != "cuda" or not use_triton(self.policy.head_weight):  # the torch path reads on the host
-            return self.advance(self.lanes)
+    def replay(self) -> tuple[Tensor, Tensor]:
+        """Do what `advance` does for all lanes, by replaying a CUDA graph of it, which is a single launch."""
         bucket = next((size for size in BUCKETS if size >= len(self.draws)), len(self.draws))
         if bucket not in self.graphs:
             self.capture(bucket)
         graph, lanes, logprobs = self.graphs[bucket]
         R = len(self.draws)
-        if self.lanes.data_ptr() != lanes.data_ptr():  # who runs has changed
+        if self.lanes.data_ptr() != lanes.data_ptr():  # other candidates run than in the last replay
             lanes[:, :R], lanes[:, R:] = self.lanes, self.padding
             self.lanes = lanes[:, :R]
         graph.replay()
         return lanes[TOKEN, :R].clone(), logprobs[:R].clone()
 
     def capture(self, bucket: int) -> None:
-        """Capture `advance` for so many lanes; those in excess are padding, which belongs to no row."""
+        """Capture `advance` for this many lanes; excess lanes are padding, which belongs to no row."""
         lanes = self.padding.repeat(1, bucket)
         lengths = self.lengths.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a first run compiles kernels and chooses algorithms, which a capture cannot
+        with torch.cuda.stream(side):  # the first run compiles and tunes, which a capture cannot
             self.advance(lanes.clone())
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -351,7 +357,7 @@ class Sampler:
         self.graphs[bucket] = graph, lanes, logprobs
 
     def advance(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed each lane (7, R) its token and sample the next, in place; nothing here waits for the device."""
+        """Feed each lane's token and sample the next one, in lanes (7, R) in place; the host does not wait for it."""
         rows = Rows(self.prompt, self.lengths, self.members, lanes[PLACE])
         context = Cached(self.cache, lanes[ROW], lanes[SLOT], rows)
         hidden = self.compute(lanes[TOKEN], lanes[POSITION], context)  # (R, D)
@@ -362,22 +368,25 @@ class Sampler:
         return token, logprob
 
     def use_lanes(self, lanes: Tensor) -> None:
-        """Let these candidates run: say which lane is whose, and how many slots each row has in use."""
+        """Run these lanes from here on: note which lane belongs to which candidate, and each row's slots in use."""
         self.lanes, rows, R = lanes, lanes[ROW], lanes.shape[1]
         self.members.fill_(-1)
         self.members.view(-1)[lanes[PLACE]] = torch.arange(R, device=self.device)
         self.growth.zero_()
-        self.lengths[rows] = self.prompt[rows] + self.n * lanes[STEP]  # with the token that is fed next
+        self.lengths[rows] = self.prompt[rows] + self.n * lanes[STEP]  # the token that is fed next included
         self.growth[rows] = self.n
 
     def read(self, draws: list[Draw], token: Tensor, logprob: Tensor) -> list[Draw]:
-        """Note what was sampled, up to `lag` steps late; candidates that ended leave the lanes."""
+        """Append sampled tokens to their draws, up to `lag` steps late; candidates that ended leave the lanes.
+
+        Returns the draws that ended.
+        """
         self.pending.append((draws, token, logprob))
         ended = []
         while len(self.pending) > self.lag:
             draws, token, logprob = self.pending.popleft()
             for draw, token_id, value in zip(draws, token.tolist(), logprob.tolist(), strict=True):
-                if draw.stop_reason:  # it ended while this step was under way
+                if draw.stop_reason:  # it ended in the step before, which the host has read only now
                     continue
                 draw.token_ids.append(token_id)
                 draw.logprobs.append(value)
@@ -424,7 +433,7 @@ def kv_budget(config: Config, device: torch.device) -> int:
 
 
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
-    """Give a policy's trunk as one C++ call, or None where torch or Triton computes it."""
+    """Return a policy's trunk as one C++ call, or None where torch or Triton computes it."""
     config, weights = policy.config, policy.model.state_dict()
     if config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight) or not is_small(weights.values()):
         return None
@@ -432,15 +441,6 @@ def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
     cos, sin = (x[0, :, 0].contiguous() for x in rope_tables(positions[None], config.head_dim, config.rope_theta))
     heads = config.num_attention_heads, config.num_key_value_heads
     return CachedTrunk(weights, *heads, config.rms_norm_eps, cos, sin)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count the leading ids that two rows share.
-
-    >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def generate(
@@ -453,9 +453,9 @@ def generate(
     temperature: float = 1.0,
     seeds: Sequence[int] | None = None,
 ) -> list[Draw]:
-    """Sample n continuations of each prompt; candidate c of prompt b is draw b * n + c.
+    """Sample n continuations of each prompt, without a conversation; candidate c of prompt b is draw b * n + c.
 
-    `seeds` are one per draw; None: new ones off torch's global generator, or none where greedy sampling draws nothing.
+    seeds: one per draw; None: from torch's global generator. Greedy sampling (temperature 0) needs none.
     """
     if seeds is None:
         seeds = torch.randint(2**31, (len(prompts) * n,)).tolist() if temperature > 0 else [0] * (len(prompts) * n)
@@ -466,7 +466,7 @@ def generate(
         policy, n=n, max_new_tokens=max_new_tokens, stop_ids=stop_ids, temperature=temperature, batch_size=size,
         max_rows=size,
     )  # fmt: skip
-    for b in sorted(range(size), key=lambda b: -len(prompts[b])):  # the longest first: the cache need not grow
+    for b in sorted(range(size), key=lambda b: -len(prompts[b])):  # the longest first, so that the cache need not grow
         sampler.start(b, prompts[b], seeds[b * n : b * n + n])
     ended = []
     while sampler.running:

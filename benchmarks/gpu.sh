@@ -2,8 +2,8 @@
 # All that a GPU can say about the kernels, within 8 minutes:   bash benchmarks/gpu.sh DIR
 #
 # Writes to DIR: versions.txt, correctness.log (tests/triton_*.py, native, at Qwen-2.5's sizes), table.txt and bench.json
-# (tests/test_bench_kernels.py). Needs torch >= 2.11, triton >= 3.6, pytest, pytest-benchmark, numpy, safetensors and
-# tokenizers (which brings huggingface_hub, that model.py imports) in $PYTHON; peers
+# (tests/test_bench_kernels.py). Needs torch >= 2.11, triton >= 3.6, pytest, pytest-benchmark, numpy and what the trainer
+# imports (safetensors, tokenizers, huggingface_hub, requests, tqdm) in $PYTHON; peers
 # (requirements-bench.txt) are measured if they are there. Without a CUDA device the kernels run in Triton's interpreter
 # and the benchmarks at a tiny size, to test this script; it then ends with status 3.
 set -uo pipefail

@@ -159,8 +159,8 @@ def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int 
 class Plan:
     """What the bytes on one device depend on, besides the model's config."""
 
-    tokens: int = 16_384  # N: tree tokens of one forward and backward (--microbatch-tokens, or one larger dialogue)
-    actions: int = 14_000  # sampled ids among them
+    tokens: int = 16_384  # T: tree tokens of one forward and backward (--microbatch-tokens, or one larger dialogue)
+    actions: int = 14_000  # N: sampled ids among them
     blocks: tuple[tuple[int, int | None], ...] = ()  # of torch's tree attention on a CPU; () in C++ and on CUDA
     several_microbatches: bool = True  # gradients of earlier micro-batches are there already
     cache_tokens: int = 256 * 4096  # slots of the KV cache: rows x capacity

@@ -22,7 +22,7 @@ except ImportError:  # there is no Triton for macOS: the torch paths serve
 BACKENDS = ("auto", "triton", "torch")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOWEST = -1e30  # "−∞" before the first number of a running maximum, finite because −∞ − −∞ is NaN
-_backend = "auto"
+chosen = "auto"  # what `set_backend` was told last
 
 
 def set_backend(name: str) -> None:
@@ -32,22 +32,17 @@ def set_backend(name: str) -> None:
     Traceback (most recent call last):
     ValueError: kernels 'cuda': choose auto, triton or torch (--kernels)
     """
-    global _backend
+    global chosen
     if name not in BACKENDS:
         raise ValueError(f"kernels {name!r}: choose auto, triton or torch (--kernels)")
     if name == "triton" and (triton is None or not (torch.cuda.is_available() or INTERPRETED)):
         raise ValueError("--kernels triton needs triton and a CUDA device; --kernels torch runs here")
-    _backend = name
-
-
-def backend() -> str:
-    """Give the path that was chosen: auto, triton or torch."""
-    return _backend
+    chosen = name
 
 
 def use_triton(x: Tensor) -> bool:
     """Say whether a call on this tensor runs the Triton path."""
-    return _backend == "triton" or _backend == "auto" and x.is_cuda and triton is not None
+    return chosen == "triton" or chosen == "auto" and x.is_cuda and triton is not None
 
 
 def jit(do_not_specialize: tuple[str, ...] = ()):

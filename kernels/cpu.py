@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.backend import backend
+from kernels import backend
 from kernels.rows import Rows
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp")]
@@ -75,7 +75,7 @@ class Tokens(Structure):
 class TreeTokens(Structure):
     """Where the tokens of token trees stand, as in cpu_tree.cpp."""
 
-    _fields_ = [*((name, c_int64) for name in ("N", "H", "HKV")), ("enter", Pointer), ("leave", Pointer)]
+    _fields_ = [*((name, c_int64) for name in ("T", "H", "HKV")), ("enter", Pointer), ("leave", Pointer)]
 
 
 # --------------------------------------------------------------------------------------------------------- the library
@@ -143,7 +143,8 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
 
 def use_cpu(x: Tensor) -> bool:
     """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built."""
-    return backend() == "auto" and x.dtype == torch.float32 and x.device.type == "cpu" and load_library()[0] is not None
+    fp32_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    return backend.chosen == "auto" and fp32_on_cpu and load_library()[0] is not None
 
 
 def is_small(weights: Iterable[Tensor]) -> bool:
@@ -228,12 +229,12 @@ def sample(hidden: Tensor, weight: Tensor, temperature: float, uniforms: Tensor)
 
 
 def tree_tokens(q: Tensor, k: Tensor, spans: Tensor) -> TreeTokens:
-    """Describe trees to C++: spans (2, N) int32 are enter and leave of each token."""
+    """Describe trees to C++: spans (2, T) int32 are enter and leave of each token."""
     return TreeTokens(len(q), q.shape[1], k.shape[1], spans[0].data_ptr(), spans[1].data_ptr())
 
 
 def tree_forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend with q (N, H, Dh) to k and v (N, Hkv, Dh), contiguous; return o (N, H, Dh) and each softmax's sum (H, N).
+    """Attend with q (T, H, Dh) to k and v (T, Hkv, Dh), contiguous; return o (T, H, Dh) and each softmax's sum (H, T).
 
     The latter as its logarithm, of the scores q·k/√Dh.
     """
@@ -244,7 +245,7 @@ def tree_forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> tuple[Tensor
 
 
 def tree_backward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor, lse: Tensor, g: Tensor) -> list[Tensor]:
-    """Return the gradients of q, k and v for an upstream gradient g (N, H, Dh), contiguous."""
+    """Return the gradients of q, k and v for an upstream gradient g (T, H, Dh), contiguous."""
     found = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
     pointers = (x.data_ptr() for x in (q, k, v, out, lse, g, *found))
     load_library()[0].tree_backward(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)

@@ -6,15 +6,15 @@
 // Trees lie one after another, and the first token of each is its root: enter and leave of a root are where it begins
 // and where the next one does.
 //
-// q, o and their gradients are (N, H, DH), k, v and theirs (N, HKV, DH); lse (H, N) is log Σ exp of each softmax.
+// q, o and their gradients are (T, H, DH), k, v and theirs (T, HKV, DH); lse (H, T) is log Σ exp of each softmax.
 
 #include <thread>
 
 #include "cpu_vectors.h"
 
 struct TreeTokens {
-    i64 N, H, HKV;
-    const int32_t *enter, *leave;  // (N,): j is seen by i if enter[j] <= enter[i] < leave[j]
+    i64 T, H, HKV;
+    const int32_t *enter, *leave;  // (T,): j is seen by i if enter[j] <= enter[i] < leave[j]
 };
 
 namespace {
@@ -31,7 +31,7 @@ struct Tile {
     std::vector<int32_t> seen;
 
     // Find the tokens that a query of this tile may see: all are its own or come before it.
-    Tile(const TreeTokens& t, i64 first) : t(t), first(first), count(std::min<i64>(W, t.N - first)) {
+    Tile(const TreeTokens& t, i64 first) : t(t), first(first), count(std::min<i64>(W, t.T - first)) {
         int32_t low = t.enter[first], high = low;
         for (int lane = 0; lane < W; lane++) {
             enter[lane] = lane < count ? t.enter[first + lane] : -1;
@@ -43,7 +43,7 @@ struct Tile {
             if (t.enter[j] <= high && t.leave[j] > low) seen.push_back(j);
     }
 
-    // x[d][lane] of rows (N, heads, DH)
+    // x[d][lane] of rows (T, heads, DH)
     void transpose(const float* rows, i64 heads, i64 head, float scale, float* x) const {
         for (int lane = 0; lane < W; lane++) {
             const float* row = rows + ((first + (lane < count ? lane : 0)) * heads + head) * DH;
@@ -134,7 +134,7 @@ struct Tile {
 template <int DH>
 std::vector<Tile<DH>> tiles_of(const TreeTokens& t) {
     std::vector<Tile<DH>> tiles;
-    for (i64 first = 0; first < t.N; first += W) tiles.emplace_back(t, first);
+    for (i64 first = 0; first < t.T; first += W) tiles.emplace_back(t, first);
     return tiles;
 }
 
@@ -159,7 +159,7 @@ void forward_head(const Tile<DH>& tile, const float* q, const float* k, const fl
     for (int lane = 0; lane < tile.count; lane++) {
         for (int d = 0; d < DH; d++)
             o[((tile.first + lane) * t.H + head) * DH + d] = out[d * W + lane] / sum[lane];
-        lse[head * t.N + tile.first + lane] = top[lane] + std::log(sum[lane]);
+        lse[head * t.T + tile.first + lane] = top[lane] + std::log(sum[lane]);
     }
 }
 
@@ -181,7 +181,7 @@ void backward_head(const Tile<DH>& tile, const float* q, const float* k, const f
         float sum = 0.0f;
         for (int d = 0; d < DH; d++) sum += d_o[at + d] * o[at + d];
         delta[lane] = sum;
-        norm[lane] = lse[head * t.N + tile.first + lane];
+        norm[lane] = lse[head * t.T + tile.first + lane];
     }
     tile.dots(x, k + kv, stride, p);
     tile.hide(p);

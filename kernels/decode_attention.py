@@ -59,20 +59,20 @@ def reference_decode(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Ten
 @jit(do_not_specialize=("capacity", "splits"))
 def decode_kernel(
     q, keys, values, prompt, lengths, members, sums, stats, capacity, splits, scale,
-    HKV: tl.constexpr, G: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, CANDIDATES: tl.constexpr, DH: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attend with queries [block * M, ...) of the N * G of row `program_id` 0 to one split of the row's slots.
+    """Attend with queries [block * M, ...) of the CANDIDATES * G of row `program_id` 0 to one split of the row's slots.
 
-    q (R, H, DH); keys, values (B, HKV, capacity, DH); prompt, lengths (B,); members (B, N). Out, of running candidates
-    only: sums (R, H, splits, DH), unless the split is empty, and stats (R, H, splits, 2). DIM is DH rounded up to a
-    power of 2.
+    q (R, H, DH); keys, values (B, HKV, capacity, DH); prompt, lengths (B,); members (B, CANDIDATES). Out, of running
+    candidates only: sums (R, H, splits, DH), unless the split is empty, and stats (R, H, splits, 2). DIM is DH rounded
+    up to a power of 2.
     """
     row = tl.program_id(0).to(tl.int64)
     head, block = tl.program_id(1) % HKV, tl.program_id(1) // HKV
     split = tl.program_id(2)
     query = block * M + tl.arange(0, M)  # candidate query // G, head query % G of the group
-    member = tl.load(members + row * N + query // G, mask=query < N * G, other=-1).to(tl.int32)
+    member = tl.load(members + row * CANDIDATES + query // G, mask=query < CANDIDATES * G, other=-1).to(tl.int32)
     if tl.max(member, 0) < 0:
         return
     real = member >= 0
@@ -107,8 +107,8 @@ def decode_kernel(
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         seen = (slot < stop)[None, :]
-        if N > 1:
-            own = (slot - shared) % N
+        if CANDIDATES > 1:
+            own = (slot - shared) % CANDIDATES
             seen &= (slot < shared)[None, :] | (own[None, :] == (query // G)[:, None])
         z = tl.where(seen, tl.dot(x, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 1))
@@ -177,25 +177,7 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
     return out
 
 
-# ------------------------------------------------------------------------------------------------- the public function
-
-
-def check(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> None:
-    """Raise ValueError unless q (R, H, Dh), keys and values (B, Hkv, capacity, Dh) and rows fit together."""
-    if q.dim() != 3 or not len(q) or rows.place.shape != (len(q),):
-        raise ValueError(f"q must be (R, H, Dh) with R > 0, got {tuple(q.shape)} for {len(rows.place)} candidates")
-    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] != q.shape[2]:
-        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
-        raise ValueError(f"{shapes} must both be (B, Hkv, capacity, {q.shape[2]})")
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("keys and values must be contiguous: give the whole cache, and not a part of each row")
-    if not q.dtype == keys.dtype == values.dtype:
-        raise ValueError(f"q is {q.dtype}, keys {keys.dtype}, values {values.dtype}; they must be of one dtype")
-    if q.shape[1] % keys.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
-    B = len(keys)
-    if rows.members.dim() != 2 or not B == len(rows.prompt) == len(rows.lengths) == len(rows.members):
-        raise ValueError(f"{B} cache rows; prompt and lengths must be ({B},), members ({B}, n)")
+# ------------------------------------------------------------------------------------ the torch path, public function
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
@@ -238,7 +220,20 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Ten
     >>> decode_attention(torch.zeros(1, 1, 2), torch.zeros(1, 1, 3, 2), values, rows)  # candidate 0: slots 0 and 1
     tensor([[[2., 3.]]])
     """
-    check(q, keys, values, rows)
+    if q.dim() != 3 or not len(q) or rows.place.shape != (len(q),):
+        raise ValueError(f"q must be (R, H, Dh) with R > 0, got {tuple(q.shape)} for {len(rows.place)} candidates")
+    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] != q.shape[2]:
+        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        raise ValueError(f"{shapes} must both be (B, Hkv, capacity, {q.shape[2]})")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous: give the whole cache, and not a part of each row")
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"q is {q.dtype}, keys {keys.dtype}, values {values.dtype}; they must be of one dtype")
+    if q.shape[1] % keys.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
+    B = len(keys)
+    if rows.members.dim() != 2 or not B == len(rows.prompt) == len(rows.lengths) == len(rows.members):
+        raise ValueError(f"{B} cache rows; prompt and lengths must be ({B},), members ({B}, n)")
     if use_triton(q):
         return launch(q.contiguous(), keys, values, rows)
     return attend_rows(q, keys, values, rows)

@@ -1,4 +1,8 @@
-"""What the three head kernels share: fp32 matrix products in a bounded workspace, tiles, and sums of gradients."""
+"""What the three head kernels share: fp32 matrix products in a bounded workspace, tiles, and sums of gradients.
+
+Letters: N rows of a head, one per action token; D hidden, V vocabulary. A tile of the (N, V) logits has n of the rows
+and v of the ids.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,21 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def new_workspace(nbytes: int, hidden: Tensor, V: int) -> Tensor:
-    """Return room for nbytes of logits, or for all (N, V) if they are fewer, flat, in the dtype of sums over hidden."""
+    """Return a flat buffer of nbytes for logits, or of fewer if all (N, V) need fewer, in the dtype of sums."""
     dtype = sum_dtype(hidden)
     everything = len(hidden) * (-(-V // 128) * 128)  # whole tiles
     return torch.empty(min(nbytes // dtype.itemsize, max(128, everything)), dtype=dtype, device=hidden.device)
 
 
 def matmul(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
-    """Return a (M, K) @ b (K, N), (M, N) fp32, in a flat fp32 workspace; half-precision products stay unrounded."""
+    """Return a @ b in fp32, written to the start of a flat fp32 workspace; nothing is rounded to half precision."""
     out = workspace[: len(a) * b.shape[1]].view(len(a), b.shape[1])
     add_matmul(a, b, out, first=True)
     return out
 
 
 def add_matmul(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-    """Add a (M, K) @ b (K, N) to out (M, N) fp32, or, the first time, write it there, whatever out held before."""
+    """Add a @ b to out, fp32. The first time the product overwrites what out held, which need not be initialised."""
     if a.dtype != out.dtype and not a.is_cuda:
         a, b = a.to(out.dtype), b.to(out.dtype)  # a CPU has no product of half-precision matrices that sums in fp32
     dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
@@ -41,9 +45,10 @@ def add_matmul(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
 
 
 class HeadGradients:
-    """Sum up the gradients of hidden (N, D) and weight (V, D) from tiles of the gradient of hidden @ weight.T.
+    """Sum up the gradients of hidden (N, D) and weight (V, D) from tiles of the gradient of the logits.
 
-    Sums are fp32 whatever the inputs' dtype: rounding each tile's part to bf16 would bias them.
+    The logits are hidden @ weight.T. Sums are fp32 for inputs of any dtype, because rounding the part of each tile to
+    bf16 would bias them.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
@@ -53,13 +58,13 @@ class HeadGradients:
         self.weight = empty(weight) if weight.requires_grad else None
 
     def add(self, rows: slice, ids: slice, dz: Tensor) -> None:
-        """Add one tile's part; tiles come in the order of `tile_slices`."""
+        """Add the part of one tile, dz (n, v); tiles must come in the order of `tile_slices`."""
         hidden, weight = self.inputs
         add_matmul(dz, weight[ids], self.hidden[rows], first=ids.start == 0)
         if self.weight is None:
             return
         whole = self.weight.dtype == self.hidden.dtype
-        if rows.start == 0:  # a buffer for these ids alone, where the weight's own gradient cannot hold fp32
+        if rows.start == 0:  # these ids' gradient; a buffer of its own where the weight's gradient is not fp32
             self.part = self.weight[ids] if whole else torch.empty_like(weight[ids], dtype=self.hidden.dtype)
         add_matmul(dz.T, hidden[rows], self.part, first=rows.start == 0)
         if not whole and rows.stop == len(hidden):
@@ -67,13 +72,13 @@ class HeadGradients:
 
 
 def row_blocks(x: Tensor) -> list[slice]:
-    """Cut the rows of x (n, v) so that several passes over a block find it in the cache; one block on CUDA."""
+    """Cut the rows of x (n, v) into blocks that fit in a core's cache, for several passes each; one block on CUDA."""
     rows = len(x) if x.is_cuda else max(1, CACHED_ELEMENTS // x.shape[1])
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def tile_slices(N: int, V: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (N, V) into tiles of at most `elements`: rows and ids of each, all rows before the next ids.
+    """Cut (N, V) into tiles of at most `elements` logits; yield the rows and ids of each, all rows before the next ids.
 
     >>> [(rows.stop, ids.stop) for rows, ids in tile_slices(3, 300, 512)]
     [(3, 128), (3, 256), (3, 300)]
@@ -108,12 +113,12 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
 
 
 def keep_targets(z: Tensor, columns: Tensor, z_y: Tensor) -> None:
-    """Write to z_y (n,) the logit of each row's target, if its column is in this tile z (n, v)."""
+    """Copy each target's logit from tile z (n, v) to z_y (n,), for rows whose target column is in the tile."""
     inside = (columns >= 0) & (columns < z.shape[1])
     z_y.copy_(torch.where(inside, z.gather(1, (columns * inside)[:, None])[:, 0], z_y))
 
 
 def add_at_targets(dz: Tensor, columns: Tensor, g: Tensor) -> None:
-    """Add g (n, 1) to each row's target, if its column is in this tile dz (n, v)."""
+    """Add g (n, 1) to the target's element of each row of tile dz (n, v), for rows whose target is in the tile."""
     inside = (columns >= 0) & (columns < dz.shape[1])
     dz.scatter_add_(1, (columns * inside)[:, None], g * inside[:, None])

@@ -5,7 +5,7 @@
     KL(p ‖ r) = Σⱼ pⱼ δⱼ          ∂/∂zⱼ = pⱼ (δⱼ − KL)
 
 The usual estimates (KL_ESTIMATORS in `train_rlpa.py`) see only the sampled token. This sees the whole vocabulary, for
-one more matrix product. Six running sums are updated tile by tile, as in `linear_logprob`, and one for the gap:
+one more matrix product. Seven running numbers are updated tile by tile, as in `linear_logprob`; the last sums the gap:
 
     m, s, u, z_y of the policy        m′, s′ of the reference        c = Σ exp(z − m) ((z − m) − (z′ − m′))
 
@@ -42,7 +42,7 @@ def reference_kl(hidden, weight, ref_hidden, ref_weight, targets, temperature=1.
 
 @jit(do_not_specialize=("first", "stats_stride"))
 def fold_kl_kernel(
-    logits, ref_logits, targets, stats, first, V, stride, stats_stride, inv_temperature,
+    logits, ref_logits, targets, stats, first, v, stride, stats_stride, inv_temperature,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fold row `program_id` of two tiles into its m, s, u, z_y, m′, s′ and c."""
@@ -53,9 +53,9 @@ def fold_kl_kernel(
     m, s, u = tl.load(stats), tl.load(stats + stats_stride), tl.load(stats + 2 * stats_stride)
     ref_m, ref_s = tl.load(stats + 4 * stats_stride), tl.load(stats + 5 * stats_stride)
     c = tl.load(stats + 6 * stats_stride)
-    for start in range(0, V, BLOCK):
+    for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < V
+        inside = columns < v
         z = tl.load(logits + columns, mask=inside, other=float("-inf")) * inv_temperature
         ref_z = tl.load(ref_logits + columns, mask=inside, other=float("-inf")) * inv_temperature
         m_new, ref_m_new = tl.maximum(m, tl.max(z, 0)), tl.maximum(ref_m, tl.max(ref_z, 0))
@@ -74,13 +74,13 @@ def fold_kl_kernel(
     tl.store(stats + 5 * stats_stride, ref_s)
     tl.store(stats + 6 * stats_stride, c)
     target = tl.load(targets + row) - first
-    if (target >= 0) & (target < V):
+    if (target >= 0) & (target < v):
         tl.store(stats + 3 * stats_stride, tl.load(logits + target) * inv_temperature)
 
 
 @jit(do_not_specialize=("first", "rows_stride"))
 def dlogits_kl_kernel(
-    logits, ref_logits, out, targets, rows, first, V, stride, out_stride, rows_stride, inv_temperature,
+    logits, ref_logits, out, targets, rows, first, v, stride, out_stride, rows_stride, inv_temperature,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ∂/∂(h Wᵀ) of row `program_id`; `rows` holds m, log s, g, H, e, m′, log s′, KL and k of each row."""
@@ -94,9 +94,9 @@ def dlogits_kl_kernel(
     ref_m, ref_log_s = tl.load(rows + 5 * rows_stride), tl.load(rows + 6 * rows_stride)
     kl, k = tl.load(rows + 7 * rows_stride), tl.load(rows + 8 * rows_stride)
     target = tl.load(targets + row) - first
-    for start in range(0, V, BLOCK):
+    for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < V
+        inside = columns < v
         log_p = (tl.load(logits + columns, mask=inside, other=0.0) * inv_temperature - m) - log_s
         log_r = (tl.load(ref_logits + columns, mask=inside, other=0.0) * inv_temperature - ref_m) - ref_log_s
         p = tl.exp(log_p)
@@ -133,7 +133,7 @@ def fold_kl(logits, ref_logits, targets, first: int, temperature: float, stats: 
 
 
 def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, rows, dtype) -> Tensor:
-    """Turn the policy's tile into the gradient of h Wᵀ, in place where dtype is its own; rows (9, n) as the kernel."""
+    """Turn the policy's tile into the gradient of h Wᵀ, in place if it has this dtype; rows (9, n) as in the kernel."""
     out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     if use_triton(logits):
         strides = logits.stride(0), out.stride(0), rows.stride(0)
@@ -153,7 +153,7 @@ def dlogits_kl(logits, ref_logits, targets, first: int, temperature: float, rows
 
 
 def new_kl_stats(N: int, like: Tensor) -> Tensor:
-    """Return the seven running numbers of N rows before the first tile."""
+    """Return the running numbers (7, N) before the first tile."""
     stats = new_stats(N, like, numbers=7)
     stats[4] = LOWEST
     return stats

@@ -1,21 +1,23 @@
-"""Log-probability, entropy and log-sum-exp of chosen tokens, straight from hidden states.
+"""Log-probability, entropy and log-sum-exp of given tokens, straight from hidden states.
 
     z = h Wᵀ / τ      lse = log Σⱼ exp zⱼ      pⱼ = exp(zⱼ − lse)      log p(y) = z_y − lse      H = −Σⱼ pⱼ log pⱼ
 
     ∂/∂zⱼ = g (δⱼy − pⱼ) − e pⱼ (log pⱼ + H)        for upstream gradients g on log p(y) and e on H
 
-What it saves: N tokens have N · V logits; at V = 151,936 and N = 8,192 those are 4.98 GB in fp32, and a softmax with
-its gradient needs them three times. Here they exist for one tile at a time, in a workspace of a set size. A tile is a
-plain matrix product (cuBLAS, MKL: nothing by hand is faster) into fp32, because rounding logits to bf16 goes one to one
-into log p; then one row kernel folds it into four running numbers per token:
+What it saves: N tokens have N · V logits. At V = 151,936 and N = 8,192 those are 4.98 GB in fp32, and a softmax with
+its gradient needs them three times. Here only one tile of them exists at a time, in a workspace of a set size. A tile
+is a plain matrix product (of cuBLAS or MKL: nothing by hand is faster). It is in fp32, because rounding a logit to bf16
+would change log p by as much. Then one row kernel updates four running numbers per token:
 
     m = max z        s = Σ exp(z − m)        u = Σ exp(z − m) (z − m)        z_y
 
     log p(y) = (z_y − m) − log s        H = log s − u / s        (differences of small numbers, also for large logits)
 
-The backward computes each tile again and turns it into ∂/∂z in place, for two more products: 2NDV FLOP forward, 6NDV
-backward. Floor: the matrix products. The row kernel moves 4 bytes a logit forward, 4 to 8 backward, out of the L2 cache
-if the tile fits there. When the loss is known beforehand, `ppo_head` needs no second computation of the logits.
+The backward computes each tile again and turns it into ∂/∂z in place; two more products give the gradients: 2NDV FLOP
+forward, 6NDV backward. Floor: the matrix products. The row kernel moves 4 bytes a logit forward, 4 to 8 backward, out
+of the L2 cache if the tile fits there. Where the loss is known beforehand, `ppo_head` does not compute logits twice.
+
+Letters: N action tokens (the rows of the head), D hidden, V vocabulary; a tile has n of the N rows and v of the V ids.
 """
 
 from __future__ import annotations
@@ -42,33 +44,33 @@ def reference_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperatu
 
 
 @jit(do_not_specialize=("first", "stats_stride"))
-def fold_kernel(logits, targets, stats, first, V, logits_stride, stats_stride, inv_temperature, BLOCK: tl.constexpr):
-    """Fold row `program_id` of a tile, the logits of ids [first, first + V), into its m, s, u and z_y."""
+def fold_kernel(logits, targets, stats, first, v, logits_stride, stats_stride, inv_temperature, BLOCK: tl.constexpr):
+    """Fold row `program_id` of a tile, the logits of ids [first, first + v), into its m, s, u and z_y."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     stats += row
     m, s, u = tl.load(stats), tl.load(stats + stats_stride), tl.load(stats + 2 * stats_stride)
-    for start in range(0, V, BLOCK):
+    for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + columns, mask=columns < V, other=float("-inf")) * inv_temperature
+        z = tl.load(logits + columns, mask=columns < v, other=float("-inf")) * inv_temperature
         m_new = tl.maximum(m, tl.max(z, 0))
         e = tl.exp(z - m_new)
         scale = tl.exp(m - m_new)
-        # beyond V, e is 0 and z is −∞: their product would be NaN
-        u = scale * (u + (m - m_new) * s) + tl.sum(tl.where(columns < V, e * (z - m_new), 0.0), 0)
+        # beyond v, e is 0 and z is −∞: their product would be NaN
+        u = scale * (u + (m - m_new) * s) + tl.sum(tl.where(columns < v, e * (z - m_new), 0.0), 0)
         s = scale * s + tl.sum(e, 0)
         m = m_new
     tl.store(stats, m)
     tl.store(stats + stats_stride, s)
     tl.store(stats + 2 * stats_stride, u)
     target = tl.load(targets + row) - first
-    if (target >= 0) & (target < V):
+    if (target >= 0) & (target < v):
         tl.store(stats + 3 * stats_stride, tl.load(logits + target) * inv_temperature)
 
 
 @jit(do_not_specialize=("first", "rows_stride"))
 def dlogits_kernel(
-    logits, out, targets, rows, first, V, logits_stride, out_stride, rows_stride, inv_temperature,
+    logits, out, targets, rows, first, v, logits_stride, out_stride, rows_stride, inv_temperature,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ∂/∂(h Wᵀ) of row `program_id` of a tile; `rows` holds m, log s, g and, if ENTROPY, H and e of each row."""
@@ -78,14 +80,14 @@ def dlogits_kernel(
     rows += row
     m, log_s, g = tl.load(rows), tl.load(rows + rows_stride), tl.load(rows + 2 * rows_stride)
     target = tl.load(targets + row) - first
-    for start in range(0, V, BLOCK):
+    for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        log_p = (tl.load(logits + columns, mask=columns < V, other=0.0) * inv_temperature - m) - log_s
+        log_p = (tl.load(logits + columns, mask=columns < v, other=0.0) * inv_temperature - m) - log_s
         slope = g
         if ENTROPY:
             slope += tl.load(rows + 4 * rows_stride) * (log_p + tl.load(rows + 3 * rows_stride))
         dz = tl.where(columns == target, g, 0.0) - tl.exp(log_p) * slope
-        tl.store(out + columns, (dz * inv_temperature).to(out.dtype.element_ty), mask=columns < V)
+        tl.store(out + columns, (dz * inv_temperature).to(out.dtype.element_ty), mask=columns < v)
 
 
 # ------------------------------------------------------------------------------------ their launchers and their twins
@@ -135,7 +137,7 @@ def dlogits(logits: Tensor, targets: Tensor, first: int, temperature: float, row
 
 
 def new_stats(N: int, like: Tensor, numbers: int = 4) -> Tensor:
-    """Return the running numbers of N rows before the first tile."""
+    """Return the running numbers (numbers, N) before the first tile: m is −∞, all others are 0."""
     stats = torch.zeros(numbers, N, dtype=head.sum_dtype(like), device=like.device)
     stats[0] = LOWEST
     return stats

@@ -1,18 +1,20 @@
 """Attention over token trees: every token sees its ancestors and itself, and each is computed once.
 
 A dialogue with n candidates per turn is a tree: the longest path is its trunk, the other candidates branch off.
-Several trees lie one after another in one row of N tokens, without padding. Number the tokens of all trees in
+Several trees lie one after another in one row of T tokens, without padding. Number the tokens of all trees in
 depth-first order, and let `enter` be a token's number and `leave` the first number behind its descendants. Then
 
     j is an ancestor of i, or i itself      ⟺      enter[j] ≤ enter[i] < leave[j]
 
-two comparisons instead of an (N, N) mask, and no two trees ever see each other, since their numbers do not overlap.
+two comparisons instead of a (T, T) mask. No tree sees another one, because their numbers do not overlap.
 
-What it saves: a dense (N, N) mask costs N² work and memory, and most of it is False: branches do not see each other,
-nor the trunk behind them. Cut into blocks, a trunk of T tokens is plain causal attention (T²/2, and no mask at all),
-and a block of q branch tokens that leave the trunk before token P costs q (P + q). For 10 turns of 4 candidates that is
-about a quarter of the dense work by SDPA. On CUDA `flex_attention` skips blocks by the same rule, and on a CPU
-`cpu_tree.cpp` skips single tokens: a tile of 16 queries visits the tokens that one of them sees.
+What it saves: a dense (T, T) mask costs T² work and memory, and most of it is False: branches do not see each other,
+nor the part of the trunk behind them. Cut into blocks, a trunk of p tokens is plain causal attention (p²/2, and no mask
+at all), and a block of q branch tokens that leave the trunk before its token P costs q (P + q). For 10 turns of 4
+candidates that is about a quarter of the dense work by SDPA. On CUDA `flex_attention` skips blocks by the same rule. On
+a CPU `cpu_tree.cpp` skips single tokens: a tile of 16 queries visits only tokens that one of them sees.
+
+Letters: T tokens of the packed trees, H query heads, Hkv key and value heads, Dh width of a head.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ class Block(NamedTuple):
 class Tree:
     """Where the tokens of one or more packed trees stand, and how their attention is cut."""
 
-    enter: Tensor  # (N,) long
-    leave: Tensor  # (N,) long
-    blocks: Sequence[Block]  # their sizes add up to N
+    enter: Tensor  # (T,) long
+    leave: Tensor  # (T,) long
+    blocks: Sequence[Block]  # their sizes add up to T
     dtype: torch.dtype  # of the queries
     block_mask: object | None = None  # flex_attention's, on CUDA
 
@@ -70,7 +72,7 @@ class Tree:
 
     @cached_property
     def spans(self) -> Tensor:
-        """Give enter and leave as (2, N) int32, for C++."""
+        """Give enter and leave as (2, T) int32, for C++."""
         return torch.stack((self.enter, self.leave)).int()
 
 
@@ -82,9 +84,9 @@ def sees(tree: Tree, queries: Tensor, keys: Tensor) -> Tensor:
 
 def make_tree(enter: Tensor, leave: Tensor, blocks: Sequence[Block], dtype: torch.dtype) -> Tree:
     """Prepare what all layers share, for queries of this dtype; ValueError if the blocks do not add up."""
-    N = len(enter)
-    if leave.shape != (N,) or sum(block.size for block in blocks) != N or (blocks and blocks[0].prefix is not None):
-        raise ValueError(f"blocks of {[b.size for b in blocks]} tokens, the first a trunk, must be the {N} of enter")
+    T = len(enter)
+    if leave.shape != (T,) or sum(block.size for block in blocks) != T or (blocks and blocks[0].prefix is not None):
+        raise ValueError(f"blocks of {[b.size for b in blocks]} tokens, the first a trunk, must be the {T} of enter")
     if not enter.is_cuda:
         return Tree(enter, leave, blocks, dtype)
     from torch.nn.attention.flex_attention import create_block_mask
@@ -92,7 +94,7 @@ def make_tree(enter: Tensor, leave: Tensor, blocks: Sequence[Block], dtype: torc
     def ancestor(b, h, i, j):
         return (enter[j] <= enter[i]) & (enter[i] < leave[j])
 
-    mask = create_block_mask(ancestor, None, None, N, N, device=enter.device)
+    mask = create_block_mask(ancestor, None, None, T, T, device=enter.device)
     return Tree(enter, leave, blocks, dtype, mask)
 
 
@@ -111,7 +113,7 @@ def compiled_flex_attention():
 
 
 class TileAttention(torch.autograd.Function):
-    """The tiles of cpu_tree.cpp, for q (N, H, Dh), k and v (N, Hkv, Dh); keeps the outputs and each softmax's sum."""
+    """The tiles of cpu_tree.cpp, for q (T, H, Dh), k and v (T, Hkv, Dh); keeps the outputs and each softmax's sum."""
 
     @staticmethod
     def forward(ctx, q, k, v, spans):
@@ -126,17 +128,17 @@ class TileAttention(torch.autograd.Function):
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
-    """Attend with queries (1, H, N, Dh) to the keys and values (1, Hkv, N, Dh) of each token's ancestors, and its own.
+    """Attend with queries (1, H, T, Dh) to the keys and values (1, Hkv, T, Dh) of each token's ancestors, and its own.
 
     Raises ValueError when the tree has another number of tokens, or more than one row is given.
     """
-    N = len(tree.enter)
-    if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == N:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be one row of the tree's {N} tokens")
+    T = len(tree.enter)
+    if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == T:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be one row of the tree's {T} tokens")
     if q.is_cuda:
         return compiled_flex_attention()(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
     if cpu.use_cpu(q) and q.shape[3] in cpu.HEAD_DIMS:
-        rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, Dh): as the projections wrote them
+        rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, H, Dh): as the projections wrote them
         return TileAttention.apply(*rows, tree.spans).transpose(0, 1)[None]
     sizes = [block.size for block in tree.blocks]
     out = []

@@ -66,19 +66,19 @@ def with_tile(kernel, types: dict, tile: dict, aligned: tuple[str, ...], **const
 
 def head_cases() -> list[Case]:
     """List the row kernels of the three heads."""
-    row = dict(targets=INT64, first="i32", V="i32", inv_temperature="fp32")
+    row = dict(targets=INT64, first="i32", v="i32", inv_temperature="fp32")
     one = row | dict(logits=FP32, logits_stride="i32")
     both = row | dict(logits=FP32, ref_logits=FP32, stride="i32")
     grads = dict(rows=FP32, out_stride="i32", rows_stride="i32")
     stats = dict(stats=FP32, stats_stride="i32")
-    cases = [with_tile(fold_kernel, one | stats, HEAD_TILE, ("V", "logits_stride"))]
+    cases = [with_tile(fold_kernel, one | stats, HEAD_TILE, ("v", "logits_stride"))]
     for out in (BF16, FP32):
         for entropy in (False, True):
-            types, aligned = one | grads | dict(out=out), ("V", "logits_stride", "out_stride")
+            types, aligned = one | grads | dict(out=out), ("v", "logits_stride", "out_stride")
             cases.append(with_tile(dlogits_kernel, types, HEAD_TILE, aligned, ENTROPY=entropy))
-    cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("V", "stride")))
+    cases.append(with_tile(fold_kl_kernel, both | stats, KL_TILE, ("v", "stride")))
     for out in (BF16, FP32):
-        types, aligned = both | grads | dict(out=out), ("V", "stride", "out_stride")
+        types, aligned = both | grads | dict(out=out), ("v", "stride", "out_stride")
         cases.append(with_tile(dlogits_kl_kernel, types, KL_TILE, aligned))
     return cases
 
@@ -136,9 +136,9 @@ def decode_cases(model: Model) -> list[Case]:
     types |= dict.fromkeys(("prompt", "lengths", "members"), INT64)
     types |= dict(capacity="i32", splits="i32", scale="fp32")
     G, cases = model.H // model.Hkv, []
-    for N in (1, 4, 8):
-        M = min(most, max(16, 1 << (N * G - 1).bit_length()))
-        sizes = dict(HKV=model.Hkv, G=G, N=N, DH=model.Dh, M=M, DIM=model.Dh, UPCAST=False)
+    for n in (1, 4, 8):
+        M = min(most, max(16, 1 << (n * G - 1).bit_length()))
+        sizes = dict(HKV=model.Hkv, G=G, CANDIDATES=n, DH=model.Dh, M=M, DIM=model.Dh, UPCAST=False)
         cases.append(with_tile(decode.decode_kernel, types, tile, (), **sizes))
     types = dict(sums=FP32, stats=FP32, place=INT64, out=model.dtype, splits="i32")
     sizes = dict(H=model.H, DH=model.Dh, DIM=model.Dh)
