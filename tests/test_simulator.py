@@ -606,7 +606,7 @@ def test_an_embedded_user_is_added_by_one_line_of_the_table(monkeypatch):
             answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=20).json()
             assert answer["model"] == (model if model == "parrot" else "rule-user")
         listed = requests.get(f"{url}/v1/models", timeout=20).json()["data"]
-        assert [entry["id"] for entry in listed] == ["rule-user", "rule-user-2", "parrot"]
+        assert [entry["id"] for entry in listed] == list(simulator.EMBEDDED_USERS)
 
 
 def test_sixty_four_requests_at_once(address):

@@ -314,6 +314,7 @@ def test_unseen_values_stay_unseen(personas):
     assert all(any(fact in first.unseen_values() for fact in facts) for facts in personas["unseen"])
     met = {fact for facts in personas["unseen"] for fact in facts}
     assert first.unseen_values() <= met
+    assert tuple(first.VALUES) == ledger.SLOTS
     for slot, (seen, unseen) in first.VALUES.items():
         assert not set(seen) & set(unseen), slot
     warmup = [make_tiny.warmup_persona(random.Random(seed)) for seed in range(300)]
