@@ -1,6 +1,6 @@
 """The metrics of dialogues: `tally` counts what happened, `rates` turns the counts of all ranks into metrics.
 
-The README's glossary says what each metric means.
+docs/metrics.md says what each metric means.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dialogue import Candidate, Dialogue
 from worlds.first import unseen_values
 from worlds.ledger import asked_slots, content_words, disclosed, mentions, split_fact, words
 
-# Guards against reward hacking: means over replies, then figures of all replies together. README, "Metrics".
+# Guards against reward hacking: means over replies, then figures of all replies together. See docs/metrics.md.
 PROFILE_GUARDS = ("unsupported_lines", "duplicate_lines", "lines_recited")  # a reply without a profile has none of them
 GUARDS = ("reply_words", "reply_repeated", "question_repeated", "parroting", *PROFILE_GUARDS)
 DISTINCT = (1, 2)  # lengths of the word n-grams of distinct-n
@@ -118,7 +118,7 @@ def unseen_sums(dialogue: Dialogue, t: int) -> Counter:
 
 
 def rates(sums: Counter) -> dict[str, float]:
-    """Turn summed counts into metrics (README, "Metrics")."""
+    """Turn summed counts into metrics (docs/metrics.md)."""
     n = sums["candidates"] or math.nan  # what nobody played was not measured: it is not 0
     turns = [t for t in range(1, 1000) if sums[f"max_f1_turn{t}"] > 0]
     metrics = {
