@@ -11,6 +11,7 @@ Letters: T tree tokens of a micro-batch, N action tokens (sampled ids), D hidden
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -220,17 +221,17 @@ class Batch:
 
 def collate(dialogues: list[Packed]) -> Batch:
     """Make a micro-batch in the CPU's memory, without masks: small integers, kept while statistics and update run."""
-    lengths = [len(p.token_ids) for p in dialogues]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-
-    def row(name: str, shifted: bool) -> Tensor:
-        parts = [getattr(p, name) + start * shifted for p, start in zip(dialogues, starts, strict=True)]
-        return torch.cat(parts)
-
-    blocks = [block for p in dialogues for block in p.blocks]
-    tree = Tree(row("enter", True), row("leave", True), blocks, torch.float32)
-    inputs = (row("token_ids", False)[None], row("position_ids", False)[None], tree)
-    return Batch(dialogues, inputs, row("predict", True), row("targets", False))
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    start = 0
+    for p in dialogues:
+        for name in ("token_ids", "position_ids", "targets"):
+            rows[name].append(getattr(p, name))
+        for name in ("enter", "leave", "predict"):  # places in a dialogue become places in the row
+            rows[name].append(getattr(p, name) + start)
+        start += len(p.token_ids)
+    row = {name: torch.cat(parts) for name, parts in rows.items()}
+    tree = Tree(row["enter"], row["leave"], [block for p in dialogues for block in p.blocks], torch.float32)
+    return Batch(dialogues, (row["token_ids"][None], row["position_ids"][None], tree), row["predict"], row["targets"])
 
 
 def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
@@ -239,7 +240,8 @@ def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
     With --shard a forward is a collective call, so all ranks need equally many micro-batches. Ranks with fewer are
     padded with empty ones.
     """
-    minibatches = [[p for p in packed if p.minibatch == m] for m in range(minibatches_per_epoch(config))]
+    per_epoch = config.rollout_batch_size // config.minibatch_size
+    minibatches = [[p for p in packed if p.minibatch == m] for m in range(per_epoch)]
     parts = [microbatches(minibatch, config.microbatch_tokens) for minibatch in minibatches]
     if config.shard:
         most = all_max(torch.tensor([len(part) for part in parts])).tolist()
@@ -253,11 +255,6 @@ def no_dialogue() -> Packed:
     tree = dict(token_ids=zero, position_ids=zero, enter=zero, leave=zero + 1, blocks=[Block(1, None)])
     actions = dict(predict=none.long(), targets=none.long(), sampler_logprobs=none, advantages=none, returns=none)
     return Packed(minibatch=0, **tree, **actions, spans=[], row_tokens=0)
-
-
-def minibatches_per_epoch(config: Config) -> int:
-    """Return the optimizer steps of one pass over a rollout batch."""
-    return config.rollout_batch_size // config.minibatch_size
 
 
 def policy_hidden(policy: Qwen2ForCausalLM, batch: Batch) -> Tensor:

@@ -5,8 +5,8 @@ A dialogue is a generator (`train_rlpa.play_dialogue`). It yields what it waits 
     Ask       a call, which runs in a thread; the generator is resumed with what the call returns
     Sample    candidates for a prompt; the generator is resumed once all of them have ended and been scored
 
-`Scheduler` decodes the candidates of all dialogues together, one token a step, and resumes each dialogue when its turn
-has come. `Replies` holds the calls that are under way.
+`Scheduler` decodes the candidates of all dialogues together, one token a step, and uses the replies of the calls at
+fixed steps, so that the result does not depend on how fast replies come.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOOK_EVERY = 0.2  # seconds between two looks at the signals, while nothing can 
 
 
 class Ask(NamedTuple):
-    """A dialogue waits for what `call` returns. `call` runs in a thread and returns its errors."""
+    """A dialogue waits for what `call` returns. `call` runs in a thread, and errors that it knows are returned."""
 
     call: Callable[[], object]
 
@@ -39,7 +39,10 @@ class Sample:
     prompt_ids: list[int]
     seeds: list[int]
     score: Callable[[Draw], Ask | None]  # takes each candidate as it ends; the dialogue waits for its Ask, too
-    scored: int = field(default=0, init=False)  # candidates that need nothing more
+    unscored: int = field(init=False)  # candidates that the dialogue still waits for
+
+    def __post_init__(self) -> None:
+        self.unscored = len(self.seeds)
 
 
 Waits = Generator[Ask | Sample, Any, None]  # a dialogue, as the scheduler sees it
@@ -50,23 +53,38 @@ class Scheduler:
 
     Args:
         sampler: decodes the candidates; None where every dialogue only asks.
-        replies: the calls under way.
-        env: its signals end the play; its timers take the time of sampling and scoring.
+        config: --max-concurrency calls are made at once. A reply is used --reply-steps decode steps after its request,
+            neither earlier nor later, in the order of the requests: the result is the same to the last bit whatever the
+            latencies. With 0 a reply is used as soon as it has come: better where replies are slow and uneven, and
+            equal up to rounding. -1: 16, or 0 with live endpoints.
+        env: its signals end the play; its timers take the time of sampling, scoring and waiting.
     """
 
-    def __init__(self, sampler: Sampler | None, replies: Replies, env: Environment) -> None:
-        self.sampler, self.replies, self.env = sampler, replies, env
+    def __init__(self, sampler: Sampler | None, config: Config, env: Environment) -> None:
+        live = bool(config.simulator_url or config.judge_url) and not (config.record or config.replay)
+        self.steps = config.reply_steps if config.reply_steps >= 0 else 0 if live or sampler is None else 16
+        self.sampler, self.env = sampler, env
+        self.pool = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="reply")
+        self.calls: deque[tuple[int, Future, Callable]] = deque()  # due at this step; reply; what takes it
         self.ready: deque[tuple[Waits, Sample]] = deque()  # their prompts wait for room in the sampler
         self.sampling: dict[int, tuple[Waits, Sample]] = {}  # by key
+        self.clock = 0  # decode steps so far
 
     def run(self, dialogues: Iterable[Waits]) -> None:
         """Play all dialogues to their end, unless a signal comes."""
-        for dialogue in dialogues:
-            self.resume(dialogue, None)
-        while not self.env.signals and (self.ready or self.sampling or self.replies.waiting):
-            self.replies.hand_out(idle=not self.ready and not (self.sampler and self.sampler.running))
-            if self.sampler:
-                self.decode(self.sampler)
+        whole = False
+        try:
+            for dialogue in dialogues:
+                self.resume(dialogue, None)
+            while not self.env.signals and (self.ready or self.sampling or self.calls):
+                self.use_replies(idle=not self.ready and not (self.sampler and self.sampler.running))
+                if self.sampler:
+                    self.decode(self.sampler)
+            whole = not self.env.signals
+        finally:
+            if not whole:
+                self.env.hang_up()  # else the pool's threads would wait for their replies
+            self.pool.shutdown(cancel_futures=True)
 
     def resume(self, dialogue: Waits, reply: object) -> None:
         """Let a dialogue go on until it waits for something again, or is over."""
@@ -75,97 +93,68 @@ class Scheduler:
         except StopIteration:
             return
         if isinstance(wanted, Ask):
-            self.replies.request(wanted.call, lambda reply: self.resume(dialogue, reply))
+            self.request(wanted, lambda reply: self.resume(dialogue, reply))
         else:
             self.ready.append((dialogue, wanted))
 
-    def decode(self, sampler: Sampler) -> None:
-        """Sample one token for every candidate, and score the candidates that end with it."""
-        with self.env.timers("sampling"):
-            if self.replies.clock % JOIN_EVERY == 0 or not sampler.running:
-                self.start_ready(sampler)
-            ended = sampler.step()
-            self.replies.clock += 1
-        with self.env.timers("rewards"):
-            for draw in ended:
-                asked = self.sampling[draw.key][1].score(draw)
-                if asked:
-                    self.replies.request(asked.call, lambda _, key=draw.key: self.note_scored(key))
-                else:
-                    self.note_scored(draw.key)
+    def request(self, ask: Ask, then: Callable[[object], None]) -> None:
+        """Make a call in a thread; later, in this one, call `then` with what it returned."""
+        self.calls.append((self.clock + self.steps, self.pool.submit(ask.call), then))
 
-    def start_ready(self, sampler: Sampler) -> None:
-        """Start as many of the prompts that are ready as the sampler has room for, in their order."""
-        while self.ready:
-            wanted = self.ready[0][1]
-            if not sampler.start(wanted.key, wanted.prompt_ids, wanted.seeds):
-                return
-            self.sampling[wanted.key] = self.ready.popleft()
-
-    def note_scored(self, key: int) -> None:
-        """Resume a dialogue once the last of its candidates is scored."""
-        dialogue, wanted = self.sampling[key]
-        wanted.scored += 1
-        if wanted.scored == len(wanted.seeds):
-            del self.sampling[key]
-            self.resume(dialogue, None)
-
-
-class Replies:
-    """Calls under way, and what is to be done with their replies.
-
-    A reply is used `steps` decode steps after its request, neither earlier nor later, in the order of the requests. So
-    the result does not depend on how fast replies come, to the last bit. With `steps` 0 a reply is used as soon as it
-    has come: better where replies are slow and uneven, and equal up to rounding.
-    """
-
-    def __init__(self, config: Config, env: Environment, as_they_come: bool = False) -> None:
-        live = bool(config.simulator_url or config.judge_url) and not (config.record or config.replay)
-        self.steps = config.reply_steps if config.reply_steps >= 0 else 0 if live or as_they_come else 16
-        self.env = env
-        self.pool = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="reply")
-        self.waiting: deque[tuple[int, Future, Callable]] = deque()  # due at this step; reply; what takes it
-        self.clock = 0  # decode steps so far
-
-    def __enter__(self) -> Replies:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is not None or self.env.signals:
-            self.env.hang_up()  # else the pool's threads would wait for their replies
-        self.pool.shutdown(cancel_futures=True)
-
-    def request(self, call: Callable[[], object], then: Callable[[object], None]) -> None:
-        """Call `call` in a thread; later, in this one, `then` with what it returned."""
-        self.waiting.append((self.clock + self.steps, self.pool.submit(call), then))
-
-    def hand_out(self, idle: bool) -> None:
+    def use_replies(self, idle: bool) -> None:
         """Hand out the replies that are due; when nothing else can be done (idle), wait for the next one."""
         found = self.due(idle) if self.steps else self.arrived(idle)
         for _, future, then in found if not self.env.signals else ():  # after a signal some replies may be missing
             then(future.result())
 
     def due(self, idle: bool) -> list[tuple[int, Future, Callable]]:
-        """Take out the requests whose time has come, and wait for their replies."""
+        """Take out the calls whose step has come, and wait for their replies."""
         if idle:  # the clock stands still while nothing decodes: put it on
-            self.clock = max(self.clock, self.waiting[0][0])
+            self.clock = max(self.clock, self.calls[0][0])
         found = []
-        while self.waiting and self.waiting[0][0] <= self.clock:
-            found.append(self.waiting.popleft())
-        self.wait_for([future for _, future, _ in found if not future.done()], ALL_COMPLETED)
+        while self.calls and self.calls[0][0] <= self.clock:
+            found.append(self.calls.popleft())
+        self.wait_for([future for _, future, _ in found], ALL_COMPLETED)
         return found
 
     def arrived(self, idle: bool) -> list[tuple[int, Future, Callable]]:
-        """Take out the requests whose replies have come."""
+        """Take out the calls whose replies have come."""
         if idle:
-            self.wait_for([future for _, future, _ in self.waiting], FIRST_COMPLETED)
-        found = [item for item in self.waiting if item[1].done()]
-        self.waiting = deque(item for item in self.waiting if item not in found)
+            self.wait_for([future for _, future, _ in self.calls], FIRST_COMPLETED)
+        found = [item for item in self.calls if item[1].done()]
+        self.calls = deque(item for item in self.calls if item not in found)
         return found
 
     def wait_for(self, futures: list[Future], how: str) -> None:
         """Wait for all futures or the first one, but no longer once a signal has come."""
         with self.env.timers("waiting"):
-            missing, done = futures, []
+            done, missing = set(), futures
             while missing and not (done and how == FIRST_COMPLETED) and not self.env.signals:
                 done, missing = wait(futures, timeout=LOOK_EVERY, return_when=how)
+
+    def decode(self, sampler: Sampler) -> None:
+        """Sample one token for every candidate, and score the candidates that end with it."""
+        with self.env.timers("sampling"):
+            if self.clock % JOIN_EVERY == 0 or not sampler.running:
+                while self.ready:  # start as many as there is room for, in their order
+                    wanted = self.ready[0][1]
+                    if not sampler.start(wanted.key, wanted.prompt_ids, wanted.seeds):
+                        break
+                    self.sampling[wanted.key] = self.ready.popleft()
+            ended = sampler.step()
+            self.clock += 1
+        with self.env.timers("rewards"):
+            for draw in ended:
+                asked = self.sampling[draw.key][1].score(draw)
+                if asked:
+                    self.request(asked, lambda _, key=draw.key: self.note_scored(key))
+                else:
+                    self.note_scored(draw.key)
+
+    def note_scored(self, key: int) -> None:
+        """Resume a dialogue once the last of its candidates is scored."""
+        dialogue, wanted = self.sampling[key]
+        wanted.unscored -= 1
+        if not wanted.unscored:
+            del self.sampling[key]
+            self.resume(dialogue, None)

@@ -5,8 +5,8 @@ person it plays, and how slowly to say so) and the dialogue as that person sees 
 such an endpoint. It gets the same messages as a real model, and a function of EMBEDDED_USERS answers them by rules,
 without a network or a key.
 
-In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the environment
-that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
+In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the
+environment that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
 
 Two differences from the published code: the roles in the user's history are not swapped, and a call that fails is an
 error that the trainer masks and counts, never a made-up reply.
@@ -219,6 +219,7 @@ class Environment:
     user: ChatClient
     judge: ChatClient | None  # None: by rule
     rule_verdicts: Callable[..., dict[str, bool]] = rewards.rule_verdicts  # the rule judge
+    subject: ChatClient | None = None  # an endpoint that is evaluated
     tape: Tape | None = None  # of --record or --replay
     counts: Counter = field(default_factory=Counter)
     timers: Timers = field(default_factory=Timers)
@@ -230,7 +231,7 @@ class Environment:
 
     def hang_up(self) -> None:
         """Cut off all requests under way; no call can be made afterwards."""
-        for client in filter(None, (self.user, self.judge)):
+        for client in filter(None, (self.user, self.judge, self.subject)):
             client.close()
 
 

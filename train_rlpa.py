@@ -47,7 +47,7 @@ from kernels.backend import use_triton
 from learners import processes, sharding
 from learners.learner import Learner
 from model import Critic, Qwen2ForCausalLM, ValueHead
-from packing import Batch, Packed, Span, critic_values, make_batches, minibatches_per_epoch, pack, policy_hidden
+from packing import Batch, Packed, Span, critic_values, make_batches, pack, policy_hidden
 from records.iteration import IterationMeter, play_metrics, retention
 from records.log import RunLog, claim_folder
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
@@ -55,7 +55,7 @@ from records.progress import evaluation_line, finish, progress_line, record_epis
 from records.state import State, go_on_after_restart, newest_checkpoint, save_checkpoint, setup
 from rewards import Judge, part_weight, read_candidate, score_candidate
 from sampler import Draw, make_sampler
-from scheduler import Ask, Replies, Sample, Scheduler, Waits
+from scheduler import Ask, Sample, Scheduler, Waits
 from simulator import Environment, open_environment, simulator_messages
 from worlds.personas import Persona
 
@@ -151,7 +151,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
             add_advantages(p, config) if critic else add_group_advantages(p, config)
         scale = whiten_advantages(packed, config.advantage)
     with env.timers("update"), processes.computing():
-        per_iteration = config.num_epochs * minibatches_per_epoch(config)
+        per_iteration = config.num_epochs * len(batches)
         progress = (state.updates, state.num_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup
         metrics = update(policy, critic, batches, config, progress, train_policy, state.ref_policy)
@@ -224,8 +224,7 @@ def rollout(
     def play_all() -> None:
         speaker = Speaker(policy, chat, play, config, env, len(dialogues))
         players = [play_dialogue(dialogue, speaker, play, config, env) for dialogue in dialogues]
-        with Replies(config, env) as replies:
-            Scheduler(speaker.sampler, replies, env).run(players)
+        Scheduler(speaker.sampler, config, env).run(players)
         env.counts.update(speaker.sampler.counts)
 
     outcome = processes.attempt(play_all) if dialogues else None  # none: there are more ranks than dialogues
@@ -281,7 +280,11 @@ class Speaker:
     def answer(self, dialogue: Dialogue, said: str) -> Generator[Sample, None, list[Candidate]]:
         """Open a turn and sample its candidates; [] if the dialogue has outgrown the model or the KV cache."""
         config, env, stream = self.config, self.env, self.play.stream
-        turn = open_turn(dialogue, self.cut(said), self.chat, config.history_profile)
+        ids = self.chat.encode(said)
+        if len(ids) > config.max_user_tokens:
+            env.counts["user_messages_cut"] += 1
+            said = self.chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd")  # not within a character
+        turn = open_turn(dialogue, said, self.chat, config.history_profile)
         if not self.has_room(dialogue):
             dialogue.turns.pop()  # the turns so far count
             env.counts["dialogues_ended_early"] += 1
@@ -300,14 +303,6 @@ class Speaker:
 
         yield Sample(dialogue.index, turn.prompt_ids, seeds, score)
         return candidates
-
-    def cut(self, said: str) -> str:
-        """Cut a user message to --max-user-tokens, not within a character."""
-        ids = self.chat.encode(said)
-        if len(ids) <= self.config.max_user_tokens:
-            return said
-        self.env.counts["user_messages_cut"] += 1
-        return self.chat.decode(ids[: self.config.max_user_tokens]).rstrip("\ufffd")
 
     def has_room(self, dialogue: Dialogue) -> bool:
         """Say whether model and KV cache have room for the newest turn; ValueError if it is the first one."""
@@ -517,8 +512,8 @@ def update(
             first = first or {"ratio_dev_first": sums["ratio_dev"] / sums["tokens"]}  # no step yet: ratio must be 1
     for learner in filter(None, (policy, critic)):  # the next rollout can use the memory
         learner.optimizer.zero_grad()
-    if policy.replica:
-        sharding.refresh(policy.replica, policy.masters)
+    if policy.sampled is not policy.model:
+        sharding.refresh(policy.sampled, policy.masters)
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     tokens, steps = max(1.0, totals.pop("tokens", 0.0)), max(1.0, totals.pop("steps", 0.0))

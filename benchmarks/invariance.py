@@ -126,7 +126,7 @@ def run_case(config: Config, owned: Sequence[int]) -> dict[str, Tensor]:
     for name, learner in learners.items():
         found |= {f"weight {name} {key}": whole(master) for key, master in learner.masters.items()}
         found |= {f"moment {name} {key}": whole(x) for key, x in optimizer_tensors(learner).items()}
-    if replica := learners["policy"].replica:
+    if (replica := learners["policy"].sampled) is not learners["policy"].model:
         found |= {f"replica {key}": whole(weight) for key, weight in replica.named_parameters()}
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-from config import Config
+from config import MANY, Config
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn, stream_seed
 from model import Qwen2ForCausalLM
 from rewards import read_candidate
@@ -43,10 +43,6 @@ class ForgetfulSpeaker(Speaker):
             reply = read_candidate(start + draws[0].token_ids, [], draws[0].stop_reason, dialogue, self.chat)
         return [self.without_forgotten(reply, dialogue)]
 
-    def cut(self, said: str) -> str:
-        """Keep the message whole; a person would not know what was cut."""
-        return said
-
     def has_room(self, dialogue: Dialogue, more: int = 0) -> bool:
         """Return True; ValueError if there are no positions for a reply behind the newest message and `more` ids."""
         reply, longest = self.config.max_new_tokens, self.sampler.policy.config.max_position_embeddings
@@ -73,14 +69,15 @@ class ForgetfulSpeaker(Speaker):
         kept = [line for line in reply.profile if not self.is_forgotten(line)]
         if kept == reply.profile:
             return reply
-        return read_candidate([*chat.encode(render_turn(kept, reply.response)), chat.im_end], [], "stop", dialogue, chat)
+        token_ids = [*chat.encode(render_turn(kept, reply.response)), chat.im_end]
+        return read_candidate(token_ids, [], "stop", dialogue, chat)
 
 
 class Talk:
     """A dialogue that a person leads: `train_rlpa.play_dialogue`, which gets its user's messages from `reply`."""
 
     def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, temperature: float) -> None:
-        self.config = replace(config, first_user_message="", max_turns=10_000)
+        self.config = replace(config, first_user_message="", max_turns=10_000, max_user_tokens=MANY)
         self.new_speaker = partial(ForgetfulSpeaker, policy, chat, self.config, temperature)
         self.speaker = self.new_speaker()
         self.reset()

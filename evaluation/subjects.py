@@ -31,7 +31,7 @@ from learners.loading import compute_dtype, keep_freed_memory, set_threads
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from sampler import Draw, Sampler, make_sampler
-from scheduler import Ask, Replies, Sample, Scheduler
+from scheduler import Ask, Sample, Scheduler
 from simulator import Environment
 from train_rlpa import Play, play_dialogue, rollout
 
@@ -82,8 +82,7 @@ def play_checkpoint(
         return
     sampler = make_sampler(policy, chat, config, 1, play.temperature, len(dialogues))
     speaker = AskedSpeaker(partial(ask_policy, sampler, chat), method, play, config, env)
-    with Replies(config, env) as replies:
-        Scheduler(sampler, replies, env).run(play_dialogue(d, speaker, play, config, env) for d in dialogues)
+    Scheduler(sampler, config, env).run(play_dialogue(d, speaker, play, config, env) for d in dialogues)
     env.counts.update(sampler.counts)
 
 
@@ -92,12 +91,8 @@ def play_endpoint(
 ) -> None:
     """Play dialogues with an OpenAI-compatible endpoint; fills in `turns` and `dropped`."""
     speaker = AskedSpeaker(partial(ask_endpoint, client), method, play, config, env)
-    with Replies(config, env, as_they_come=True) as replies:
-        try:
-            Scheduler(None, replies, env).run(play_dialogue(d, speaker, play, config, env) for d in dialogues)
-        except BaseException:  # an error, or Ctrl-C: calls under way are cut off, else threads would wait for them
-            client.close()
-            raise
+    env.subject = client  # so that an error, or Ctrl-C, cuts off its calls, too
+    Scheduler(None, config, env).run(play_dialogue(d, speaker, play, config, env) for d in dialogues)
 
 
 def ask_endpoint(client: ChatClient, key: int, messages: list[Message], seed: int) -> Answering:

@@ -25,19 +25,14 @@ class Learner:
     optimizer: torch.optim.Optimizer
     peak_lr: float
     masters: dict[str, Tensor]  # by name; in fp32, and of a sharded model, its parameters themselves
-    replica: nn.Module | None = None  # of a sharded policy: all its weights in the dtype of products, for sampling
+    sampled: nn.Module  # samples: the model itself, or of a sharded policy a whole copy in the dtype of products
 
     @torch.no_grad()
     def round_masters(self) -> None:
-        """Write the masters into the model's own weights, rounded to their dtype; where they are the same, do nothing."""
+        """Write the masters into the model's own weights, rounded to their dtype; skip those that are the same."""
         for parameter, master in zip(self.model.parameters(), self.masters.values(), strict=True):
             if parameter is not master:
                 parameter.copy_(master)
-
-    @property
-    def sampled(self) -> nn.Module:
-        """Return the model that samples, which needs no other process for it."""
-        return self.replica or self.model
 
 
 def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:
@@ -51,7 +46,7 @@ def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype
     optimizer = torch.optim.AdamW(
         masters.values(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True
     )
-    return Learner(model, optimizer, lr, masters)
+    return Learner(model, optimizer, lr, masters, sampled=model)
 
 
 def hand_gradients_to(master: Tensor, parameter: nn.Parameter) -> None:

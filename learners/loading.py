@@ -51,7 +51,7 @@ def load_sharded(
     dtype = compute_dtype(config, device.type)
     start = folder / "policy" if folder else config.ckpt
     policy = make_learner(sharding.load(Qwen2ForCausalLM, start, mesh, dtype=dtype), config.lr, config)
-    policy.replica = load_policy(start, dtype=dtype, device=device).requires_grad_(False)
+    policy.sampled = load_policy(start, dtype=dtype, device=device).requires_grad_(False)
     critic, ref_policy = None, None
     if has_own_trunk(config):
         critic = make_learner(load_sharded_critic(config, policy.model, folder, mesh, dtype), config.critic_lr, config)
