@@ -157,8 +157,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         metrics = update(policy, critic, batches, config, progress, train_policy, state.ref_policy)
     state.iteration += 1
     state.updates += per_iteration
-    if sampler_is_exact(policy.sampled, config):  # the first mini-batch met the weights that sampled: |ratio − 1| is
-        metrics["sampler_trainer_logprob_gap"] = metrics.get("ratio_dev_first", math.nan)  # the gap of their log-probs
+    if sampler_is_exact(policy.sampled, config):  # then |ratio − 1| before the first step shows the gap
+        metrics["sampler_trainer_logprob_gap"] = metrics.get("ratio_dev_first", math.nan)
     return meter.metrics(state, dialogues, packed, train_policy) | scale | metrics, dialogues
 
 
@@ -223,8 +223,7 @@ def rollout(
 
     def play_all() -> None:
         speaker = Speaker(policy, chat, play, config, env, len(dialogues))
-        players = [play_dialogue(dialogue, speaker, play, config, env) for dialogue in dialogues]
-        Scheduler(speaker.sampler, config, env).run(players)
+        Scheduler(speaker.sampler, config, env).run(play_dialogue(dialogue, speaker) for dialogue in dialogues)
         env.counts.update(speaker.sampler.counts)
 
     outcome = processes.attempt(play_all) if dialogues else None  # none: there are more ranks than dialogues
@@ -234,14 +233,15 @@ def rollout(
         raise Stopped(number)
 
 
-def play_dialogue(dialogue: Dialogue, speaker: Speaker, play: Play, config: Config, env: Environment) -> Waits:
+def play_dialogue(dialogue: Dialogue, speaker: Speaker) -> Waits:
     """Play one dialogue to its end. It yields whatever it waits for, and scheduler.py lets the others go on meanwhile.
 
-    speaker: who answers the user. Here it is the policy; evaluation has one that asks a model in messages.
+    speaker: answers the user. Here it is the policy; evaluation has one that asks a model in messages.
     """
+    play, config, env = speaker.play, speaker.config, speaker.env
     while len(dialogue.turns) < config.max_turns:
         dialogue.change()  # of the persona, in scenarios in which users change
-        # The user speaks. The trainer never sees the persona, only what the user says of it.
+        # The user speaks. Only the user sees the persona; the policy sees what is said.
         said = config.first_user_message
         if dialogue.turns or not said:
             messages = simulator_messages(Persona(dialogue.persona_id, dialogue.persona_facts), dialogue.history())

@@ -91,7 +91,7 @@ class Talk:
 
     def resume(self) -> None:
         """Go on with the dialogue from its turns so far, up to where it waits for the user's next message."""
-        self.player = play_dialogue(self.dialogue, self.speaker, self.speaker.play, self.config, self.speaker.env)
+        self.player = play_dialogue(self.dialogue, self.speaker)
         next(self.player)
 
     @property

@@ -82,7 +82,7 @@ def play_checkpoint(
         return
     sampler = make_sampler(policy, chat, config, 1, play.temperature, len(dialogues))
     speaker = AskedSpeaker(partial(ask_policy, sampler, chat), method, play, config, env)
-    Scheduler(sampler, config, env).run(play_dialogue(d, speaker, play, config, env) for d in dialogues)
+    Scheduler(sampler, config, env).run(play_dialogue(dialogue, speaker) for dialogue in dialogues)
     env.counts.update(sampler.counts)
 
 
@@ -92,7 +92,7 @@ def play_endpoint(
     """Play dialogues with an OpenAI-compatible endpoint; fills in `turns` and `dropped`."""
     speaker = AskedSpeaker(partial(ask_endpoint, client), method, play, config, env)
     env.subject = client  # so that an error, or Ctrl-C, cuts off its calls, too
-    Scheduler(None, config, env).run(play_dialogue(d, speaker, play, config, env) for d in dialogues)
+    Scheduler(None, config, env).run(play_dialogue(dialogue, speaker) for dialogue in dialogues)
 
 
 def ask_endpoint(client: ChatClient, key: int, messages: list[Message], seed: int) -> Answering:
