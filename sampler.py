@@ -133,7 +133,7 @@ class Sampler:
         """Start a turn of a dialogue: queue n candidates for its prompt, with one seed each.
 
         Returns False if there is no room now; try again after some steps. Raises ValueError for an id outside the
-        vocabulary, and for a prompt that has too little memory even if it decodes alone.
+        vocabulary, and for a prompt that lacks positions, or memory even if it decodes alone.
         """
         if not prompt_ids or len(seeds) != self.n:
             raise ValueError(f"{len(prompt_ids)} ids and {len(seeds)} seeds; at least one id and {self.n} seeds needed")
@@ -141,6 +141,11 @@ class Sampler:
         if low < 0 or high >= self.policy.config.vocab_size:
             raise ValueError(
                 f"id {low if low < 0 else high} is outside the model's vocabulary of {self.policy.config.vocab_size}"
+            )
+        needed, longest = len(prompt_ids) + self.max_new_tokens, self.policy.config.max_position_embeddings
+        if needed > longest:
+            raise ValueError(
+                f"a turn needs {needed} positions, the model has {longest}; lower --max-new-tokens or --max-user-tokens"
             )
         if self.running + self.n > self.batch_size * self.n:
             return False
@@ -162,7 +167,9 @@ class Sampler:
         return True
 
     def fits(self, length: int) -> bool:
-        """Say whether a dialogue whose prompt has this length can decode if the whole cache is its own."""
+        """Say whether the model has positions, and the whole cache memory, for a turn whose prompt has this length."""
+        if length + self.max_new_tokens > self.policy.config.max_position_embeddings:
+            return False
         return self.kv_bytes is None or (length + self.turn_slots) * self.bytes_per_slot <= self.kv_bytes
 
     def adopt(self, key: int, candidate: int) -> None:

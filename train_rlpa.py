@@ -285,8 +285,8 @@ class Speaker:
             env.counts["user_messages_cut"] += 1
             said = self.chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd")  # not within a character
         turn = open_turn(dialogue, said, self.chat, config.history_profile)
-        if not self.has_room(dialogue):
-            dialogue.turns.pop()  # the turns so far count
+        if len(dialogue.turns) > 1 and not self.sampler.fits(len(turn.prompt_ids)):
+            dialogue.turns.pop()  # the turns so far count; a first turn that does not fit is an error of the sampler's
             env.counts["dialogues_ended_early"] += 1
             return []
         place, n = (dialogue.index, len(dialogue.turns)), self.play.num_candidates
@@ -303,17 +303,6 @@ class Speaker:
 
         yield Sample(dialogue.index, turn.prompt_ids, seeds, score)
         return candidates
-
-    def has_room(self, dialogue: Dialogue) -> bool:
-        """Say whether model and KV cache have room for the newest turn; ValueError if it is the first one."""
-        length, longest = len(dialogue.turns[-1].prompt_ids), self.sampler.policy.config.max_position_embeddings
-        needed, first = length + self.config.max_new_tokens, len(dialogue.turns) == 1
-        if needed > longest and first:
-            raise ValueError(
-                f"a first turn needs {needed} positions, the model has {longest};"
-                " lower --max-new-tokens or --max-user-tokens"
-            )
-        return needed <= longest and (first or self.sampler.fits(length))
 
 
 # -------------------------------------- Statistics: what the update needs of the models as they were while they sampled

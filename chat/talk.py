@@ -32,30 +32,37 @@ class ForgetfulSpeaker(Speaker):
 
         If it wrote a forgotten trait, the line is struck and the response is sampled again behind the profile without.
         """
+        self.check_length(dialogue, said)
         (reply,) = yield from super().answer(dialogue, said)
         if reply.failure is None and any(map(self.is_forgotten, reply.profile)):
             kept = [line for line in reply.profile if not self.is_forgotten(line)]
             start = self.chat.encode(render_turn(kept, "").removesuffix("\n</response>"))
-            self.has_room(dialogue, len(start))
+            if not self.sampler.fits(len(dialogue.turns[-1].prompt_ids) + len(start)):
+                raise ValueError(self.no_room())
             seed = stream_seed(*self.play.stream, len(dialogue.turns), len(start))
             draws: list[Draw] = []
             yield Sample(dialogue.index, dialogue.turns[-1].prompt_ids + start, [seed], draws.append)
             reply = read_candidate(start + draws[0].token_ids, [], draws[0].stop_reason, dialogue, self.chat)
         return [self.without_forgotten(reply, dialogue)]
 
-    def has_room(self, dialogue: Dialogue, more: int = 0) -> bool:
-        """Return True; ValueError if there are no positions for a reply behind the newest message and `more` ids."""
+    def check_length(self, dialogue: Dialogue, said: str) -> None:
+        """Raise ValueError, which says what makes room, if there are no positions for a reply to this message."""
+        needed = len(open_turn(Dialogue(0, "you", ()), said, self.chat).prompt_ids)
         reply, longest = self.config.max_new_tokens, self.sampler.policy.config.max_position_embeddings
-        if len(dialogue.turns[-1].prompt_ids) + more + reply <= longest:
-            return True
-        alone = Dialogue(0, "you", ())
-        needed = len(open_turn(alone, dialogue.turns[-1].user_text, self.chat).prompt_ids)
         if needed + reply > longest:
             raise ValueError(
                 f"system prompt and message have {needed} tokens, a reply up to {reply}, and the model {longest}"
                 f" positions: shorten the message, or start with a --max-new-tokens below {reply}"
             )
-        raise ValueError(f"the dialogue has reached the model's {longest} positions; /reset begins a new one")
+        again = replace(dialogue, turns=list(dialogue.turns))
+        length = len(open_turn(again, said, self.chat, self.config.history_profile).prompt_ids)
+        if dialogue.turns and not self.sampler.fits(length):
+            raise ValueError(self.no_room())
+
+    def no_room(self) -> str:
+        """Say that the dialogue cannot go on."""
+        longest = self.sampler.policy.config.max_position_embeddings
+        return f"the dialogue has reached the model's {longest} positions, or --kv-gib; /reset begins a new one"
 
     def is_forgotten(self, text: str) -> bool:
         """Tell whether a text holds the words of a forgotten trait."""

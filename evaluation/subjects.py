@@ -104,7 +104,7 @@ def ask_policy(sampler: Sampler, chat: ChatTokenizer, key: int, messages: list[M
     """Ask a checkpoint, in the Qwen chat template; a ChatError if there are no positions left for its reply."""
     closed = [chat.message(message["role"], message["content"]) for message in messages]
     prompt_ids = [*sum(closed, []), *chat.generation_header()]
-    if len(prompt_ids) + sampler.max_new_tokens > sampler.policy.config.max_position_embeddings:
+    if not sampler.fits(len(prompt_ids)):
         return ChatError("too_large", "no more positions")
     draws: list[Draw] = []
     yield Sample(key, prompt_ids, [seed], draws.append)
