@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,88 +26,6 @@ from learners.processes import all_max
 from model import Critic, Qwen2ForCausalLM, ValueHead
 
 BRANCH_BLOCK = 128  # tokens of branches whose attention is computed together
-
-
-class Layout(NamedTuple):
-    """A tree's T nodes in a row, and how their attention is cut (`kernels/tree_attention.py`).
-
-    Place i holds an ancestor of the node at place j, or that node itself, iff enter[i] <= enter[j] < leave[i].
-    """
-
-    order: list[int]  # the node at each place: first the trunk, the longest path; then its branches
-    enter: list[int]  # number of each place's node in depth-first order
-    leave: list[int]  # first number behind its descendants
-    blocks: list[tuple[int, int | None]]  # size, and tokens of the trunk that the block follows; None: the trunk itself
-
-
-class TokenTree:
-    """A prefix tree of token ids: every distinct token of a dialogue's prompts and candidates is stored once.
-
-    Node i has an id, a parent (−1 for the first token) and a position (its depth). Rows that share a prefix share its
-    nodes: turns of one dialogue, its candidates, and even the first tokens that two candidates have in common.
-
-    >>> tree = TokenTree()
-    >>> tree.insert([7, 8, 1]), tree.insert([7, 8, 2, 3]), len(tree)
-    ([0, 1, 2], [0, 1, 3, 4], 5)
-    >>> tree.layout().order   # 7, 8, 2, 3, then 1, which branches off
-    [0, 1, 3, 4, 2]
-    """
-
-    def __init__(self):
-        self.token_ids: list[int] = []
-        self.parents: list[int] = []
-        self.positions: list[int] = []
-        self._children: dict[tuple[int, int], int] = {}
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def insert(self, token_ids: Sequence[int]) -> list[int]:
-        """Insert a row and return the node of each of its tokens."""
-        nodes, parent = [], -1
-        for depth, token_id in enumerate(token_ids):
-            node = self._children.get((parent, token_id))
-            if node is None:
-                node = self._children[parent, token_id] = len(self.token_ids)
-                self.token_ids.append(token_id)
-                self.parents.append(parent)
-                self.positions.append(depth)
-            nodes.append(node)
-            parent = node
-        return nodes
-
-    def layout(self, block: int = BRANCH_BLOCK) -> Layout:
-        """Put the nodes in a row: the longest path, the trunk, then what branches off it, in the order of leaving it.
-
-        Branches share a block of attention until it has `block` tokens: fewer blocks are fewer calls, smaller ones
-        compute less that nobody sees.
-        """
-        children: dict[int, list[int]] = {node: [] for node in range(-1, len(self))}  # -1: above the first tokens
-        size = [1] * len(self)  # of each node's subtree
-        for node in reversed(range(len(self))):
-            children[self.parents[node]].append(node)
-            if self.parents[node] >= 0:
-                size[self.parents[node]] += size[node]
-        enter, depth_first, waiting = [0] * len(self), [], list(children[-1])
-        while waiting:
-            enter[waiting[-1]] = len(depth_first)
-            depth_first.append(waiting.pop())
-            waiting += children[depth_first[-1]]
-        order, node = [], max(range(len(self)), key=self.positions.__getitem__)
-        while node >= 0:
-            order.append(node)
-            node = self.parents[node]
-        order.reverse()
-        blocks: list[tuple[int, int | None]] = [(len(order), None)]
-        for depth, node in enumerate([-1, *order]):
-            for branch in children[node]:
-                if depth < blocks[0][0] and branch == order[depth]:
-                    continue
-                if len(blocks) == 1 or blocks[-1][0] + size[branch] > block:
-                    blocks.append((0, 0))
-                blocks[-1] = (blocks[-1][0] + size[branch], depth)
-                order += depth_first[enter[branch] : enter[branch] + size[branch]]
-        return Layout(order, [enter[node] for node in order], [enter[node] + size[node] for node in order], blocks)
 
 
 @dataclass
@@ -181,6 +99,88 @@ def pack(dialogue: Dialogue, config: Config) -> Packed | None:
         spans=spans,
         row_tokens=sum(len(dialogue.turns[span.turn].prompt_ids) + span.stop - span.start for span in spans),
     )
+
+
+class Layout(NamedTuple):
+    """A tree's T nodes in a row, and how their attention is cut (`kernels/tree_attention.py`).
+
+    Place i holds an ancestor of the node at place j, or that node itself, iff enter[i] <= enter[j] < leave[i].
+    """
+
+    order: list[int]  # the node at each place: first the trunk, the longest path; then its branches
+    enter: list[int]  # number of each place's node in depth-first order
+    leave: list[int]  # first number behind its descendants
+    blocks: list[tuple[int, int | None]]  # size, and tokens of the trunk that the block follows; None: the trunk itself
+
+
+@dataclass
+class TokenTree:
+    """A prefix tree of token ids: every distinct token of a dialogue's prompts and candidates is stored once.
+
+    Node i has an id, a parent (−1 for the first token) and a position (its depth). Rows that share a prefix share its
+    nodes: turns of one dialogue, its candidates, and even the first tokens that two candidates have in common.
+
+    >>> tree = TokenTree()
+    >>> tree.insert([7, 8, 1]), tree.insert([7, 8, 2, 3]), len(tree)
+    ([0, 1, 2], [0, 1, 3, 4], 5)
+    >>> tree.layout().order   # 7, 8, 2, 3, then 1, which branches off
+    [0, 1, 3, 4, 2]
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    children: dict[tuple[int, int], int] = field(default_factory=dict)  # (parent, token id) → node
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def insert(self, token_ids: Sequence[int]) -> list[int]:
+        """Insert a row and return the node of each of its tokens."""
+        nodes, parent = [], -1
+        for depth, token_id in enumerate(token_ids):
+            node = self.children.get((parent, token_id))
+            if node is None:
+                node = self.children[parent, token_id] = len(self.token_ids)
+                self.token_ids.append(token_id)
+                self.parents.append(parent)
+                self.positions.append(depth)
+            nodes.append(node)
+            parent = node
+        return nodes
+
+    def layout(self, block: int = BRANCH_BLOCK) -> Layout:
+        """Put the nodes in a row: the longest path, the trunk, then what branches off it, in the order of leaving it.
+
+        Branches share a block of attention until it has `block` tokens: fewer blocks are fewer calls, smaller ones
+        compute less that nobody sees.
+        """
+        children: dict[int, list[int]] = {node: [] for node in range(-1, len(self))}  # -1: above the first tokens
+        size = [1] * len(self)  # of each node's subtree
+        for node in reversed(range(len(self))):
+            children[self.parents[node]].append(node)
+            if self.parents[node] >= 0:
+                size[self.parents[node]] += size[node]
+        enter, depth_first, waiting = [0] * len(self), [], list(children[-1])
+        while waiting:
+            enter[waiting[-1]] = len(depth_first)
+            depth_first.append(waiting.pop())
+            waiting += children[depth_first[-1]]
+        order, node = [], max(range(len(self)), key=self.positions.__getitem__)
+        while node >= 0:
+            order.append(node)
+            node = self.parents[node]
+        order.reverse()
+        blocks: list[tuple[int, int | None]] = [(len(order), None)]
+        for depth, node in enumerate([-1, *order]):
+            for branch in children[node]:
+                if depth < blocks[0][0] and branch == order[depth]:
+                    continue
+                if len(blocks) == 1 or blocks[-1][0] + size[branch] > block:
+                    blocks.append((0, 0))
+                blocks[-1] = (blocks[-1][0] + size[branch], depth)
+                order += depth_first[enter[branch] : enter[branch] + size[branch]]
+        return Layout(order, [enter[node] for node in order], [enter[node] + size[node] for node in order], blocks)
 
 
 def microbatches(packed: Sequence[Packed], most_tokens: int) -> list[list[Packed]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from config import Config
@@ -39,10 +39,7 @@ class Sample:
     prompt_ids: list[int]
     seeds: list[int]
     score: Callable[[Draw], Ask | None]  # takes each candidate as it ends; the dialogue waits for its Ask, too
-    unscored: int = field(init=False)  # candidates that the dialogue still waits for
-
-    def __post_init__(self) -> None:
-        self.unscored = len(self.seeds)
+    scored: int = 0  # candidates that need nothing more
 
 
 Waits = Generator[Ask | Sample, Any, None]  # a dialogue, as the scheduler sees it
@@ -154,7 +151,7 @@ class Scheduler:
     def note_scored(self, key: int) -> None:
         """Resume a dialogue once the last of its candidates is scored."""
         dialogue, wanted = self.sampling[key]
-        wanted.unscored -= 1
-        if not wanted.unscored:
+        wanted.scored += 1
+        if wanted.scored == len(wanted.seeds):
             del self.sampling[key]
             self.resume(dialogue, None)

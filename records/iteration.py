@@ -34,18 +34,16 @@ class IterationMeter:
     ) -> dict[str, float]:
         """Return the metrics of an iteration that is over, over all ranks (docs/metrics.md), without the update's."""
         config, env = state.config, self.env
-        metrics = play_metrics(dialogues, env, self.calls, config) | batch_statistics(packed)
+        metrics = play_metrics(dialogues, env, self.calls, config) | batch_statistics(packed, bool(state.critic))
         metrics |= +sum_counters(gather(env.counts))  # +: without zeros
-        if state.critic:
-            metrics["explained_variance"] = explained_variance(packed)
         pairs = sum(int((p.position_ids + 1).sum()) for p in packed)  # a token attends to its ancestors and itself
         sizes = [sum(len(p.token_ids) for p in packed), sum(p.row_tokens for p in packed), pairs]
         tree_tokens, row_tokens, pairs = all_sum(torch.tensor(sizes, dtype=torch.double)).tolist()
         seconds = time.perf_counter() - self.start
         metrics |= {"tree_tokens": tree_tokens, "tree_saving": row_tokens / max(1, tree_tokens)}
         metrics |= {"seconds": seconds, "sampled_tokens_per_second": metrics["action_tokens"] / seconds}
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        if train_policy and (peak := peak_flops(card)):
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        if train_policy and peak:
             work = tree_tokens, metrics["action_tokens"], pairs, has_own_trunk(config)
             flops = config.num_epochs * update_flops(state.policy.model.config, *work)
             metrics["mfu"] = flops / (env.timers.seconds["update"] * peak * world_size())
@@ -58,28 +56,28 @@ def play_metrics(dialogues: list[Dialogue], env: Environment, before: Counter, c
     return rates(sum_counters(gather(tally(dialogues)))) | calls | cost(calls, config)
 
 
-def batch_statistics(packed: list[Packed]) -> dict[str, float]:
-    """Return statistics of a batch's action tokens: their number, KL to the reference, sampler's gap."""
-    sums = torch.zeros(3, dtype=torch.double)
-    for p in packed:
-        kl, gap = (p.old_logprobs - p.ref_logprobs).sum(), (p.old_logprobs - p.sampler_logprobs).abs().sum()
-        sums += torch.tensor([len(p.targets), kl.item(), gap.item()], dtype=torch.double)
-    count, kl, gap = all_sum(sums).tolist()
-    n = count or math.nan
-    return {"kl_ref": kl / n, "sampler_trainer_logprob_gap": gap / n, "action_tokens": count}
+def batch_statistics(packed: list[Packed], critic: bool) -> dict[str, float]:
+    """Return statistics of a batch's action tokens over all ranks.
 
-
-def explained_variance(packed: list[Packed]) -> float:
-    """Return 1 − Var(R − V) / Var(R) of the critic over a batch's action tokens."""
-    sums = torch.zeros(5, dtype=torch.double)
+    action_tokens: their number; kl_ref: mean log π − log π_ref; sampler_trainer_logprob_gap: mean |old − sampler's|;
+    explained_variance, with a critic: 1 − Var(R − V) / Var(R).
+    """
+    sums = torch.zeros(7, dtype=torch.double)
     for p in packed:
-        error = p.returns - p.values
-        parts = (len(p.targets), error.sum(), (error**2).sum(), p.returns.sum(), (p.returns**2).sum())
-        sums += torch.tensor([float(part) for part in parts], dtype=torch.double)
-    count, error, error2, returns, returns2 = all_sum(sums).tolist()
+        kl, gap = p.old_logprobs - p.ref_logprobs, p.old_logprobs - p.sampler_logprobs
+        parts = [torch.tensor(len(p.targets)), kl.sum(), gap.abs().sum()]
+        if critic:
+            error = p.returns - p.values
+            parts += [error.sum(), (error**2).sum(), p.returns.sum(), (p.returns**2).sum()]
+        sums[: len(parts)] += torch.tensor([part.item() for part in parts], dtype=torch.double)
+    count, kl, gap, *moments = all_sum(sums).tolist()
     n = count or math.nan
-    variance = returns2 / n - (returns / n) ** 2
-    return 1 - (error2 / n - (error / n) ** 2) / variance if variance > 1e-12 else 0.0
+    found = {"kl_ref": kl / n, "sampler_trainer_logprob_gap": gap / n, "action_tokens": count}
+    if critic:
+        error, error2, returns, returns2 = (moment / n for moment in moments)
+        variance = returns2 - returns**2
+        found["explained_variance"] = 1 - (error2 - error**2) / variance if variance > 1e-12 else 0.0
+    return found
 
 
 def retention(state: State) -> dict[str, float]:
