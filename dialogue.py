@@ -76,6 +76,7 @@ class ChatTokenizer:
         self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
         self.pad = tokenizer.token_to_id("<|endoftext|>")
         self.newline = self.encode("\n")
+        self.generation_header = [self.im_start, *self.encode("assistant\n")]  # ids after which the policy speaks
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -116,10 +117,6 @@ class ChatTokenizer:
         would otherwise merge differently.
         """
         return [self.im_start, *self.encode(f"{role}\n{text}"), self.im_end, *self.newline]
-
-    def generation_header(self) -> list[int]:
-        """Return the ids after which the policy speaks, `<|im_start|>assistant\\n`."""
-        return [self.im_start, *self.encode("assistant\n")]
 
     def visible(self, token_ids: Sequence[int]) -> str:
         """Decode a sampled turn without its closing `<|im_end|>`."""
@@ -179,10 +176,6 @@ class Dialogue:
     dropped: str | None = None  # why simulator or judge gave up; a dropped dialogue is masked out and counted
     changes: dict[int, tuple[str, ...]] = field(default_factory=dict)  # turn, from 0 → the persona's facts from then on
 
-    def change(self) -> None:
-        """Change the persona's facts if they change with the turn that comes next; the ledger follows them."""
-        self.persona_facts = self.changes.get(len(self.turns), self.persona_facts)
-
     def history(self) -> list[tuple[str, str]]:
         """Return the visible dialogue as ("user" | "assistant", text) pairs: no system prompt, no profile blocks."""
         said: list[tuple[str, str]] = []
@@ -219,9 +212,9 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
             prompt += tokenizer.message("assistant", turn.winner.response)
         last = dialogue.turns[-1]
         prompt += (
-            tokenizer.message("user", last.user_text) + tokenizer.generation_header() + closed(last.winner, tokenizer)
+            tokenizer.message("user", last.user_text) + tokenizer.generation_header + closed(last.winner, tokenizer)
         )
-    prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header()
+    prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header
     dialogue.turns.append(Turn(user_text, prompt))
     return dialogue.turns[-1]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from config import Config
 from dialogue import Candidate, Dialogue
 from kernels.tree_attention import Block, Tree, make_tree
-from learners.processes import all_max
+from learners.processes import gather
 from model import Critic, Qwen2ForCausalLM, ValueHead
 
 BRANCH_BLOCK = 128  # tokens of branches whose attention is computed together
@@ -244,7 +244,7 @@ def make_batches(packed: Sequence[Packed], config: Config) -> list[list[Batch]]:
     minibatches = [[p for p in packed if p.minibatch == m] for m in range(per_epoch)]
     parts = [microbatches(minibatch, config.microbatch_tokens) for minibatch in minibatches]
     if config.shard:
-        most = all_max(torch.tensor([len(part) for part in parts])).tolist()
+        most = [max(counts) for counts in zip(*gather([len(part) for part in parts]), strict=True)]
         parts = [part + [[no_dialogue()]] * (n - len(part)) for part, n in zip(parts, most, strict=True)]
     return [[collate(part) for part in minibatch] for minibatch in parts]
 

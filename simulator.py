@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 import rewards
 from config import Config
-from endpoints.calls import client_counts
 from endpoints.client import ChatClient
 from endpoints.plain_text import shorten
 from endpoints.server import make_server
@@ -226,8 +225,13 @@ class Environment:
     signals: list[int] = field(default_factory=list)  # those that have asked this process to stop
 
     def calls(self) -> Counter:
-        """Return the calls of this process so far, under the names of metrics.jsonl."""
-        return client_counts({"simulator": self.user, "judge": self.judge})
+        """Return this process's calls so far, their tokens, retries and failures, under the names of metrics.jsonl."""
+        counts: Counter = Counter()
+        for name, client in (("simulator", self.user), ("judge", self.judge), ("subject", self.subject)):
+            totals = client.counts if client else {"errors": {}}
+            counts.update({f"{name}_error_{reason}": n for reason, n in totals.pop("errors").items()})
+            counts.update({f"{name}_{what}": n for what, n in totals.items()})
+        return counts
 
     def hang_up(self) -> None:
         """Cut off all requests under way; no call can be made afterwards."""

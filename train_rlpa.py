@@ -240,7 +240,7 @@ def play_dialogue(dialogue: Dialogue, speaker: Speaker) -> Waits:
     """
     play, config, env = speaker.play, speaker.config, speaker.env
     while len(dialogue.turns) < config.max_turns:
-        dialogue.change()  # of the persona, in scenarios in which users change
+        dialogue.persona_facts = dialogue.changes.get(len(dialogue.turns), dialogue.persona_facts)  # users may change
         # The user speaks. Only the user sees the persona; the policy sees what is said.
         said = config.first_user_message
         if dialogue.turns or not said:
@@ -544,8 +544,8 @@ def minibatch_update(
             low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
     totals = processes.all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist()
     result = dict(zip(sums, totals, strict=True))
-    low, high = processes.all_max(torch.tensor([-low, high], dtype=torch.double)).tolist()
-    result |= {"ratio_min": -low, "ratio_max": high, "tokens": count, "steps": 1, "updates_skipped": 0}
+    lows, highs = zip(*processes.gather((low, high)), strict=True)
+    result |= {"ratio_min": min(lows), "ratio_max": max(highs), "tokens": count, "steps": 1, "updates_skipped": 0}
     finite = all(math.isfinite(result[name]) for name in losses)  # sums of all ranks: they all decide alike
     for name, learner in (("critic", critic), ("policy", policy)):
         trained = learner and (name == "critic" or train_policy)

@@ -132,7 +132,7 @@ class Service:
             told = not whole and (self.config.history_profile == "all" or i == len(said) - 2)
             text = as_written(message, i + whole) if told else message["content"]
             ids += self.chat.message(message["role"], valid_unicode(text))
-        return ids + self.chat.generation_header(), whole
+        return ids + self.chat.generation_header, whole
 
     def completion(self, reply: Candidate, n_prompt: int, whole: bool) -> dict:
         """Write a reply in OpenAI's shape, with the profile, and why it could not be read if so, beside the content."""

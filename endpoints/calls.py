@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from config import Config
-from endpoints.client import ChatClient
 
 ENDPOINTS = ("simulator_", "judge_", "subject_")
-COUNTED = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")  # of its calls
-
-
-def client_counts(clients: dict[str, ChatClient | None]) -> Counter:
-    """Return this process's calls so far, their tokens, retries and failed attempts by reason, per endpoint's name."""
-    counts: Counter = Counter()
-    for name, client in clients.items():
-        if client is not None:
-            totals = client.counts
-            counts.update({f"{name}_{what}": totals[what] for what in COUNTED})
-            counts.update({f"{name}_error_{reason}": n for reason, n in totals["errors"].items()})
-    return counts
 
 
 def cost(calls: dict[str, float], config: Config) -> dict[str, float]:

@@ -27,7 +27,7 @@ from command_line import exits
 from command_line.flags import add_flags, checkpoint_defaults
 from config import Config, flag
 from dialogue import Dialogue
-from endpoints.calls import calls_note, client_counts, cost
+from endpoints.calls import calls_note, cost
 from endpoints.client import ChatClient
 from endpoints.plain_text import clean_text
 from endpoints.tape import Tape
@@ -100,26 +100,20 @@ def play(
     dialogues = make_dialogues(personas, args.change_turn if args.scenario == "conflict" else None)
     how = Play(1, args.temperature, (args.seed, "evaluate"))
     env.counts.clear()
-    calls_before = calls_of(player, env)
+    env.subject = player if isinstance(player, ChatClient) else None
+    calls_before = env.calls()
     with subjects.progress(dialogues, args.turns, name, show=not args.quiet):
         by = subjects.play_checkpoint if isinstance(player, Path) else subjects.play_endpoint
         by(player, method, dialogues, how, config, env)
     measured = measure(dialogues, args.turns, method == RLPA)
     summary = summarize(measured, args.seed, args.change_turn if args.scenario == "conflict" else None)
     summary = replace(summary, figures=summary.figures | corpus_figures(dialogues, perplexities))
-    calls = calls_of(player, env) - calls_before
+    calls = env.calls() - calls_before
     note = calls_note(calls, config)
     calls = {**calls, **cost(calls, config)}
     counts = counts_of(dialogues, args.turns)
     seconds = time.perf_counter() - start
     return Played(name, dialogues, measured, summary, seconds, counts, calls, note, perplexities)
-
-
-def calls_of(player: ChatClient | Path, env: Environment) -> Counter:
-    """Return the calls so far of user, judge and, if it is an endpoint, the subject."""
-    counts = env.calls()
-    counts.update(client_counts({"subject": player if isinstance(player, ChatClient) else None}))
-    return counts
 
 
 def find_target(name: str, target: str) -> str | Path:

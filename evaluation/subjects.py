@@ -103,7 +103,7 @@ def ask_endpoint(client: ChatClient, key: int, messages: list[Message], seed: in
 def ask_policy(sampler: Sampler, chat: ChatTokenizer, key: int, messages: list[Message], seed: int) -> Answering:
     """Ask a checkpoint, in the Qwen chat template; a ChatError if there are no positions left for its reply."""
     closed = [chat.message(message["role"], message["content"]) for message in messages]
-    prompt_ids = [*sum(closed, []), *chat.generation_header()]
+    prompt_ids = [*sum(closed, []), *chat.generation_header]
     if not sampler.fits(len(prompt_ids)):
         return ChatError("too_large", "no more positions")
     draws: list[Draw] = []

@@ -72,14 +72,6 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_max(values: Tensor) -> Tensor:
-    """Return the elementwise maximum of `values` over all ranks."""
-    if dist.is_initialized():
-        with collective():
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
 def gather(item: object) -> list:
     """Collect one picklable object of our own from every rank, in rank order, on every rank."""
     if not dist.is_initialized():

@@ -73,7 +73,7 @@ def encode_text(text: Text, chat: ChatTokenizer) -> tuple[list[int], list[bool]]
     ids, mask = [], []
     for message in text:
         if message["role"] == "assistant":
-            header, spoken = chat.generation_header(), [*chat.encode(message["content"]), chat.im_end]
+            header, spoken = chat.generation_header, [*chat.encode(message["content"]), chat.im_end]
         else:
             header, spoken = chat.message(message["role"], message["content"])[: -len(chat.newline)], []
         ids += header + spoken + chat.newline

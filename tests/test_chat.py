@@ -388,7 +388,7 @@ def test_without_the_profile_the_history_has_bare_responses(loaded, service):
             text = f"<profile>\n{lines}</profile>\n\n<response>\nSo you are a nurse.\n</response>"
         tokenizer = loaded[1]
         parts = [("system", SYSTEM_PROMPT), ("user", told[0]["content"]), ("assistant", text), ("user", "And now?")]
-        expected = sum((tokenizer.message(*part) for part in parts), []) + tokenizer.generation_header()
+        expected = sum((tokenizer.message(*part) for part in parts), []) + tokenizer.generation_header
         assert service[0].read_messages(messages) == (expected, False)
 
 

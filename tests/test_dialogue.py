@@ -199,7 +199,7 @@ def test_sampled_ids_stay_as_sampled(chat):
     before.candidates = [sampled([*letters, chat.im_end], REPLIES[1])]
     after = open_turn(record, "Hm.", chat)
     assert after.prompt_ids == [*before.prompt_ids, *letters, chat.im_end, *chat.newline, *chat.message("user", "Hm."),
-                                *chat.generation_header()]
+                                *chat.generation_header]
     assert before.candidates[0].token_ids == [*letters, chat.im_end]
 
 

@@ -27,7 +27,7 @@ def test_the_checkpoint_loads_in_transformers_with_equal_logits():
     transformers = pytest.importorskip("transformers")
     ours, theirs = load_policy(TINY), transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     chat = ChatTokenizer.from_folder(TINY)
-    token_ids = torch.tensor([chat.message("user", "Hello") + chat.generation_header()])
+    token_ids = torch.tensor([chat.message("user", "Hello") + chat.generation_header])
     with torch.no_grad():
         difference = ours.logits(ours(token_ids)) - theirs(token_ids).logits
     assert difference.abs().max() < 1e-4

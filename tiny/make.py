@@ -260,7 +260,7 @@ def encode_dialogue(turns: list[tuple[str, str]], chat: ChatTokenizer) -> tuple[
     ids = chat.message("system", SYSTEM_PROMPT)
     mask = [False] * len(ids)
     for user, assistant in turns:
-        context = chat.message("user", user) + chat.generation_header()
+        context = chat.message("user", user) + chat.generation_header
         spoken = [*chat.encode(assistant), chat.im_end]
         ids += context + spoken + chat.newline
         mask += [False] * len(context) + [True] * len(spoken) + [False] * len(chat.newline)
