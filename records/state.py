@@ -126,7 +126,7 @@ def write_checkpoint(state: State, folder: Path) -> None:
 
     Random streams need no state: each is derived from the seed and from what it is for (`stream_seed`).
     """
-    for name, learner in learners(state).items():
+    for name, learner in trained(state).items():
         if is_sharded(learner):
             save_config(learner.model, folder / name, torch.float32)
         else:
@@ -139,7 +139,7 @@ def write_checkpoint(state: State, folder: Path) -> None:
 
 def write_shards(state: State, folder: Path) -> None:
     """Write the weights and moments that are sharded, in the files that `write_checkpoint` writes of whole ones."""
-    for name, learner in learners(state).items():
+    for name, learner in trained(state).items():
         if is_sharded(learner):
             sharding.save(learner.masters, folder / name)
             moments = folder / f".{name}_optimizer"
@@ -149,7 +149,7 @@ def write_shards(state: State, folder: Path) -> None:
                 moments.rmdir()
 
 
-def learners(state: State) -> dict[str, Learner]:
+def trained(state: State) -> dict[str, Learner]:
     """Return what is trained, by its name in a checkpoint."""
     return {"policy": state.policy} | ({"critic": state.critic} if state.critic else {})
 
