@@ -321,7 +321,7 @@ def add_statistics(
     exact = sampler_is_exact(sampled, config)
     for batch in itertools.chain.from_iterable(batches):
         found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact)
-        sizes = [len(p.targets) for p in batch.dialogues]
+        sizes = [len(p.targets) for p in batch.dialogues]  # action tokens: a micro-batch has no padding to mask
         for name, values in found.items():
             for p, part in zip(batch.dialogues, values.cpu().split(sizes), strict=True):
                 setattr(p, name, part)
@@ -374,7 +374,7 @@ def add_advantages(p: Packed, config: Config) -> None:
     values = p.values.tolist()
     advantages = [0.0] * len(values)
     next_value, next_advantage = 0.0, 0.0
-    for t in sorted({span.turn for span in p.spans}, reverse=True):
+    for t in sorted({span.turn for span in p.spans}, reverse=True):  # each turn needs what comes after it
         first_of_chosen = 0
         for span in (s for s in p.spans if s.turn == t):
             # Candidates that were not chosen have no next turn. They get the same next value: an end there would
@@ -385,7 +385,7 @@ def add_advantages(p: Packed, config: Config) -> None:
             first_of_chosen = span.start if span.chosen else first_of_chosen
         next_value, next_advantage = values[first_of_chosen], advantages[first_of_chosen]
     p.advantages = torch.tensor(advantages)
-    p.returns = p.advantages + p.values
+    p.returns = p.advantages + p.values  # before whitening: the critic learns rewards, not standard deviations
 
 
 def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
@@ -395,9 +395,9 @@ def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
     """
     placed = [0.0] * (span.stop - span.start)
     if config.kl_estimator == "k1":
-        gap = (p.old_logprobs - p.ref_logprobs)[span.start : span.stop]
+        gap = (p.old_logprobs - p.ref_logprobs)[span.start : span.stop]  # old: rewards stay fixed during the update
         placed = (-(config.kl_coef * KL_ESTIMATORS["k1"](gap))).tolist()
-    for name, value in span.candidate.parts.items():
+    for name, value in span.candidate.parts.items():  # a format failure has earned 0 of each
         at_profile = name == "profile" and config.reward_at == "segment"
         placed[span.candidate.profile_tokens - 1 if at_profile else -1] += part_weight(name, config) * value
     return placed
@@ -422,7 +422,7 @@ def gae(
     for t in reversed(range(len(values))):
         delta = token_reward[t] + ahead_value - values[t]
         advantages[t] = delta + ahead_advantage
-        ahead_value, ahead_advantage = gamma * values[t], gamma * lam * advantages[t]
+        ahead_value, ahead_advantage = gamma * values[t], gamma * lam * advantages[t]  # as token t − 1 sees them
     return advantages
 
 
@@ -492,19 +492,20 @@ def update(
             # The loss is divided by the count of all ranks' action tokens, not averaged per micro-batch or per rank:
             # so neither micro-batch size nor number of ranks changes the gradient.
             count = processes.all_sum(torch.tensor(float(sum(len(batch.targets) for batch in minibatch)))).item()
-            if not count:  # the last, partial batch, or everything dropped
+            if not count:  # a last, partial batch, or all its dialogues were dropped
                 continue
             share = lr_share(done + epoch * len(batches) + m, num_updates, config)
             sums = minibatch_update(policy, critic, minibatch, count, share, config, train_policy, ref_policy)
             ratios += [sums.pop("ratio_min"), sums.pop("ratio_max")]
             totals.update(sums)
             first = first or {"ratio_dev_first": sums["ratio_dev"] / sums["tokens"]}  # no step yet: ratio must be 1
-    for learner in filter(None, (policy, critic)):  # the next rollout can use the memory
+    for learner in filter(None, (policy, critic)):  # the next rollout can use the gradients' memory
         learner.optimizer.zero_grad()
-    if policy.sampled is not policy.model:
+    if policy.sampled is not policy.model:  # with --shard a whole copy samples
         sharding.refresh(policy.sampled, policy.masters)
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
+    # Sums over tokens become means over tokens; norms are means over steps.
     tokens, steps = max(1.0, totals.pop("tokens", 0.0)), max(1.0, totals.pop("steps", 0.0))
     per = {"policy_grad_norm": steps, "critic_grad_norm": steps, "updates_skipped": 1}
     return first | {name: value / per.get(name, tokens) for name, value in totals.items()}
@@ -535,12 +536,12 @@ def minibatch_update(
     sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
     low, high = math.inf, -math.inf
     for batch in minibatch:
-        batch = batch.to(policy.sampled.head_weight)
+        batch = batch.to(policy.sampled.head_weight)  # attention masks exist for one micro-batch at a time
         models = policy.model, critic and critic.model
         statistics = add_gradients(*models, batch, count, config, train_policy, ref_policy)
         for name in sums:
             sums[name] += statistics[name].item()
-        if len(batch.targets):
+        if len(batch.targets):  # an empty one only pads the micro-batches of a sharded model
             low, high = min(low, statistics["ratio_min"].item()), max(high, statistics["ratio_max"].item())
     totals = processes.all_sum(torch.tensor(list(sums.values()), dtype=torch.double)).tolist()
     result = dict(zip(sums, totals, strict=True))
@@ -568,7 +569,7 @@ def add_gradients(
     with torch.set_grad_enabled(train_policy):  # else the critic learns alone, and a shared trunk stands still
         hidden = policy_hidden(policy, batch)
         loss, statistics = policy_loss(hidden, policy.head_weight, ref_policy, batch, config)
-    if not isinstance(critic, ValueHead) and train_policy:
+    if not isinstance(critic, ValueHead) and train_policy:  # frees the policy's activations before the critic's
         (loss / count).backward()
     if critic is None:
         return statistics | {"policy_loss": loss.detach()}
@@ -593,7 +594,7 @@ def policy_loss(
         reference=(batch.column("ref_hidden"), ref_policy.head_weight) if exact else None,
         temperature=config.temperature, entropy_coef=config.entropy_coef, kl_coef=config.kl_coef,
     )  # fmt: skip
-    ratio = statistics.pop("ratio")
+    ratio = statistics.pop("ratio")  # only its extremes are kept
     sums = {"kl_exact": torch.zeros(())} | {name: values.sum() for name, values in statistics.items()}
     return loss, sums | ({"ratio_min": ratio.min(), "ratio_max": ratio.max()} if len(ratio) else {})
 
@@ -612,7 +613,7 @@ def token_losses(
     """
     log_ratio = (new_logprobs - old_logprobs).clamp(-20, 20)  # a token of exp(20) would be the whole batch's loss
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)  # where the minimum takes it, the gradient is 0
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
     if config.kl_estimator not in ("k1", "exact"):  # k1 is in the reward, the exact KL is the head's
         gap = (new_logprobs - ref_logprobs).clamp(-20, 20)
@@ -656,7 +657,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):  # the summed gradient is the same everywhere, and so is this decision
         return norm, False
-    for group in learner.optimizer.param_groups:
+    for group in learner.optimizer.param_groups:  # the schedule is a function of the update: nothing to resume
         group["lr"] = learner.peak_lr * share
     learner.optimizer.step()
     learner.round_masters()
