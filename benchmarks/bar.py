@@ -1,6 +1,6 @@
 """The CPU bar of the PPO head: no slower than eager torch with all logits, at 2,048 tokens of the 0.5B head.
 
-    OMP_NUM_THREADS=1 python benchmarks/bar.py [N]
+    OMP_NUM_THREADS=1 python -m benchmarks.bar [N]
 
 Times are CPU seconds of one thread, which other processes on the machine hardly touch, in turns; the least of two each.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 

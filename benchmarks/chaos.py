@@ -1,7 +1,7 @@
-"""The embedded user as a bad service: `python benchmarks/chaos.py --port 8110 --down-at 60 --down-for 60`.
+"""The embedded user as a bad service: `python -m benchmarks.chaos --port 8110 --down-at 60 --down-for 60`.
 
 Of the requests 10 % get a 500, 10 % a malformed body and 5 % no answer at all, at random; and once it is down.
-`python benchmarks/chaos.py --check RUN` then recomputes messages, rewards and counts from a run's episodes (all of them
+`python -m benchmarks.chaos --check RUN` then recomputes messages, rewards and counts from a run's episodes (all of them
 with `--episodes-every 1`): what an undisturbed user says, and what its words are worth. Exit code 1 if any is wrong.
 """
 
@@ -22,13 +22,13 @@ from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import rewards  # noqa: E402
-import simulator  # noqa: E402
-from endpoints.server import Handler  # noqa: E402
-from train_rlpa import stream_seed  # noqa: E402
-from worlds import first  # noqa: E402
-from worlds.personas import Persona  # noqa: E402
+import rewards
+import simulator
+from config import Config
+from dialogue import stream_seed
+from endpoints.server import Handler
+from worlds import first
+from worlds.personas import Persona
 
 MALFORMED = (b"{", b"<html>Bad gateway</html>", b'{"choices": []}', b'{"choices": [{"message": "hi"}]}', b"\xff")
 
@@ -98,7 +98,7 @@ def make_server(chaos: Chaos, port: int = 0) -> ThreadingHTTPServer:
 
 def wrong(run: Path) -> Counter[str]:
     """Count what was checked in a run's training iterations and, with "wrong" before it, what is not as it must be."""
-    config = json.loads((run / "config.json").read_text())
+    config = Config(**json.loads((run / "config.json").read_text()))
     found: Counter[str] = Counter()
 
     def check(name: str, is_right: bool) -> None:
@@ -117,19 +117,20 @@ def wrong(run: Path) -> Counter[str]:
         whole = [episode for episode in played if episode["dropped"] is None]
         scored = [c for episode in whole for turn in episode["turns"] for c in turn["candidates"]]
         found["dropped dialogues"] += len(played) - len(whole)
-        check("counts of dialogues", record["dialogues"] == len(played) == config["rollout_batch_size"])
+        check("counts of dialogues", record["dialogues"] == len(played) == config.rollout_batch_size)
         check("counts of dropped dialogues", record["dialogues_dropped"] == len(played) - len(whole))
         check("counts of action tokens", record["action_tokens"] == sum(c["tokens"] for c in scored))
         mean = sum(c["reward"] for c in scored) / max(1, len(scored))
         check("mean rewards", math.isclose(record["reward"], mean, abs_tol=1e-6))
         for episode in whole:
-            check("lengths", len(episode["turns"]) == config["max_turns"])
-            check_turns(episode, (config["seed"], "train", episode["iteration"] - 1), check)
+            check("lengths", len(episode["turns"]) == config.max_turns)
+            check_turns(episode, config, check)
     return found
 
 
-def check_turns(episode: dict, stream: tuple, check: Callable[[str, bool], None]) -> None:
-    """Check a dialogue's messages against the undisturbed user's, and its profile scores against their words."""
+def check_turns(episode: dict, config: Config, check: Callable[[str, bool], None]) -> None:
+    """Check a dialogue's messages against the undisturbed user's, and its rewards against their words."""
+    stream = (config.seed, "train", episode["iteration"] - 1)
     history: list[tuple[str, str]] = []
     persona = Persona(episode["persona_id"], tuple(episode["persona_facts"]))
     for t, turn in enumerate(episode["turns"]):
@@ -142,6 +143,10 @@ def check_turns(episode: dict, stream: tuple, check: Callable[[str, bool], None]
         for c in turn["candidates"]:
             ledger = vars(rewards.score_profile(c["profile"], persona.facts, said))
             check("profile scores", c["judged"] and c["ledger"] == ledger)
+            earned = ledger[rewards.PROFILE_TARGETS[config.profile_target]] if c["failure"] is None else 0
+            check("profile rewards", c["parts"]["profile"] == earned)
+            parts = sum(rewards.part_weight(name, config) * value for name, value in c["parts"].items())
+            check("rewards", math.isclose(c["reward"], parts, abs_tol=1e-9))
         history.append(("assistant", turn["candidates"][turn["chosen"]]["response"]))
 
 

@@ -1,4 +1,4 @@
-"""Damage a copy of a run's newest checkpoint in every way: `python benchmarks/corrupt.py runs/NAME`.
+"""Damage a copy of a run's newest checkpoint in every way: `python -m benchmarks.corrupt runs/NAME`.
 
 Each of its files is cut in half, emptied, gets one bit flipped, and is removed; each time the checkpoint before it must
 be found, with one warning. Exit code 1 if it is not. The run needs two checkpoints.
@@ -13,8 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from records import checkpoints  # noqa: E402
+from records import checkpoints
 
 
 def cut(file: Path) -> None:

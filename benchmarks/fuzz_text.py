@@ -1,4 +1,4 @@
-"""Hostile texts on their whole way: `python benchmarks/fuzz_text.py 10000` counts what they forged (0, or exit code 1).
+"""Hostile texts on their whole way: `python -m benchmarks.fuzz_text 10000` counts what they forged (0, or exit code 1).
 
 simulator (HTTP) → dialogue (ids) → judge's prompt → episodes.jsonl → transcript on the terminal → the report's page;
 the same texts are facts of a persona file, profile lines and replies of the policy, and error messages of the endpoint.
@@ -21,18 +21,16 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 
+import rewards
+import simulator
 from command_line.flags import TINY_CHECKPOINT
+from dialogue import ChatTokenizer, Dialogue, open_turn, render_turn
+from endpoints.client import ChatClient
+from endpoints.server import Handler
+from records.log import RunLog, episode_record, show_transcripts
+from report import __main__ as report
 from rewards import read_candidate
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import rewards  # noqa: E402
-import simulator  # noqa: E402
-from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, render_turn  # noqa: E402
-from endpoints.client import ChatClient  # noqa: E402
-from endpoints.server import Handler  # noqa: E402
-from records.log import RunLog, episode_record, show_transcripts  # noqa: E402
-from report import __main__ as report  # noqa: E402
-from worlds.personas import Persona, load_personas  # noqa: E402
+from worlds.personas import Persona, load_personas
 
 TURNS = 5
 FRAGMENTS = (
@@ -109,9 +107,8 @@ def make_dialogue(
         turn = open_turn(dialogue, heard, chat)
         text = text.encode(errors="replace").decode()  # ids decode to no lone surrogate
         for written in (render_turn(text.split("\n"), text), text):
-            turn.candidates.append(Candidate([*chat.encode(written), chat.im_end], [0.0], "stop"))
-            turn.candidates[-1].logprobs *= len(turn.candidates[-1].token_ids)
-            read_candidate(turn.candidates[-1], dialogue, chat)
+            ids = [*chat.encode(written), chat.im_end]
+            turn.candidates.append(read_candidate(ids, [0.0] * len(ids), "stop", dialogue, chat))
     return dialogue
 
 

@@ -1,4 +1,4 @@
-"""Watch a long run from outside: `python benchmarks/hygiene.py 500` prints what its process holds every 50 iterations.
+"""Watch a long run from outside: `python -m benchmarks.hygiene 500` prints what its process holds every 50 iterations.
 
 Memory (RSS less what is mapped from files), threads, open files and sockets of the trainer and of its embedded user;
 the largest of each over 50 iterations, seen 20 times a second. The first 100 iterations warm up. Exit code 1 if the

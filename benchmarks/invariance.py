@@ -1,7 +1,7 @@
 """One global batch, cut up in every way: how far losses, gradients and weights differ from those of one process.
 
-    python benchmarks/invariance.py              # processes × micro-batches, plain and --shard, and which settings
-    python benchmarks/invariance.py --ranks 2    # with 2 processes only
+    python -m benchmarks.invariance              # processes × micro-batches, plain and --shard, and which settings
+    python -m benchmarks.invariance --ranks 2    # with 2 processes only
 
 Eight random dialogues of different lengths, two optimizer steps, random weights of two layers, fp32, gloo. The
 reference is one process without --shard, all dialogues of a step in one micro-batch. Gradients are those of the first
@@ -15,7 +15,6 @@ import dataclasses
 import multiprocessing
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,19 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from learners.learner import optimizer_tensors
+import train_rlpa
+from config import Config
+from dialogue import Candidate, Dialogue, Turn
+from learners import processes, sharding
+from learners.learner import Learner, optimizer_tensors
 from learners.loading import load_models, load_sharded
+from learners.weights import save_pretrained
+from model import Qwen2Config, random_policy
 from packing import make_batches, pack
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_rlpa  # noqa: E402
-from dialogue import Candidate, Dialogue, Turn  # noqa: E402
-from learners import processes, sharding  # noqa: E402
-from learners.weights import save_pretrained  # noqa: E402
-from model import Qwen2Config, random_policy  # noqa: E402
-from train_rlpa import Config, Learner  # noqa: E402
 
 SHAPE = Qwen2Config(61, 32, 48, 2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 UNTIED = dataclasses.replace(SHAPE, tie_word_embeddings=False)
@@ -80,9 +75,12 @@ def random_dialogue(index: int) -> Dialogue:
         candidates = []
         for _ in range(2):
             ids = [rng.randrange(60) for _ in range(rng.randint(2, 9))]
-            candidates.append(Candidate(ids, [-4.0 - rng.random() / 10 for _ in ids], "stop", profile_tokens=1))
-            candidates[-1].parts = {"profile": rng.random(), "response": float(rng.random() < 0.5)}
-            candidates[-1].reward = sum(candidates[-1].parts.values())
+            logprobs = [-4.0 - rng.random() / 10 for _ in ids]
+            parts = {"profile": rng.random(), "response": float(rng.random() < 0.5)}
+            candidates.append(Candidate(
+                token_ids=ids, logprobs=logprobs, stop_reason="stop", profile_tokens=1, parts=parts,
+                reward=sum(parts.values()),
+            ))  # fmt: skip
         dialogue.turns.append(Turn("", history, candidates, chosen=rng.randrange(2)))
         history = history + candidates[dialogue.turns[-1].chosen].token_ids
     return dialogue

@@ -1,9 +1,9 @@
 """Kill a run with SIGKILL, let it go on until it is complete, and compare it bit for bit with an undisturbed one.
 
-    python benchmarks/kill9.py --kills 100                       one process, at random moments
-    python benchmarks/kill9.py --kills 100 --ranks 2             a random process of two, or all at once
-    python benchmarks/kill9.py --kills 100 --at steps            before the i-th fsync, rename, truncation or removal
-    python benchmarks/kill9.py --kills 9 --ranks 2 --restarts 3  torchrun --max-restarts 3 restarts the processes itself
+    python -m benchmarks.kill9 --kills 100                       one process, at random moments
+    python -m benchmarks.kill9 --kills 100 --ranks 2             a random process of two, or all at once
+    python -m benchmarks.kill9 --kills 100 --at steps            before the i-th fsync, rename, truncation or removal
+    python -m benchmarks.kill9 --kills 9 --ranks 2 --restarts 3  torchrun --max-restarts 3 restarts the processes itself
 
 Equal must be: metrics.jsonl but for what a clock says, episodes.jsonl, and every tensor of the last checkpoint.
 """
@@ -33,7 +33,6 @@ SMALL = (
 
 def child() -> int:
     """Run the trainer as a process that kills itself before one of its steps on disk."""
-    sys.path.insert(0, str(ROOT))
     import train_rlpa
 
     taken, last = 0, int(os.environ[STEP])
@@ -68,10 +67,10 @@ class Trial:
 
     def launch(self, argv: list[str], step: int | None = None) -> subprocess.Popen:
         """Start the trainer, at the lowest priority."""
-        program = ROOT / "train_rlpa.py" if step is None else Path(__file__)
+        program = ["train_rlpa.py"] if step is None else ["-m", "benchmarks.kill9"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if step is None else {STEP: str(step)})
         log = (self.folder.parent / f"{self.folder.name}.log").open("ab")
-        command = ["nice", "-n", "19", *self.launcher, str(program), *argv]
+        command = ["nice", "-n", "19", *self.launcher, *program, *argv]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def complete(self) -> bool:

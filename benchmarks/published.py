@@ -24,10 +24,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 import train_rlpa
 from config import Config
-from dialogue import Candidate, Dialogue, open_turn, stream_seed
+from dialogue import Dialogue, Turn, open_turn, stream_seed
 from learners.learner import make_learner
 from records.state import State
-from rewards import read_candidate
+from rewards import Judge, read_candidate, score_candidate
 from simulator import simulator_messages
 from worlds.personas import Persona
 
@@ -56,7 +56,7 @@ def samples_of(dialogue: Dialogue, config: Config) -> list[Sample]:
     """Return one row per turn and candidate."""
     minibatch = dialogue.index % config.rollout_batch_size // config.minibatch_size
     return [
-        Sample(turn.prompt_ids + c.token_ids, len(turn.prompt_ids), minibatch, train_rlpa.turn_reward(c, config))
+        Sample(turn.prompt_ids + c.token_ids, len(turn.prompt_ids), minibatch, c.reward)
         for turn in dialogue.turns
         for c in turn.candidates
     ]
@@ -152,47 +152,46 @@ class Published:
                 open_turn(dialogue, self.user_message(dialogue, play), self.chat)
             self.seconds["waiting"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            self.sample([d.turns[-1] for d in played], [d.turns[t] for d in recorded])
+            drawn = self.sample([d.turns[-1].prompt_ids for d in played], [d.turns[t] for d in recorded])
             self.seconds["sampling"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            for dialogue in played:
-                self.score(dialogue)
+            for dialogue, token_ids in zip(played, drawn, strict=True):
+                self.score(dialogue, token_ids)
             self.seconds["rewards"] += time.perf_counter() - clock
         return played
 
-    def score(self, dialogue: Dialogue) -> None:
-        """Score a turn's candidates, and choose the best."""
-        turn = dialogue.turns[-1]
-        for candidate in turn.candidates:
-            read_candidate(candidate, dialogue, self.chat)
-            train_rlpa.judge(candidate, dialogue, 0, self.config, self.env)
-        found = [train_rlpa.turn_reward(candidate, self.config) for candidate in turn.candidates]
-        turn.chosen = found.index(max(found))
+    def score(self, dialogue: Dialogue, drawn: list[list[int]]) -> None:
+        """Score the candidates that were drawn for a turn, and choose the best."""
+        judge, candidates = Judge(self.env.judge and self.env.judge.ask, self.env.rule_verdicts, 0), []
+        for ids in drawn:
+            reason = "stop" if ids[-1] == self.chat.im_end else "length"
+            candidates.append(read_candidate(ids, [0.0] * len(ids), reason, dialogue, self.chat))
+            score_candidate(candidates[-1], dialogue, self.config, judge)
+        rewards = [candidate.reward for candidate in candidates]
+        dialogue.turns[-1].candidates, dialogue.turns[-1].chosen = candidates, rewards.index(max(rewards))
 
     def user_message(self, dialogue: Dialogue, play: train_rlpa.Play) -> str:
         """Ask the user for the next message of one dialogue, and wait for it."""
         if not dialogue.turns:
             return self.config.first_user_message
         messages = simulator_messages(Persona(dialogue.persona_id, dialogue.persona_facts), dialogue.history())
-        reply = self.env.user.ask(
-            messages, stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns))
-        )
+        reply = self.env.user.ask(messages, stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns)))
         if isinstance(reply, Exception):
             raise reply
         return reply
 
     @torch.no_grad()
-    def sample(self, turns: list, recorded: list) -> None:
-        """Sample all candidates of these turns, `generate_rows` at a time, from their whole prompts."""
-        waiting = [(turn, candidate.token_ids) for turn, r in zip(turns, recorded, strict=True)
-                   for candidate in r.candidates]  # fmt: skip
+    def sample(self, prompts: list[list[int]], recorded: list[Turn]) -> list[list[list[int]]]:
+        """Sample each prompt's candidates, `generate_rows` at a time, from whole prompts; returns their ids."""
+        waiting = [(p, candidate.token_ids) for p, turn in enumerate(recorded) for candidate in turn.candidates]
+        drawn: list[list[list[int]]] = [[] for _ in prompts]
         for start in range(0, len(waiting), self.generate_rows):
             group = waiting[start : start + self.generate_rows]
-            T = max(len(turn.prompt_ids) for turn, _ in group)
-            padding = [T - len(turn.prompt_ids) for turn, _ in group]
-            prompts = [[self.chat.pad] * p + turn.prompt_ids for p, (turn, _) in zip(padding, group, strict=True)]
+            T = max(len(prompts[p]) for p, _ in group)
+            padding = [T - len(prompts[p]) for p, _ in group]
+            rows = [[self.chat.pad] * n + prompts[p] for n, (p, _) in zip(padding, group, strict=True)]
             outputs = self.policy.generate(
-                input_ids=torch.tensor(prompts),
+                input_ids=torch.tensor(rows),
                 attention_mask=(torch.arange(T) >= torch.tensor(padding)[:, None]).long(),
                 do_sample=True,
                 temperature=self.config.temperature,
@@ -204,10 +203,9 @@ class Published:
                 logits_processor=[Replay([ids for _, ids in group], T, self.chat.pad)],
                 cache_implementation="static",  # here the faster: the dynamic one is copied whole in every step
             )[:, T:].tolist()
-            for (turn, _), ids in zip(group, outputs, strict=True):
-                ended = self.chat.im_end in ids
-                ids = ids[: ids.index(self.chat.im_end) + 1] if ended else ids
-                turn.candidates.append(Candidate(ids, [0.0] * len(ids), "stop" if ended else "length"))
+            for (p, _), ids in zip(group, outputs, strict=True):
+                drawn[p].append(ids[: ids.index(self.chat.im_end) + 1] if self.chat.im_end in ids else ids)
+        return drawn
 
     def logprobs(self, model: nn.Module, batch: list[Sample]) -> Tensor:
         """Return log-probs (N,) of sampled ids, from full logits."""

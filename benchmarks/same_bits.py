@@ -1,4 +1,4 @@
-"""Show that two checkouts train to the same bits: python benchmarks/same_bits.py OLD NEW [--out DIR]
+"""Show that two checkouts train to the same bits: python -m benchmarks.same_bits OLD NEW [--out DIR]
 
 Each of 12 runs is made in both folders: gae with credit turn and dialogue, and grpo; KL estimator k1 and exact; one and
 two processes. A run is three iterations with an evaluation after each. All metrics must be equal, except times and

@@ -1,6 +1,6 @@
 """The peak of memory of one process, measured beside counted (`dry_run/memory.py`), with whole models and with --shard.
 
-    python benchmarks/scaling.py                 # 1, 2 and 4 processes, a random model of 41 M parameters, fp32, gloo
+    python -m benchmarks.scaling                 # 1, 2 and 4 processes, a random model of 41 M parameters, fp32, gloo
 
 Measured is what a process's resident set grew by at its fullest, from before its models are loaded to after two
 optimizer steps over four dialogues of 120 tokens, one a micro-batch; gloo's buffers included.
@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import invariance
+from benchmarks.scaling_table import tree_blocks
 from config import Config
-from dialogue import Candidate, Dialogue
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import invariance  # noqa: E402
-from benchmarks.scaling_table import tree_blocks  # noqa: E402
-from dry_run import memory  # noqa: E402
-from kernels.cpu import HEAD_DIMS, use_cpu  # noqa: E402
-from kernels.ppo_head import WORKSPACE  # noqa: E402
-from learners import processes  # noqa: E402
-from learners.weights import save_pretrained  # noqa: E402
-from model import Qwen2Config, random_policy  # noqa: E402
+from dialogue import Candidate, Dialogue, Turn
+from dry_run import memory
+from kernels.cpu import HEAD_DIMS, use_cpu
+from kernels.ppo_head import WORKSPACE
+from learners import processes
+from learners.weights import save_pretrained
+from model import Qwen2Config, random_policy
 
 SHAPE = Qwen2Config(20_000, 512, 2_048, 8, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)
 LENGTHS = (20, [10] * 2, [10] * 2, 4)  # system, user, reply, candidates
@@ -50,8 +45,10 @@ def long_dialogue(index: int) -> Dialogue:
     dialogue, history = Dialogue(index, str(index), ()), take(system)
     for message, length in zip(user, reply, strict=True):
         history = history + take(message)
-        candidates = [Candidate(take(length), [-10.0] * length, "stop") for _ in range(n)]
-        dialogue.turns.append(invariance.Turn("", history, candidates))
+        candidates = [
+            Candidate(token_ids=take(length), logprobs=[-10.0] * length, stop_reason="stop") for _ in range(n)
+        ]
+        dialogue.turns.append(Turn("", history, candidates))
         history = history + candidates[0].token_ids
     return dialogue
 

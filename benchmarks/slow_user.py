@@ -1,11 +1,9 @@
-"""The embedded user, its replies late: `python benchmarks/slow_user.py SECONDS` serves until stdin closes."""
+"""The embedded user, its replies late: `python -m benchmarks.slow_user SECONDS` serves until stdin closes."""
 
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import simulator  # noqa: E402
+import simulator
 
 
 def main(seconds: float) -> None:

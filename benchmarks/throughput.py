@@ -1,4 +1,4 @@
-"""Throughput against plain baselines: `python benchmarks/throughput.py [decode|update|iteration|latency|growth|all]`.
+"""Throughput against plain baselines: `python -m benchmarks.throughput [decode|update|iteration|latency|growth|all]`.
 
 decode      `generate` against that of `transformers`: the tiny checkpoint, and the 0.5B shape with random weights
 update      policy and critic, forward, backward and step: token trees against one row per turn and candidate
@@ -34,22 +34,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from command_line.flags import checkpoint_defaults
+import train_rlpa
+from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults
 from config import Config
+from dialogue import Dialogue
+from kernels import ppo_head
+from learners.weights import load_policy, save_pretrained
+from model import Qwen2Config, random_policy
 from packing import Packed, make_batches, pack
 from records.state import State, setup
+from sampler import generate
 from simulator import Environment, open_environment
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import train_rlpa  # noqa: E402
-from dialogue import Dialogue  # noqa: E402
-from kernels import ppo_head  # noqa: E402
-from learners.weights import load_policy, save_pretrained  # noqa: E402
-from model import Qwen2Config, random_policy  # noqa: E402
-from sampler import generate  # noqa: E402
-
-TINY = str(ROOT / "tiny")
+ROOT, TINY = Path(__file__).parents[1], str(TINY_CHECKPOINT)
 QWEN_05B = Qwen2Config(151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True)
 LATENCY = 0.2  # seconds per reply of the slow user
 
@@ -243,13 +240,13 @@ def save_random(config: Qwen2Config, folder: str) -> None:
 @contextmanager
 def slow_user(seconds: float) -> Iterator[str]:
     """Run the embedded user in a process of its own, each reply `seconds` late; gives its URL."""
-    command = [sys.executable, str(Path(__file__).with_name("slow_user.py")), str(seconds)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.slow_user", str(seconds)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().split()[-1]
     finally:
         process.stdin.close()
-        process.wait(timeout=10)
+        process.wait()
         process.stdout.close()
 
 

@@ -19,15 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import plain_text
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_simulator import ASK, ask_all, completion, hostile_server, http_reply
 from test_trainer import ckpt, go, identical, records, tensors, user_url  # noqa: F401
-from throttle import BACKOFF_CAP, Breaker, Quota, backoff
 
-import report
 import rewards
 import simulator
 import train_rlpa
@@ -40,10 +37,8 @@ from endpoints.tape import Tape
 from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
 from records import log
 from report import __main__ as report
-from simulator import ChatClient, Tape
 from worlds import personas
 
-pytestmark = pytest.mark.timeout(300)  # what is guarded against would often show as a hang
 OK, BROKEN = http_reply(completion("ok")), http_reply(b"{}", "503 Busy")
 
 
@@ -463,7 +458,7 @@ def test_two_ranks_stop_as_one(ckpt, tmp_path):  # noqa: F811
             [*launcher, "--ckpt", str(ckpt), "--simulator-url", url, "--run-dir", str(tmp_path / "run"), *flags,
              "--quorum", "0.6", "--quorum-retries", "0"],
             cwd=Path(train_rlpa.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-            text=True, timeout=100,
+            text=True,
         )  # fmt: skip
     assert done.returncode == 1, done.stderr[-3000:]
     assert done.stderr.count("train_rlpa.py: 1 of 2 dialogues were lost") == 1, done.stderr[-3000:]
@@ -514,7 +509,8 @@ def test_a_run_against_chaos_scores_nothing_wrongly(ckpt, tmp_path):  # noqa: F8
     assert found["counts of dialogues"] == 2 and found["messages of the user"] > 10 and found["profile scores"] > 50
     assert {name: n for name, n in found.items() if name.startswith("wrong") and n} == {}
     text = (run / "episodes.jsonl").read_text()
-    for old, new in (('"user_text": "', '"user_text": "So '), ('"profile_reward": 0', '"profile_reward": 7')):
+    changes = {'"user_text": "': '"user_text": "So ', '{"profile": 0': '{"profile": 7', '"reward": 0': '"reward": 7'}
+    for old, new in changes.items():
         (run / "episodes.jsonl").write_text(text.replace(old, new))
         assert any(n for name, n in chaos.wrong(run).items() if name.startswith("wrong")), old
 
