@@ -18,7 +18,6 @@ from benchmarks import scaling_table
 from benchmarks.measure import allocations, extra_peak
 from benchmarks.scaling_table import row_work, traffic, tree_blocks
 from config import Config, flag
-from dialogue import TokenTree
 from dry_run import memory
 from dry_run.memory import Plan, advice, peak, phases, tree_work
 from dry_run.plan import dry_run
@@ -26,7 +25,7 @@ from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
 from learners.learner import make_learner
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
-from packing import Packed, collate
+from packing import Packed, TokenTree, collate
 
 ppo_head = sys.modules["kernels.ppo_head"]  # the package's name for it is the function
 SHARED = Path(__file__).parents[1].parent / "shared"
