@@ -250,7 +250,7 @@ def sft_sums(logprobs: Tensor) -> dict[str, Tensor | int]:
 def dpo_sums(logprobs: Tensor, batch: Batch, config: Offline) -> dict[str, Tensor | int]:
     """Return the summed DPO loss of a micro-batch's pairs, their count, and sums of what a curve shows of them."""
     sizes = [span.stop - span.start for p in batch.dialogues for span in p.spans]
-    logratios = (logprobs - batch.gather("ref_logprobs")).split(sizes)
+    logratios = (logprobs - batch.column("ref_logprobs")).split(sizes)
     winner, loser = torch.stack([part.sum() for part in logratios]).view(-1, 2).unbind(1)  # (P,) each
     margin = config.beta * (winner - loser)
     return {
