@@ -8,7 +8,6 @@ import math
 import random
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
