@@ -84,7 +84,8 @@ class Talk:
     """A dialogue that a person leads: `train_rlpa.play_dialogue`, which gets its user's messages from `reply`."""
 
     def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, temperature: float) -> None:
-        self.config = replace(config, first_user_message="", max_turns=10_000, max_user_tokens=MANY)
+        alone = {"first_user_message": "", "max_turns": 10_000, "max_user_tokens": MANY, "profile_judge": "rule"}
+        self.config = replace(config, **alone)  # no message is cut, no endpoint asked
         self.new_speaker = partial(ForgetfulSpeaker, policy, chat, self.config, temperature)
         self.speaker = self.new_speaker()
         self.reset()

@@ -1,17 +1,17 @@
 """The checkpoint that ships with the project: small, plain, loadable elsewhere, and teachable."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import train_rlpa
+from command_line.flags import TINY_CHECKPOINT
 from dialogue import ChatTokenizer
 from learners.weights import load_policy
 from studies.summary import read_records, table
 
-TINY = Path(TINY_CHECKPOINT)
+TINY = TINY_CHECKPOINT
 
 
 def test_the_checkpoint_is_small_and_holds_nothing_to_unpickle():
