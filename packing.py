@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config
 from dialogue import Candidate, Dialogue
-from kernels.tree_attention import Block, Tree, make_tree
+from kernels.tree_attention import Block, Tree
 from learners.processes import gather
 from model import Critic, Qwen2ForCausalLM, ValueHead
 
@@ -210,7 +210,7 @@ class Batch:
         Made anew for each use: a mask is below 1 % of a forward's work, but those of a whole rollout fill a memory.
         """
         token_ids, position_ids, tree = self.inputs
-        tree = make_tree(tree.enter.to(like.device), tree.leave.to(like.device), tree.blocks, like.dtype)
+        tree = Tree(tree.enter.to(like.device), tree.leave.to(like.device), tree.blocks, like.dtype)
         inputs = (token_ids.to(like.device), position_ids.to(like.device), tree)
         return replace(self, inputs=inputs, predict=self.predict.to(like.device), targets=self.targets.to(like.device))
 
@@ -230,7 +230,7 @@ def collate(dialogues: list[Packed]) -> Batch:
             rows[name].append(getattr(p, name) + start)
         start += len(p.token_ids)
     row = {name: torch.cat(parts) for name, parts in rows.items()}
-    tree = Tree(row["enter"], row["leave"], [block for p in dialogues for block in p.blocks], torch.float32)
+    tree = Tree(row["enter"], row["leave"], [block for p in dialogues for block in p.blocks])
     return Batch(dialogues, (row["token_ids"][None], row["position_ids"][None], tree), row["predict"], row["targets"])
 
 

@@ -6,7 +6,7 @@ and v of the ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,49 +26,40 @@ def new_workspace(nbytes: int, hidden: Tensor, V: int) -> Tensor:
     return torch.empty(min(nbytes // dtype.itemsize, max(128, everything)), dtype=dtype, device=hidden.device)
 
 
-def matmul(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
-    """Return a @ b in fp32, written to the start of a flat fp32 workspace; nothing is rounded to half precision."""
-    out = workspace[: len(a) * b.shape[1]].view(len(a), b.shape[1])
-    add_matmul(a, b, out, first=True)
-    return out
+def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """Write a @ b to out in fp32, or add it to what out holds; return the product (n, v), or the sum.
 
-
-def add_matmul(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-    """Add a @ b to out, fp32. The first time the product overwrites what out held, which need not be initialised."""
+    out: (n, v), or a flat workspace, whose first n * v numbers are used. Nothing is rounded to half precision.
+    """
+    if out.dim() == 1:
+        out = out[: len(a) * b.shape[1]].view(len(a), b.shape[1])
     if a.dtype != out.dtype and not a.is_cuda:
         a, b = a.to(out.dtype), b.to(out.dtype)  # a CPU has no product of half-precision matrices that sums in fp32
     dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if first:
-        torch.mm(a, b, out=out, **dtype)
-    else:
-        torch.addmm(out, a, b, out=out, **dtype)
+    return torch.addmm(out, a, b, out=out, **dtype) if add else torch.mm(a, b, out=out, **dtype)
 
 
-class HeadGradients:
-    """Sum up the gradients of hidden (N, D) and weight (V, D) from tiles of the gradient of the logits.
+def sum_gradients(hidden: Tensor, weight: Tensor, tiles: Iterable[tuple[slice, slice, Tensor]]):
+    """Return the gradients of hidden (N, D) and weight (V, D), summed over tiles of the gradient of hidden @ weight.T.
 
-    The logits are hidden @ weight.T. Sums are fp32 for inputs of any dtype, because rounding the part of each tile to
-    bf16 would bias them.
+    Sums are fp32 for inputs of any dtype, because rounding the part of each tile to bf16 would bias them.
+
+    tiles: rows, ids and gradient (n, v) of each tile, in the order of `tile_slices`.
     """
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.inputs = hidden, weight
-        empty = torch.empty_like if len(hidden) else torch.zeros_like  # without rows nothing is ever written
-        self.hidden = empty(hidden, dtype=sum_dtype(hidden))
-        self.weight = empty(weight) if weight.requires_grad else None
-
-    def add(self, rows: slice, ids: slice, dz: Tensor) -> None:
-        """Add the part of one tile, dz (n, v); tiles must come in the order of `tile_slices`."""
-        hidden, weight = self.inputs
-        add_matmul(dz, weight[ids], self.hidden[rows], first=ids.start == 0)
-        if self.weight is None:
-            return
-        whole = self.weight.dtype == self.hidden.dtype
-        if rows.start == 0:  # these ids' gradient; a buffer of its own where the weight's gradient is not fp32
-            self.part = self.weight[ids] if whole else torch.empty_like(weight[ids], dtype=self.hidden.dtype)
-        add_matmul(dz.T, hidden[rows], self.part, first=rows.start == 0)
-        if not whole and rows.stop == len(hidden):
-            self.weight[ids] = self.part
+    empty = torch.empty_like if len(hidden) else torch.zeros_like  # without rows there is no tile that fills them
+    d_hidden = empty(hidden, dtype=sum_dtype(hidden))
+    d_weight = empty(weight) if weight.requires_grad else None
+    for rows, ids, dz in tiles:
+        matmul(dz, weight[ids], d_hidden[rows], add=ids.start > 0)
+        if d_weight is None:
+            continue
+        if rows.start == 0:  # the sums of these ids, in a buffer of their own where the gradient itself is not fp32
+            same = d_weight.dtype == d_hidden.dtype
+            sums = d_weight[ids] if same else torch.empty_like(weight[ids], dtype=d_hidden.dtype)
+        matmul(dz.T, hidden[rows], sums, add=rows.start > 0)
+        if not same and rows.stop == len(hidden):
+            d_weight[ids] = sums
+    return d_hidden.to(hidden.dtype), d_weight
 
 
 def row_blocks(x: Tensor) -> list[slice]:

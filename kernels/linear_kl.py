@@ -197,11 +197,11 @@ class LinearKL(torch.autograd.Function):
         hidden, weight, ref_hidden, ref_weight, targets, kl, entropy, m, log_s, ref_m, ref_log_s = ctx.saved_tensors
         temperature, workspace_bytes = ctx.settings
         per_row = torch.stack([m, log_s, g, entropy, e, ref_m, ref_log_s, kl, k])
-        gradients = head.HeadGradients(hidden, weight)
-        for rows, ids, *both in both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes):
-            tile = *both, targets[rows], ids.start, temperature
-            gradients.add(rows, ids, dlogits_kl(*tile, per_row[:, rows], hidden.dtype))
-        return gradients.hidden.to(hidden.dtype), gradients.weight, *(None,) * 5
+        tiles = (
+            (rows, ids, dlogits_kl(*both, targets[rows], ids.start, temperature, per_row[:, rows], hidden.dtype))
+            for rows, ids, *both in both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes)
+        )
+        return *head.sum_gradients(hidden, weight, tiles), *(None,) * 5
 
 
 def linear_kl(

@@ -176,12 +176,14 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, targets, m, log_s, entropy = ctx.saved_tensors
         per_row = torch.stack([m, log_s, torch.zeros_like(m) if g is None else g] + ([] if e is None else [entropy, e]))
         workspace = head.new_workspace(ctx.workspace_bytes, hidden, len(weight))
-        gradients = head.HeadGradients(hidden, weight)
-        for rows, ids in head.tile_slices(len(hidden), len(weight), len(workspace)):
-            logits = head.matmul(hidden[rows], weight[ids].T, workspace)
-            dz = dlogits(logits, targets[rows], ids.start, ctx.temperature, per_row[:, rows], hidden.dtype)
-            gradients.add(rows, ids, dz)
-        return gradients.hidden.to(hidden.dtype), gradients.weight, None, None, None
+
+        def tiles():
+            for rows, ids in head.tile_slices(len(hidden), len(weight), len(workspace)):
+                logits = head.matmul(hidden[rows], weight[ids].T, workspace)
+                per_tile = targets[rows], ids.start, ctx.temperature, per_row[:, rows]
+                yield rows, ids, dlogits(logits, *per_tile, hidden.dtype)
+
+        return *head.sum_gradients(hidden, weight, tiles()), None, None, None
 
 
 def linear_logprob(

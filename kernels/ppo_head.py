@@ -111,13 +111,15 @@ class PPOHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, per_token, reference, loss, workspace_bytes):
         N, V = len(hidden), len(weight)
-        gradients = head.HeadGradients(hidden, weight)
         models = 1 if reference is None else 2
         spaces = [head.new_workspace(workspace_bytes // models, hidden, V) for _ in range(models)]
         most, parts = len(spaces[0]) // V, []
         if N and most < 1:
             raise ValueError(f"workspace_bytes is {workspace_bytes}; one token's logits need {V * spaces[0].itemsize}")
         size = -(-N // -(-N // most)) if N else 1  # equal chunks: a small last one would add to all of (V, D) as well
+        wide = spaces[0].dtype  # fp32: rounding each chunk's part to bf16 would bias the sums
+        d_hidden = torch.empty_like(hidden, dtype=wide)
+        d_weight = torch.empty_like(weight, dtype=wide) if weight.requires_grad else None
         for start in range(0, max(N, 1), size):  # without tokens, one empty chunk: its statistics have names
             rows = slice(start, min(N, start + size))
             logits = head.matmul(hidden[rows], weight.T, spaces[0])
@@ -127,14 +129,16 @@ class PPOHead(torch.autograd.Function):
             else:
                 ref_logits = head.matmul(reference[0][rows], reference[1].T, spaces[1])
                 dz, *part = chunk_exact(logits, ref_logits, *given)
-            gradients.add(rows, slice(0, V), dz)
+            head.matmul(dz, weight, d_hidden[rows])
+            if d_weight is not None:
+                head.matmul(dz.T, hidden[rows], d_weight, add=start > 0)
             parts.append(part)
         losses = torch.cat([losses for losses, _ in parts])
         statistics = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         total = losses.sum() - loss.entropy_coef * statistics["entropy"].sum()
         if reference is not None:
             total = total + loss.kl_coef * statistics["kl_exact"].sum()
-        ctx.save_for_backward(gradients.hidden.to(hidden.dtype), gradients.weight)
+        ctx.save_for_backward(d_hidden.to(hidden.dtype), None if d_weight is None else d_weight.to(weight.dtype))
         return total, statistics
 
     @staticmethod

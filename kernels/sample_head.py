@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.backend import INTERPRETED, jit, tl, use_triton
 from kernels.cpu import is_small, use_cpu
-from kernels.head import matmul, new_workspace, sum_dtype
+from kernels.head import matmul, sum_dtype
 
 TILES = [  # the smallest that holds the rows; a deep pipeline, for what counts is the bytes of W in flight
     dict(BLOCK_R=16, BLOCK_V=128, BLOCK_D=128, num_warps=4, num_stages=4),
@@ -246,5 +246,5 @@ def sample_head(
         uniforms = table.gather(1, steps[:, None])[:, 0]
     if use_cpu(hidden) and is_small([weight]):
         return cpu.sample(hidden, weight, temperature, uniforms)
-    nbytes = hidden.shape[0] * len(weight) * sum_dtype(hidden).itemsize
-    return sample(matmul(hidden, weight.T, new_workspace(nbytes, hidden, len(weight))), temperature, uniforms)
+    logits = torch.empty(len(hidden), len(weight), dtype=sum_dtype(hidden), device=hidden.device)
+    return sample(matmul(hidden, weight.T, logits), temperature, uniforms)

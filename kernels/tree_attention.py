@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from kernels import cpu
 from kernels.backend import first_order
@@ -48,12 +49,11 @@ class Tree:
     enter: Tensor  # (T,) long
     leave: Tensor  # (T,) long
     blocks: Sequence[Block]  # their sizes add up to T
-    dtype: torch.dtype  # of the queries
-    block_mask: object | None = None  # flex_attention's, on CUDA
+    dtype: torch.dtype = torch.float32  # of the queries
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """Give the torch path's masks, once for all layers: per block (size, prefix + size), to add to the scores.
+        """Return the torch path's masks, once for all layers: per block (size, prefix + size), to add to the scores.
 
         None for a trunk: causal.
         """
@@ -65,50 +65,38 @@ class Tree:
                 masks.append(None)
             else:
                 keys = torch.cat((torch.arange(trunk, trunk + block.prefix), own))
-                hidden = ~sees(self, own, keys)
-                masks.append(torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, MASKED))
+                enter = self.enter[own, None]
+                seen = (self.enter[keys] <= enter) & (enter < self.leave[keys])
+                masks.append(torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, MASKED))
             start += block.size
         return masks
 
     @cached_property
     def spans(self) -> Tensor:
-        """Give enter and leave as (2, T) int32, for C++."""
+        """Return enter and leave as (2, T) int32, for C++."""
         return torch.stack((self.enter, self.leave)).int()
 
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """Return the mask of flex_attention, once for all layers, for CUDA."""
+        T, enter, leave = len(self.enter), self.enter, self.leave
 
-def sees(tree: Tree, queries: Tensor, keys: Tensor) -> Tensor:
-    """Return (q, k) bool: which tokens, by their places, are ancestors of which, or they themselves."""
-    enter = tree.enter[queries][:, None]
-    return (tree.enter[keys] <= enter) & (enter < tree.leave[keys])
+        def ancestor(b, h, i, j):
+            return (enter[j] <= enter[i]) & (enter[i] < leave[j])
 
-
-def make_tree(enter: Tensor, leave: Tensor, blocks: Sequence[Block], dtype: torch.dtype) -> Tree:
-    """Prepare what all layers share, for queries of this dtype; ValueError if the blocks do not add up."""
-    T = len(enter)
-    if leave.shape != (T,) or sum(block.size for block in blocks) != T or (blocks and blocks[0].prefix is not None):
-        raise ValueError(f"blocks of {[b.size for b in blocks]} tokens, the first a trunk, must be the {T} of enter")
-    if not enter.is_cuda:
-        return Tree(enter, leave, blocks, dtype)
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def ancestor(b, h, i, j):
-        return (enter[j] <= enter[i]) & (enter[i] < leave[j])
-
-    mask = create_block_mask(ancestor, None, None, T, T, device=enter.device)
-    return Tree(enter, leave, blocks, dtype, mask)
+        return create_block_mask(ancestor, None, None, T, T, device=enter.device)
 
 
 def reference_tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
     """Return what `tree_attention` returns, by one dense mask."""
-    places = torch.arange(q.shape[2], device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees(tree, places, places), enable_gqa=True)
+    enter = tree.enter[:, None]
+    seen = (tree.enter <= enter) & (enter < tree.leave)  # (T, T): the rows are queries
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
 @cache
 def compiled_flex_attention():
     """Compile flex_attention once, and only where it is used."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -130,17 +118,19 @@ class TileAttention(torch.autograd.Function):
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
     """Attend with queries (1, H, T, Dh) to the keys and values (1, Hkv, T, Dh) of each token's ancestors, and its own.
 
-    Raises ValueError when the tree has another number of tokens, or more than one row is given.
+    Raises ValueError when the tree has another number of tokens, its blocks do not add up, or more than one row is
+    given.
     """
-    T = len(tree.enter)
+    T, sizes = len(tree.enter), [block.size for block in tree.blocks]
     if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == T:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be one row of the tree's {T} tokens")
+    if len(tree.leave) != T or sum(sizes) != T or (sizes and tree.blocks[0].prefix is not None):
+        raise ValueError(f"blocks of {sizes} tokens, the first a trunk, must be the {T} of enter")
     if q.is_cuda:
         return compiled_flex_attention()(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
     if cpu.use_cpu(q) and q.shape[3] in cpu.HEAD_DIMS:
         rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, H, Dh): as the projections wrote them
         return TileAttention.apply(*rows, tree.spans).transpose(0, 1)[None]
-    sizes = [block.size for block in tree.blocks]
     out = []
     for block, mask, q_own, k_own, v_own in zip(
         tree.blocks, tree.masks, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True

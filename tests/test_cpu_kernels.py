@@ -5,12 +5,11 @@ import subprocess
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kernels import cpu, set_backend
 from kernels.rows import Rows
 from kernels.sample_head import sample
-from kernels.tree_attention import Block, make_tree, sees, tree_attention
+from kernels.tree_attention import Block, Tree, reference_tree_attention, tree_attention
 from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
 from packing import TokenTree
 from sampler import Sampler, cached_trunk, generate
@@ -175,7 +174,7 @@ def random_trees(seed: int, size: int):
         enter += [offset + e for e in layout.enter]
         leave += [offset + e for e in layout.leave]
         blocks += [Block(*b) for b in layout.blocks]
-    return make_tree(torch.tensor(enter), torch.tensor(leave), blocks, torch.float32)
+    return Tree(torch.tensor(enter), torch.tensor(leave), blocks, torch.float32)
 
 
 @pytest.mark.parametrize("H, Hkv, Dh", [(3, 3, 32), (4, 2, 16), (7, 1, 64), (2, 2, 128)])
@@ -185,10 +184,9 @@ def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
     tree = random_trees(seed, size)
     N, generator = len(tree.enter), torch.Generator().manual_seed(seed)
     q, k, v, g = (torch.randn(1, N, heads, Dh, generator=generator).transpose(1, 2) for heads in (H, Hkv, Hkv, H))
-    places = torch.arange(N)
 
     def dense(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees(tree, places, places), enable_gqa=True)
+        return reference_tree_attention(q, k, v, tree)
 
     def differentiated(attention, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.throughput import forget_peak, in_child, memory_status
-from kernels.tree_attention import Block, make_tree
+from kernels.tree_attention import Block, Tree
 from learners import weights as weights_module
 from learners.weights import INDEX, SINGLE, load_critic, load_policy, resolve_checkpoint, save_pretrained
 from model import Cached, Chunk, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
@@ -147,7 +147,7 @@ def test_token_tree_equals_separate_rows():
     token_ids = torch.cat((prompt, left, right))[None]  # (1, 17)
     position_ids = torch.cat((torch.arange(11), torch.arange(7, 13)))[None]
     leave = torch.tensor([17] * 7 + [11] * 4 + [17] * 6)  # the right branch does not see the left one
-    tree = make_tree(torch.arange(17), leave, [Block(11, None), Block(6, 7)], torch.float32)
+    tree = Tree(torch.arange(17), leave, [Block(11, None), Block(6, 7)], torch.float32)
     hidden = policy(token_ids, position_ids, tree)[0]
 
     torch.testing.assert_close(hidden[:11], policy(torch.cat((prompt, left))[None])[0], atol=1e-5, rtol=0)
@@ -228,7 +228,7 @@ def test_cache_adopts(candidate):
         assert torch.equal(stored[0], slots[0]) and (stored[1] == stored[1, :1, :, :1]).all()
 
 
-PLAIN = make_tree(torch.arange(4), torch.full((4,), 4), [Block(4, None)], torch.float32)
+PLAIN = Tree(torch.arange(4), torch.full((4,), 4), [Block(4, None)], torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
-from kernels.tree_attention import Block, make_tree, reference_tree_attention, sees, tree_attention
+from kernels.tree_attention import Block, Tree, reference_tree_attention, tree_attention
 from packing import TokenTree
 
 
@@ -28,7 +28,7 @@ def some_trees(seed: int, block: int, dtype=torch.float64):
         enter += [offset + e for e in layout.enter]
         leave += [offset + e for e in layout.leave]
         blocks += [Block(*b) for b in layout.blocks]
-    return make_tree(torch.tensor(enter), torch.tensor(leave), blocks, dtype), ancestors
+    return Tree(torch.tensor(enter), torch.tensor(leave), blocks, dtype), ancestors
 
 
 def heads(N: int, H: int, Hkv: int, Dh: int, dtype=torch.float64):
@@ -47,8 +47,8 @@ def test_blocks_equal_one_dense_mask(seed, block):
     torch.testing.assert_close(ours, dense)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
     torch.testing.assert_close(*(torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (ours, dense)))
-    places = torch.arange(N)
-    for i, row in enumerate(sees(tree, places, places).tolist()):
+    flat = torch.zeros(1, 1, N, N, dtype=torch.float64)  # equal scores: a token's output names all that it sees
+    for i, row in enumerate(tree_attention(flat, flat, torch.eye(N, dtype=torch.float64)[None, None], tree)[0, 0]):
         assert {j for j in range(N) if row[j]} == ancestors[i]
     if block == 1000:
         assert len(tree.blocks) <= 2 * 3  # a trunk and one block of branches each
@@ -58,12 +58,7 @@ def test_flex_attention_is_given_the_same_rule():
     """Guards the CUDA path's mask, as far as a CPU runs it: flex_attention forward with it equals the blocks."""
     tree, _ = some_trees(0, 8, torch.float32)
     q, k, v = (x.detach() for x in heads(len(tree.enter), 4, 2, 16, torch.float32))
-
-    def ancestor(b, h, i, j):
-        return (tree.enter[j] <= tree.enter[i]) & (tree.enter[i] < tree.leave[j])
-
-    mask = create_block_mask(ancestor, None, None, len(tree.enter), len(tree.enter), device="cpu")
-    flexed = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    flexed = flex_attention(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
     torch.testing.assert_close(flexed, tree_attention(q, k, v, tree), atol=1e-5, rtol=1e-5)
 
 
@@ -72,7 +67,7 @@ def test_misuse_is_named():
     places = torch.arange(4)
     for blocks in ([Block(3, None)], [Block(4, 2)]):
         with pytest.raises(ValueError, match="the first a trunk"):
-            make_tree(places, places + 1, blocks, torch.float32)
-    tree = make_tree(places, torch.full((4,), 4), [Block(4, None)], torch.float32)
+            tree_attention(*heads(4, 2, 1, 8), Tree(places, places + 1, blocks))
+    tree = Tree(places, torch.full((4,), 4), [Block(4, None)], torch.float32)
     with pytest.raises(ValueError, match="one row of the tree's 4 tokens"):
         tree_attention(*heads(5, 2, 1, 8), tree)
