@@ -229,8 +229,8 @@ class Environment:
         counts: Counter = Counter()
         for name, client in (("simulator", self.user), ("judge", self.judge), ("subject", self.subject)):
             totals = client.counts if client else {"errors": {}}
-            counts.update({f"{name}_error_{reason}": n for reason, n in totals.pop("errors").items()})
-            counts.update({f"{name}_{what}": n for what, n in totals.items()})
+            counts.update({f"{name}_{what}": n for what, n in totals.items() if what != "errors"})
+            counts.update({f"{name}_error_{reason}": n for reason, n in totals["errors"].items()})
         return counts
 
     def hang_up(self) -> None:

@@ -33,7 +33,7 @@ from evaluation import figures, prompting, results, scenarios, subjects
 from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
 from sampler import make_sampler
-from scheduler import Replies, Scheduler
+from scheduler import Scheduler
 from simulator import open_environment
 from worlds import first, ledger
 from worlds.personas import Persona
@@ -390,9 +390,7 @@ def test_a_checkpoint_can_be_prompted_too(tmp_path):
         train_rlpa.rollout(policy, chat, native, play, config, env)
         sampler = make_sampler(policy, chat, config, 1, play.temperature, 3)
         speaker = subjects.AskedSpeaker(partial(subjects.ask_policy, sampler, chat), subjects.RLPA, play, config, env)
-        with Replies(config, env) as replies:
-            players = [train_rlpa.play_dialogue(d, speaker, play, config, env) for d in asked]
-            Scheduler(sampler, replies, env).run(players)
+        Scheduler(sampler, config, env).run(train_rlpa.play_dialogue(dialogue, speaker) for dialogue in asked)
         for dialogues in (native, asked):
             told.append([turn.winner.text.strip() for d in dialogues for turn in d.turns])
     assert told[0] == told[1] and len(told[0]) == 9

@@ -25,7 +25,6 @@ from config import HERE, Amount, Config, flag
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from dry_run import memory
 from dry_run.plan import dry_run
-from endpoints.calls import COUNTED
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import reference_ppo
 from learners import loading
@@ -724,7 +723,7 @@ def test_a_tree_stores_each_token_once(chat):
 class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
-    counts = {**dict.fromkeys(COUNTED, 0), "errors": {}}
+    counts = {"requests": 0, "errors": {}}
     outage = ""
 
     def ask(self, messages, seed):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from endpoints.wire import ChatError
 from model import KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
-from scheduler import Replies, Scheduler
+from scheduler import Ask, Scheduler, Waits
 from simulator import Environment
 from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Play, rollout
@@ -380,11 +380,28 @@ def test_no_dialogue_is_no_rollout(policy, chat, samplers):
 # ------------------------------------------------------------------------------------------------------------- replies
 
 
+class Decoding:
+    """Stands in for a sampler that decodes for so many steps, and in which no candidate ever ends."""
+
+    def __init__(self, steps: int):
+        self.running = steps
+
+    def step(self) -> list:
+        self.running = max(0, self.running - 1)
+        return []
+
+
+def ask_in_turn(scheduler: Scheduler, taken: list, *calls: Callable) -> Waits:
+    """Play a dialogue that makes one call after another, and note when it was resumed with which reply."""
+    for call in calls:
+        reply = yield Ask(call)
+        taken.append((scheduler.clock, reply))
+
+
 def test_reply_steps_of_its_own_choice():
     """Guards the default: bit for bit with the embedded user, as they come with endpoints of any other kind."""
     def steps(**settings) -> int:
-        with Replies(Config(ckpt="x", **settings), Environment(None, None)) as replies:
-            return replies.steps
+        return Scheduler(Decoding(0), Config(ckpt="x", **settings), Environment(None, None)).steps
 
     url = "http://127.0.0.1:9"
     assert (steps(), steps(simulator_url=url), steps(judge_url=url)) == (16, 0, 0)
@@ -394,30 +411,19 @@ def test_reply_steps_of_its_own_choice():
 def test_replies_wait_for_their_step():
     """Guards --reply-steps: in the order of requests, neither before their step, however fast, nor after it."""
     slow, taken = threading.Event(), []
-    with Replies(Config(ckpt="x", reply_steps=5), Environment(None, None)) as replies:
-        for clock, ask in ((0, lambda: "a"), (2, lambda: slow.wait(60) and "b"), (2, lambda: "c"), (9, lambda: "d")):
-            while replies.clock < clock:
-                replies.clock += 1
-                threading.Timer(0.05, slow.set).start() if replies.clock == 7 else None
-                replies.hand_out(idle=False)
-            replies.request(ask, lambda reply: taken.append((replies.clock, reply)))
-        assert taken == [(5, "a"), (7, "b"), (7, "c")]
-        replies.hand_out(idle=False)
-        assert len(taken) == 3
-        replies.hand_out(idle=True)  # nothing decodes: the clock is put on
-        assert taken[3:] == [(14, "d")] and not replies.waiting
+    scheduler = Scheduler(Decoding(7), Config(ckpt="x", reply_steps=5), Environment(None, None))
+    threading.Timer(0.1, slow.set).start()
+    one = ask_in_turn(scheduler, taken, lambda: slow.wait(60) and "a", lambda: "b")
+    other = ask_in_turn(scheduler, taken, lambda: "c")
+    scheduler.run([one, other])
+    assert taken == [(5, "a"), (5, "c"), (10, "b")]  # from step 7 on nothing decodes: the clock is put on
 
 
 def test_replies_as_they_come():
     """Guards --reply-steps 0 against one slow reply that holds up all others; when idle, it waits for the next one."""
-    slow, taken = threading.Event(), defaultdict(list)
-    with Replies(Config(ckpt="x", reply_steps=0), Environment(None, None)) as replies:
-        replies.request(lambda: slow.wait(60), lambda reply: taken["slow"].append(reply))
-        replies.hand_out(idle=False)
-        assert not taken
-        replies.request(lambda: 1, lambda reply: taken["fast"].append(reply))
-        replies.hand_out(idle=True)
-        assert dict(taken) == {"fast": [1]} and len(replies.waiting) == 1
-        slow.set()
-        replies.hand_out(idle=True)
-        assert taken["slow"] == [True] and not replies.waiting
+    slow, taken = threading.Event(), []
+    scheduler = Scheduler(Decoding(0), Config(ckpt="x", reply_steps=0), Environment(None, None))
+    one = ask_in_turn(scheduler, taken, lambda: slow.wait(60) and "slow")
+    other = ask_in_turn(scheduler, taken, lambda: "fast", lambda: slow.set())
+    scheduler.run([one, other])
+    assert [reply for _, reply in taken if reply] == ["fast", "slow"]
