@@ -105,6 +105,7 @@ class Offline(Config):
 def parse_args(argv: Sequence[str] | None = None) -> Offline:
     """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
     parser = make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
+    parser.prog = "python -m studies.offline"
     given = vars(parser.parse_args(argv))
     exits.check_prices(given.get("price_in"), given.get("price_out"))
     for name in ("personas", "eval_personas", "data"):

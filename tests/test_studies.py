@@ -145,3 +145,18 @@ def test_a_study_is_written(tmp_path):
     assert record["rlpa"]["figures"] == record["credit dialogue"]["figures"]
     assert len(set(record["rlpa"]["AVG of seeds"])) == 1
     assert (args.out / "credit.png").stat().st_size > 10_000
+
+
+def test_runs_of_several_seeds_are_summed_up(tmp_path, capsys):
+    """Guards `studies summary`: means and spread of first and last evaluation, a picture, and one line if mistyped."""
+    for run, last in (("one", 0.6), ("two", 0.8)):
+        (tmp_path / run).mkdir()
+        records = [{"kind": "heldout/sampled", "iteration": i, "recall": x} for i, x in enumerate((0.5, 0.1, last))]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    runs = [str(tmp_path / run) for run in ("one", "two")]
+    assert studies.main(["summary", *runs, "--curve", str(tmp_path / "both.png")]) == 0
+    assert "| recall of revealed facts | 0.500 ± 0.000 → 0.700 ± 0.141 |" in capsys.readouterr().out
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    assert studies.main(["summary", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("studies: ") and error.count("\n") == 1 and "nowhere" in error
