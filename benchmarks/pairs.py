@@ -1,0 +1,74 @@
+"""Time two checkouts against each other, run by run in turn: python benchmarks/pairs.py OLD NEW [--pairs 7]
+
+Each run trains the tiny checkpoint for a few iterations of the same dialogues; the first iteration warms up. Shown are
+the ratios NEW ÷ OLD of whole iterations, of sampling and of the update: the mean of the pairs and its 95 % interval
+(Student's t on the logarithms). Let nothing else run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FLAGS = (
+    "--ckpt --rollout-batch-size 16 --minibatch-size 4 --eval-every 0 --eval-dialogues 1 --save-every 0"
+    " --num-personas 64 --no-tensorboard --overwrite"
+).split()
+PARTS = ("seconds", "seconds_sampling", "seconds_update")
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # by degrees of freedom, from 1
+
+
+def run(checkout: Path, iterations: int, run_dir: str) -> dict[str, float]:
+    """Train in a checkout and return the seconds of each part, summed over all iterations but the first."""
+    command = [sys.executable, "train_rlpa.py", *FLAGS, "--num-iterations", str(iterations + 1), "--run-dir", run_dir]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True, timeout=900)
+    records = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
+    timed = [record for record in records if record["kind"] == "train" and record["iteration"] > 1]
+    return {part: sum(record[part] for record in timed) for part in PARTS}
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Return the geometric mean of ratios and the ends of its 95 % interval.
+
+    >>> [round(x, 3) for x in interval([1.0, 1.0, 1.1])]
+    [1.032, 0.9, 1.184]
+    """
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, half = statistics.fmean(logs), T95[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def main() -> None:
+    """Run the pairs, the order swapped in every other one, and print a row per part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--pairs", type=int, default=7, choices=range(2, len(T95) + 2))
+    parser.add_argument("--iterations", type=int, default=3, help="timed iterations of a run")
+    args = parser.parse_args()
+    ratios: dict[str, list[float]] = {part: [] for part in PARTS}
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for pair in range(args.pairs):
+            sides = [(args.old, "old"), (args.new, "new")][:: 1 if pair % 2 else -1]
+            found = {side: run(checkout.resolve(), args.iterations, f"{folder}/{side}") for checkout, side in sides}
+            for part in PARTS:
+                ratios[part].append(found["new"][part] / found["old"][part])
+                seconds[part].append(found["old"][part] / args.iterations)
+    print(f"{args.pairs} pairs, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, one process")
+    for part in PARTS:
+        mean, low, high = interval(ratios[part])
+        print(f"{part:18} old {statistics.median(seconds[part]):6.2f} s   new / old {mean:.3f} [{low:.3f}, {high:.3f}]")
+
+
+if __name__ == "__main__":
+    main()
