@@ -460,7 +460,7 @@ def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
     heldout = personas_file(tmp_path / "h.jsonl", ["pilot3", "judge"])
     with chat_server(half_broken) as url:
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--personas", personas, "--eval-personas", heldout,
-           "--num-iterations", 1)  # fmt: skip
+           "--num-iterations", 1, "--max-retries", 0)  # fmt: skip
     (train,) = records(run, "train")
     assert (train["dialogues"], train["dialogues_dropped"], train["dropped_simulator"]) == (4, 2, 2)
     episodes = records(run, "train", "episodes.jsonl")
