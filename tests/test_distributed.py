@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
 from config import Config
 from learners import processes
 from learners.learner import optimizer_tensors
 from learners.loading import load_models
-from learners.weights import save_pretrained
-from model import Qwen2Config, random_policy
 from records import checkpoints
-from simulator import make_user_server
-from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -47,25 +42,14 @@ def arguments(tmp_path_factory) -> Iterator[list[str]]:
 
     They make batches of 6, 6 and 1 dialogues: in the last one, and in every evaluation, a second process has none.
     """
-    folder = tmp_path_factory.mktemp("random-policy")
-    rng = random.Random(0)
-    tokenizer = train_tokenizer([text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn], 400)
-    shape = Qwen2Config(tokenizer.get_vocab_size(), 32, 48, 2, num_attention_heads=2, num_key_value_heads=1)
-    save_pretrained(random_policy(shape, seed=0), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "rlpa.json").write_text(json.dumps(SETTINGS))
+    folder = write_checkpoint(tmp_path_factory.mktemp("random-policy"), SETTINGS)
     for name, n in (("train", 13), ("heldout", 1)):
         facts = [f'{{"facts": ["Age: {30 + i}", "Occupation: baker"]}}\n' for i in range(n)]
         (folder / f"{name}.jsonl").write_text("".join(facts))
-    server = make_user_server(port=0)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    url, files = (
-        f"http://127.0.0.1:{server.server_address[1]}",
-        [str(folder / f"{n}.jsonl") for n in ("train", "heldout")],
-    )
-    yield ["--ckpt", str(folder), "--simulator-url", url, "--personas", files[0], "--eval-personas", files[1]]
-    server.shutdown()
-    server.server_close()
+    files = [str(folder / f"{n}.jsonl") for n in ("train", "heldout")]
+    with running_user() as url:
+        yield ["--ckpt", str(folder), "--simulator-url", url, "--personas", files[0], "--eval-personas", files[1]]
+
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +94,6 @@ def free_port() -> int:
     """Find a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return found.getsockname()[1]
-
-
-def records(run: Path) -> list[dict]:
-    """Read metrics.jsonl, without what a clock says."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in found]
 
 
 def said(run: Path) -> dict[tuple, list]:
