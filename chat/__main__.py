@@ -212,7 +212,7 @@ def run(argv: Sequence[str] | None) -> None:
     key = read_key(args.api_key_env or None)
     folder = resolve_checkpoint(args.ckpt)
     model = Path(folder).resolve().name
-    server = make_server(args.host, args.port, model=model, key=key) if args.serve else None  # before the slow loading
+    server = make_server(args.host, args.port, models=[model], key=key) if args.serve else None  # before the slow load
     given = {name: value for name, value in vars(args).items() if name in PASSED}
     config = Config(**{**checkpoint_defaults(folder), **given})
     policy, chat = load_checkpoint(folder, config)

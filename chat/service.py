@@ -238,6 +238,6 @@ def serve(server: ThreadingHTTPServer, service: Service) -> None:
     """Let a server answer for a policy until Ctrl-C."""
     server.answer = service.answer
     address = f"http://{server.server_address[0]}:{server.server_address[1]}/v1"
-    print(f"{server.model} at {address}{' (with a key)' if server.key else ''}", flush=True)
+    print(f"{service.model} at {address}{' (with a key)' if server.key else ''}", flush=True)
     with server:
         server.serve_forever(poll_interval=0.1)

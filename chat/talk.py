@@ -73,14 +73,16 @@ class ForgetfulSpeaker(Speaker):
         kept = [line for line in reply.profile if not self.is_forgotten(line)]
         if kept == reply.profile:
             return reply
-        return read_candidate([*chat.encode(render_turn(kept, reply.response)), chat.im_end], [], "stop", dialogue, chat)
+        token_ids = [*chat.encode(render_turn(kept, reply.response)), chat.im_end]
+        return read_candidate(token_ids, [], "stop", dialogue, chat)
 
 
 class Talk:
     """A dialogue that a person leads: `train_rlpa.play_dialogue`, which gets its user's messages from `reply`."""
 
     def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, temperature: float) -> None:
-        self.config = replace(config, first_user_message="", max_turns=10_000)
+        alone = {"first_user_message": "", "max_turns": 10_000, "profile_judge": "rule"}  # no endpoint is asked
+        self.config = replace(config, **alone)
         self.new_speaker = partial(ForgetfulSpeaker, policy, chat, self.config, temperature)
         self.speaker = self.new_speaker()
         self.reset()

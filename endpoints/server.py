@@ -166,7 +166,7 @@ def make_server(
     address = "127.0.0.1" if host == "localhost" else host
     if not is_loopback(address) and not key or ":" in address:
         raise ValueError(f"--host {host} is not an IPv4 loopback address; use --host 127.0.0.1"
-                         " (others need a key: chat.py --api-key-env)")
+                         " (others need a key: python -m chat --api-key-env)")
     try:
         server = Server((address, port), Handler)
     except OSError as error:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import train_rlpa
 from command_line import exits
 from command_line.flags import checkpoint_defaults, make_parser
-from config import Config, flag
+from config import Amount, Config, Count, Natural, flag
 from dialogue import Candidate, Dialogue, Turn, stream_seed
 from endpoints.calls import calls_note
 from kernels import linear_logprob
@@ -74,13 +75,13 @@ class Offline(Config):
 
     method: str = ""  # sft: cross-entropy on each turn's best candidate; dpo: its best against its worst
     data: str = ""  # run folder of this program whose dialogues are learned from again; empty: they are collected
-    num_epochs: int = 2  # passes over the dialogues
-    lr: float = 5e-7  # peak learning rate; not given: 3 times the checkpoint's with sft, a third of it with dpo
+    num_epochs: Count = 2  # passes over the dialogues
+    lr: Amount = 5e-7  # peak learning rate; not given: 3 times the checkpoint's with sft, a third of it with dpo
     min_reward: float = 0.0  # sft: a turn's best candidate is learned from if it earned so much
     beta: float = 0.5  # dpo: weight of log-ratios; with 0.1 the tiny checkpoint unlearned the format
-    eval_every: int = 1  # epochs between held-out evaluations; 0: only before and after
-    advantage: str = "rloo"  # so that the trainer's setup loads no critic
-    kl_coef: float = 0.0  # nor a reference: its log-probs are computed before the first step
+    eval_every: Natural = 1  # epochs between held-out evaluations; 0: only before and after
+    advantage: Literal["rloo"] = "rloo"  # so that the trainer's setup loads no critic
+    kl_coef: Amount = 0.0  # nor a reference: its log-probs are computed before the first step
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -104,6 +105,7 @@ class Offline(Config):
 def parse_args(argv: Sequence[str] | None = None) -> Offline:
     """Read flags: defaults < the checkpoint's `rlpa.json` < settings of --data < flags. ValueError if one is bad."""
     parser = make_parser(Offline, __doc__, COLLECTED + ENDPOINTS + LEARNING)
+    parser.prog = "python -m studies.offline"
     given = vars(parser.parse_args(argv))
     exits.check_prices(given.get("price_in"), given.get("price_out"))
     for name in ("personas", "eval_personas", "data"):
@@ -250,7 +252,7 @@ def sft_sums(logprobs: Tensor) -> dict[str, Tensor | int]:
 def dpo_sums(logprobs: Tensor, batch: Batch, config: Offline) -> dict[str, Tensor | int]:
     """Return the summed DPO loss of a micro-batch's pairs, their count, and sums of what a curve shows of them."""
     sizes = [span.stop - span.start for p in batch.dialogues for span in p.spans]
-    logratios = (logprobs - batch.gather("ref_logprobs")).split(sizes)
+    logratios = (logprobs - batch.column("ref_logprobs")).split(sizes)
     winner, loser = torch.stack([part.sum() for part in logratios]).view(-1, 2).unbind(1)  # (P,) each
     margin = config.beta * (winner - loser)
     return {

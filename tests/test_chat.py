@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -29,7 +29,7 @@ import pytest
 from chat import __main__ as chat
 from chat.__main__ import HELP, harmless, respond, show_turn
 from chat.service import MAX_SAMPLERS, Service
-from chat.talk import Talk, read_turn
+from chat.talk import Talk
 from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults
 from config import Config
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
@@ -37,7 +37,7 @@ from endpoints.server import make_server
 from evaluation import __main__ as evaluation
 from evaluation.subjects import load_checkpoint
 from model import Qwen2ForCausalLM
-from sampler import Sampler, generate
+from sampler import Draw, Sampler, generate
 
 ROOT = Path(chat.__file__).parents[1]
 TINY = TINY_CHECKPOINT
@@ -70,7 +70,8 @@ def afresh(loaded: Loaded, prompt_ids: list[int]) -> list[int]:
 
 def blocks(talk: Talk, token_ids: list[int]) -> list[str]:
     """The profile blocks in a prompt, but for the system prompt's."""
-    text = talk.chat.decode(token_ids).removeprefix(talk.chat.decode(talk.chat.message("system", SYSTEM_PROMPT)))
+    chat = talk.speaker.chat
+    text = chat.decode(token_ids).removeprefix(chat.decode(chat.message("system", SYSTEM_PROMPT)))
     return re.findall(r"<profile>.*?</profile>", text, re.DOTALL)
 
 
@@ -83,7 +84,7 @@ def test_a_reply_is_what_the_prompt_brings_out_and_only_what_is_new_is_computed(
         assert turn.winner.token_ids == afresh(loaded, turn.prompt_ids)
     last = talk.turns[-1]
     assert "Occupation: nurse" in last.winner.profile and "Age: 34" in last.winner.profile
-    assert talk.sampler.counts["tokens_prefilled"] < len(last.prompt_ids)  # each id but sampled ones once
+    assert talk.speaker.sampler.counts["tokens_prefilled"] < len(last.prompt_ids)  # each id but sampled ones once
 
 
 def test_forgetting_strikes_the_trait_from_every_block_that_the_policy_sees(loaded, talk):
@@ -93,9 +94,9 @@ def test_forgetting_strikes_the_trait_from_every_block_that_the_policy_sees(load
     talk.reply("I like it here.")
     prompt = talk.turns[-1].prompt_ids
     assert len(blocks(talk, prompt)) == 3 and "nurse" not in "".join(blocks(talk, prompt))
-    assert "34" in blocks(talk, prompt)[-1] and "I work as a nurse." in talk.chat.decode(prompt)
+    assert "34" in blocks(talk, prompt)[-1] and "I work as a nurse." in talk.speaker.chat.decode(prompt)
     # it wrote "nurse" again: the response is what comes behind the profile without it
-    start = talk.chat.encode(render_turn(talk.profile(), "").removesuffix("\n</response>"))
+    start = talk.speaker.chat.encode(render_turn(talk.profile(), "").removesuffix("\n</response>"))
     assert talk.turns[-1].winner.token_ids == start + afresh(loaded, prompt + start)
     assert "nurse" not in respond(talk, "/profile", 0).replace("forgotten until /reset: Nurse", "")
 
@@ -104,19 +105,19 @@ def test_what_was_forgotten_does_not_come_back_and_the_response_is_written_witho
     """Guards a forgotten trait that is inferred again from the user's words, shown, or used in the same turn."""
     talk.forget("Occupation")
     talk.forget("34")
-    written = []
-    write = talk.write
+    written = []  # what each sampled turn begins with, behind its prompt
+    sample = talk.sample
 
-    def note(prompt_ids, start):
-        written.append(start)
-        return write(prompt_ids, start)
+    def note(wanted):
+        written.append(wanted.prompt_ids[len(talk.turns[-1].prompt_ids) :])
+        return sample(wanted)
 
-    talk.write = note
+    talk.sample = note
     for text in ("I am 34 years old.", "I work as a baker.", "I live in Oslo."):
         reply = talk.reply(text)
-        assert reply.failure is None and not any(map(talk.is_forgotten, reply.profile))
+        assert reply.failure is None and not any(map(talk.speaker.is_forgotten, reply.profile))
     assert any(written), "the policy never tried: this test shows nothing"
-    assert all(talk.chat.decode(start).endswith("<response>\n") for start in written if start)
+    assert all(talk.speaker.chat.decode(start).endswith("<response>\n") for start in written if start)
     assert not re.search("34|Occupation", "".join(blocks(talk, talk.turns[-1].prompt_ids)))
     rewritten = [turn for turn in talk.turns[3:] if turn.winner.token_ids != afresh(loaded, turn.prompt_ids)]
     assert len(rewritten) == sum(map(bool, written))
@@ -132,7 +133,7 @@ def test_a_turn_that_cannot_be_parsed_hides_no_forgotten_trait(loaded):
     assert talk.turns[1].winner.failure == "truncated" and "nurse" in talk.turns[1].winner.text
     talk.forget("nurse")
     talk.reply("Well.")
-    prompt = talk.chat.decode(talk.turns[-1].prompt_ids)
+    prompt = talk.speaker.chat.decode(talk.turns[-1].prompt_ids)
     assert "nurse" not in re.sub(r"<\|im_start\|>user.*?<\|im_end\|>", "", prompt, flags=re.DOTALL)
 
 
@@ -151,15 +152,19 @@ def test_reset_drops_everything(loaded, talk):
     """Guards a dialogue, a ban or a cache that outlives the reset."""
     talk.forget("nurse")
     respond(talk, "/reset", 0)
-    assert talk.turns == [] and talk.forgotten == [] and talk.sampler.rows.count(None) == len(talk.sampler.rows)
+    assert talk.turns == [] and talk.forgotten == [] and not any(talk.speaker.sampler.rows)
     talk.reply("I work as a nurse.")
     assert talk.turns[0].winner.token_ids == afresh(loaded, talk.turns[0].prompt_ids)
-    assert "nurse" not in talk.chat.decode(talk.turns[0].prompt_ids[: -len(talk.chat.encode("I work as a nurse.")) - 9])
+    said = len(loaded[1].encode("I work as a nurse."))
+    assert "nurse" not in loaded[1].decode(talk.turns[0].prompt_ids[: -said - 9])
 
 
 def test_a_dialogue_that_is_full_says_so_and_can_be_reset(loaded, talk):
     """Guards a traceback, and a turn without a reply that breaks the next command."""
-    talk.longest = len(talk.turns[-1].prompt_ids) + CONFIG.max_new_tokens
+    room = loaded[0].config.max_position_embeddings - len(talk.turns[-1].prompt_ids)
+    talk = Talk(*loaded, replace(CONFIG, max_new_tokens=room), 0.0)
+    for text in SAID:
+        talk.reply(text)
     assert "/reset" in respond(talk, "And then?", 0) and len(talk.turns) == 3
     assert "34" in respond(talk, "/profile", 0)
     respond(talk, "/reset", 0)
@@ -192,26 +197,25 @@ def terminal(talk: Talk, lines: bytes, monkeypatch) -> None:
     chat.converse(talk)
 
 
-def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(talk, monkeypatch, capsys):
+def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(loaded, monkeypatch, capsys):
     """Guards a reply that clears the screen, sets a title, or reorders what stands around it; and odd bytes typed."""
     evil = "\x1b]0;owned\x07 \x9b2J \u202eabc\r hi \x00"
     text = f"<profile>\n- Age: {evil}\n</profile>\n\n<response>\n{evil}\n</response>"
-    monkeypatch.setattr(talk, "write", lambda *_: read_turn(talk.chat.encode(text), "stop", talk.chat))
+    talk = Talk(*loaded, CONFIG, 0.0)
+    talk.sample = lambda wanted: wanted.score(Draw(wanted.key, 0, loaded[1].encode(text), stop_reason="stop"))
     terminal(talk, b"odd \xff\xfe byte\n/profile\n/forget \x1b[2J owned\n", monkeypatch)
     out = capsys.readouterr().out
     assert "owned" in out and r"\x1b" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
 
 
-def test_a_pipe_in_and_a_transcript_out():
+def test_a_pipe_in_and_a_transcript_out(capsys):
     """Guards the program as such: its imports, its exit codes, and one line for what a user can mend."""
-    def run(*argv: str, text: str = "") -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "chat", *argv]
-        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=200, cwd=ROOT)
-
-    done = run("--ckpt", str(TINY), text="Hello\nI work as a nurse.\n/quit\nnot read")
+    command, text = [sys.executable, "-m", "chat", "--ckpt", str(TINY)], "Hello\nI work as a nurse.\n/quit\nnot read"
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0 and "+ Occupation: nurse" in done.stdout and done.stderr == ""
-    done = run("--ckpt", str(ROOT / "docs"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("chat: ")
+    assert chat.main(["--ckpt", str(ROOT / "docs")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("chat: ")
 
 
 def test_a_message_that_is_too_long_by_itself_must_be_shortened(loaded, talk):
@@ -219,14 +223,14 @@ def test_a_message_that_is_too_long_by_itself_must_be_shortened(loaded, talk):
     for one in (Talk(*loaded, CONFIG, 0.0), talk):
         said, turns = respond(one, "word " * 5000, 0), len(one.turns)
         assert "/reset" not in said and "shorten the message" in said and "--max-new-tokens below" in said
-        assert f"{talk.longest} positions" in said and len(one.turns) == turns
+        assert f"{loaded[0].config.max_position_embeddings} positions" in said and len(one.turns) == turns
     small = Talk(*loaded, replace(CONFIG, kv_gib=0.0001), 0.0)
     said = respond(small, "Hello", 0)
     flags = set(re.findall("--[a-z-]+", said))
     assert flags == {"--kv-gib", "--max-new-tokens"} and "shorten the dialogue" in said  # flags that chat has
 
 
-def test_ctrl_c_stops_a_reply_and_the_dialogue_goes_on(talk, monkeypatch):
+def test_ctrl_c_stops_a_reply_and_the_dialogue_goes_on(loaded, talk, monkeypatch):
     """Guards a turn without an answer in the history, and a sampler that was stopped amid a step and is used again."""
     before, step, prompt = list(talk.turns), Sampler.step, talk.turns[-1].prompt_ids
     with monkeypatch.context() as patch:
@@ -236,7 +240,7 @@ def test_ctrl_c_stops_a_reply_and_the_dialogue_goes_on(talk, monkeypatch):
             talk.reply("I have two cats.")
     assert talk.turns == before and talk.turns[-1].prompt_ids == prompt
     winner = talk.reply("I have a dog.")
-    assert winner.token_ids == afresh((talk.sampler.policy, talk.chat), talk.turns[-1].prompt_ids)
+    assert winner.token_ids == afresh(loaded, talk.turns[-1].prompt_ids)
 
 
 @pytest.mark.parametrize("argv", [["--temperature", "-1"], ["--temperature", "nan"], ["--port", "x", "--serve"],
@@ -275,41 +279,25 @@ def test_ctrl_c_is_one_line(argv):
     assert process.communicate()[1] == "chat: stopped by Ctrl-C\n"
 
 
-def in_a_terminal(act: Callable[[int, subprocess.Popen, bytes], bool]) -> tuple[int, bytes]:
-    """Talk in a terminal; `act` sees what was printed, until it returns True. Returns exit code and output."""
+def test_a_terminal_and_ctrl_c_at_its_prompt():
+    """Guards line editing and the prompt, which a pipe does not have, and a traceback where people end a talk."""
     parent, child = pty.openpty()
-    command = [sys.executable, "-m", "chat", "--ckpt", str(TINY)]
-    env = os.environ | {"TERM": "dumb"}
+    command, env = [sys.executable, "-m", "chat", "--ckpt", str(TINY)], os.environ | {"TERM": "dumb"}
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env, cwd=ROOT)
     os.close(child)
-    seen, done, deadline = b"", False, time.monotonic() + 200
+    os.write(parent, b"Hello\nI work as a nurse.\n")
+    seen, stopped, deadline = b"", False, time.monotonic() + 200
     while time.monotonic() < deadline:
-        done = done or act(parent, process, seen)
+        if not stopped and b"you> " in seen.partition(b"+ Occupation: nurse")[2]:
+            time.sleep(1)  # readline prints the prompt first and listens then: a signal in between would be lost
+            process.send_signal(signal.SIGINT)
+            stopped = True
         try:
             seen += os.read(parent, 4096)
         except OSError:  # the other end is closed: it has ended
             break
     os.close(parent)
-    return process.wait(20), seen
-
-
-def test_a_terminal():
-    """Guards line editing and the prompt, which a pipe does not have."""
-    code, seen = in_a_terminal(lambda to, *_: bool(os.write(to, b"Hello\nI work as a nurse.\n/quit\n")))
-    assert code == 0 and b"you> " in seen and b"+ Occupation: nurse" in seen and b"Traceback" not in seen
-
-
-def test_ctrl_c_at_the_prompt_ends_the_talk():
-    """Guards a traceback where people end a talk with Ctrl-C."""
-
-    def interrupt(_: int, process: subprocess.Popen, seen: bytes) -> bool:
-        if prompted := b"you> " in seen:
-            time.sleep(1)  # readline prints the prompt first and listens then: a signal in between would be lost
-            process.send_signal(signal.SIGINT)
-        return prompted
-
-    code, seen = in_a_terminal(interrupt)
-    assert code == 0 and b"Traceback" not in seen and b"chat: " not in seen
+    assert process.wait(20) == 0 and stopped and b"Traceback" not in seen and b"chat: " not in seen
 
 
 # ------------------------------------------------------------------------------------------------------------- endpoint

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dialogue import TokenTree
 from kernels import cpu, set_backend
 from kernels.rows import Rows
 from kernels.sample_head import sample
 from kernels.tree_attention import Block, make_tree, sees, tree_attention
 from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
+from packing import TokenTree
 from sampler import Sampler, cached_trunk, generate
 
 pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_library()[1] or "there is a library")

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 
 import dialogue
 import rewards
-from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, TokenTree, closed, open_turn
+from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, closed, open_turn
+from packing import TokenTree
 from tiny import make
 
 QWEN = Path(dialogue.__file__).parent.parent / "shared" / "qwen2.5" / "tokenizer.json"
@@ -83,7 +84,10 @@ def tiny(tiny_file) -> ChatTokenizer:
 
 
 def sampled(token_ids: list[int], text: str = "") -> Candidate:
-    return Candidate(token_ids, [0.0] * len(token_ids), "stop", text=text, response=rewards.parse_turn(text).response)
+    response = rewards.parse_turn(text).response
+    return Candidate(
+        token_ids=token_ids, logprobs=[0.0] * len(token_ids), stop_reason="stop", text=text, response=response
+    )
 
 
 def speak(chat: ChatTokenizer, text: str) -> Candidate:

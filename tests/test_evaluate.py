@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,13 @@ import train_rlpa
 from command_line.flags import TINY_CHECKPOINT
 from config import Config
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
-from endpoints.wire import ChatReply, parse_reply
+from endpoints.wire import parse_reply
 from evaluation import __main__ as evaluation
 from evaluation import figures, prompting, results, scenarios, subjects
 from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
+from sampler import make_sampler
+from scheduler import Replies, Scheduler
 from simulator import open_environment
 from worlds import first, ledger
 from worlds.personas import Persona
@@ -323,7 +326,7 @@ def test_a_checkpoint_is_measured_as_the_trainer_measures_it(tmp_path):
     for name in VERDICTS:
         assert results[name]["value"] == pytest.approx(np.mean([r["verdicts"][name] for r in replies]), abs=1e-5)
     assert results["valid"]["value"] == pytest.approx(np.mean([r["failure"] is None for r in replies]), abs=1e-5)
-    assert results["AVG"]["value"] == pytest.approx(100 * np.mean([r["response_reward"] for r in replies]), abs=1e-4)
+    assert results["AVG"]["value"] == pytest.approx(100 * np.mean([r["parts"]["response"] for r in replies]), abs=1e-4)
     assert results["tokens"]["value"] == pytest.approx(np.mean([r["tokens"] for r in replies]), abs=1e-4)
 
 
@@ -356,7 +359,9 @@ def test_a_subject_keeps_its_profiles_in_the_history(tmp_path):
         assert ["<profile>" in m["content"] for m in last if m["role"] == "assistant"] == [True, True]
     dialogue = Dialogue(0, "x", ())
     for text in ("one", "two"):
-        reply = subjects.Reply([], [], "stop", text=f"<profile>{text}", response=text)
+        reply = subjects.Reply(
+            token_ids=[], logprobs=[], stop_reason="stop", text=f"<profile>{text}", response=text
+        )
         dialogue.turns.append(Turn("said", [], [reply]))
     dialogue.turns.append(Turn("said", []))
     latest = subjects.written_history(dialogue, Config(history_profile="latest"))
@@ -383,16 +388,15 @@ def test_a_checkpoint_can_be_prompted_too(tmp_path):
         policy, chat = subjects.load_checkpoint(TINY_CHECKPOINT, config)
         native, asked = scenarios.make_dialogues(personas), scenarios.make_dialogues(personas)
         train_rlpa.rollout(policy, chat, native, play, config, env)
-        model = subjects.AskedPolicy(policy, chat, play, config, 3)
-        for dialogue in asked:
-            player = subjects.converse(dialogue, subjects.RLPA, play, config, env)
-            call = subjects.advance(player, None)
-            while call is not None:
-                call = subjects.advance(player, model.answer({dialogue.index: call})[dialogue.index])
+        sampler = make_sampler(policy, chat, config, 1, play.temperature, 3)
+        speaker = subjects.AskedSpeaker(partial(subjects.ask_policy, sampler, chat), subjects.RLPA, play, config, env)
+        with Replies(config, env) as replies:
+            players = [train_rlpa.play_dialogue(d, speaker, play, config, env) for d in asked]
+            Scheduler(sampler, replies, env).run(players)
         for dialogues in (native, asked):
             told.append([turn.winner.text.strip() for d in dialogues for turn in d.turns])
     assert told[0] == told[1] and len(told[0]) == 9
-    assert model.sampler.counts["tokens_kept"] > 200  # the rows' keys and values were used
+    assert sampler.counts["tokens_kept"] > 200  # the rows' keys and values were used
     results = run(tmp_path, f"t={TINY}", "--method", "rag", "--num-personas", 3, "--turns", 2)
     assert results["subjects"]["t"]["personas"] == 3
 
@@ -487,14 +491,12 @@ def test_examples(module):
     assert doctest.testmod(module).failed == 0
 
 
-def test_a_reply_of_thoughts_alone_is_not_empty():
+def test_a_reply_of_thoughts_alone_is_not_empty(tmp_path):
     """Guards an empty message in the history, which endpoints refuse."""
-    dialogue = Dialogue(0, "x", ("Age: 34",), [Turn("Hello", [])])
-    calls = subjects.ask_subject(dialogue, "base", train_rlpa.Play(1, 1.0, (0,)), Config())
-    next(calls)
-    with pytest.raises(StopIteration) as end:
-        calls.send(ChatReply("<think>Hm.</think>"))
-    assert end.value.value.response == "..."
+    with subject_server(lambda messages: "<think>Hm.</think>") as url:
+        run(tmp_path, f"x={url}", "--method", "base", "--num-personas", 1, "--turns", 2)
+    (episode,) = episodes(tmp_path)
+    assert [turn["candidates"][0]["response"] for turn in episode["turns"]] == ["...", "..."]
 
 
 def test_a_reader_that_goes_away_costs_neither_results_nor_a_traceback(tmp_path):

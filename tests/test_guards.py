@@ -8,7 +8,6 @@ import math
 import random
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
 from tiny import make
 
-TINY = Path(TINY_CHECKPOINT)
+TINY = TINY_CHECKPOINT
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")
 USER = ["Hello", "I work as a nurse at night.", "I live in Oslo."]
 HONEST = [  # profile and reply per turn
@@ -45,7 +44,10 @@ def dialogue(turns: list[tuple[list[str], str]], index: int = 0) -> Dialogue:
     for t, (profile, reply) in enumerate(turns):
         ledger = asdict(score_profile(profile, FACTS, USER[: t + 1]))
         verdicts = dict.fromkeys(VERDICTS, True)
-        reply = Candidate([1], [0.0], "stop", profile=profile, response=reply, verdicts=verdicts, ledger=ledger)
+        reply = Candidate(
+            token_ids=[1], logprobs=[0.0], stop_reason="stop", profile=profile, response=reply, verdicts=verdicts,
+            ledger=ledger, parts={"profile": ledger["f1"], "response": 1.0},
+        )  # fmt: skip
         played.turns.append(Turn(USER[t], [], [reply]))
     return played
 

@@ -18,7 +18,6 @@ from benchmarks import scaling_table
 from benchmarks.measure import allocations, extra_peak
 from benchmarks.scaling_table import row_work, traffic, tree_blocks
 from config import Config, flag
-from dialogue import TokenTree
 from dry_run import memory
 from dry_run.memory import Plan, advice, peak, phases, tree_work
 from dry_run.plan import dry_run
@@ -26,7 +25,7 @@ from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
 from learners.learner import make_learner
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
-from packing import Packed, collate
+from packing import Packed, TokenTree, collate
 
 ppo_head = sys.modules["kernels.ppo_head"]  # the package's name for it is the function
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -98,18 +97,18 @@ def measured_step(
     return extra_peak(allocations(prof), returned=set()), plan
 
 
-MODEL, WIDE, SMALL = make_config(384, 1536, 6, 6), make_config(512, 1024, 2, 8), make_config(256, 512, 3, 4)
+MODEL, WIDE, SMALL = make_config(384, 1536, 4, 6), make_config(512, 1024, 2, 8), make_config(256, 512, 3, 4)
 UNTIED = make_config(512, 1024, 2, 8, tied=False)
 
 
 @pytest.mark.parametrize(
     ("config", "shape", "micro", "checkpointing", "dtype", "shared"),
     [
-        (MODEL, LONG, 1, False, torch.float32, False),  # 20.7 M parameters: activations rule
+        (MODEL, LONG, 1, False, torch.float32, False),  # activations rule
         (MODEL, MIDDLE, 2, False, torch.float32, False),
-        (make_config(640, 2560, 4, 10), MIDDLE, 1, False, torch.float32, False),  # 36.4 M
+        (make_config(640, 2560, 3, 10), MIDDLE, 1, False, torch.float32, False),
         (MODEL, MIDDLE, 1, True, torch.float32, False),
-        (make_config(256, 1024, 6, 4), MIDDLE, 2, True, torch.float32, False),
+        (make_config(256, 1024, 4, 4), MIDDLE, 2, True, torch.float32, False),
         (WIDE, SHORT, 1, False, torch.float32, False),  # gradients rule
         (WIDE, SHORT, 2, False, torch.float32, False),
         (UNTIED, SHORT, 2, False, torch.float32, False),
@@ -214,11 +213,10 @@ def test_scaling_table(tmp_path):
             assert dataclasses.replace(shape, bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id) == given
     (tmp_path / "config.json").write_text(json.dumps(scaling_table.QWEN["7B"].to_dict()))
     config = Config(
-        ckpt=str(tmp_path), dry_run=True, dry_run_gb=80, dry_run_processes=8, shard=True, checkpointing=True,
-        max_user_tokens=64, max_new_tokens=320,
-    )  # fmt: skip
+        ckpt=str(tmp_path), dry_run="8x80", shard=True, checkpointing=True, max_user_tokens=64, max_new_tokens=320
+    )
     assert "fits 80.0 GB" in dry_run(config)
-    assert "does not fit 80.0 GB" in dry_run(dataclasses.replace(config, dry_run_processes=1))
+    assert "does not fit 80.0 GB" in dry_run(dataclasses.replace(config, dry_run="1x80"))
     assert "does not fit 80.0 GB" in dry_run(dataclasses.replace(config, shard=False))
 
 
@@ -314,11 +312,11 @@ def test_report_of_qwen_3b(tmp_path, capsys):
     with capsys.disabled():
         for critic, gb in (("separate", 141), ("shared", 80), ("separate", 80)):
             config = Config(
-                ckpt=str(tmp_path), critic=critic, dry_run=True, dry_run_gb=gb, checkpointing=True, max_user_tokens=64,
+                ckpt=str(tmp_path), critic=critic, dry_run=str(gb), checkpointing=True, max_user_tokens=64,
                 max_new_tokens=320,
             )  # fmt: skip
             reports[critic, gb] = text = dry_run(config)
-            print(f"\n--critic {critic} --dry-run --dry-run-gb {gb}\n{text}")
+            print(f"\n--critic {critic} --dry-run {gb}\n{text}")
             table = text.splitlines()[: text.splitlines().index(next(x for x in text.splitlines() if "fit" in x))]
             assert len({len(line) for line in table}) == 1
     assert "does not fit" not in reports["separate", 141] + reports["shared", 80]

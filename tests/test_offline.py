@@ -17,10 +17,10 @@ import train_rlpa
 from command_line.flags import TINY_CHECKPOINT
 from dialogue import Candidate, Dialogue, Turn
 from evaluation import __main__ as evaluation
+from learners.learner import make_learner
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from studies import offline
 from studies.offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
-from train_rlpa import make_learner, turn_reward
 
 SHAPE = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -51,10 +51,13 @@ def random_dialogue(index: int, lengths: list[list[int]]) -> Dialogue:
     dialogue, prompt = Dialogue(index, f"persona {index}", ("Age: 34",)), [rng.randrange(64) for _ in range(5)]
     for turn_lengths in lengths:
         candidates = [
-            Candidate([rng.randrange(64) for _ in range(n)], [-1.0] * n, "stop", profile_reward=rng.random())
+            Candidate(
+                token_ids=[rng.randrange(64) for _ in range(n)], logprobs=[-1.0] * n, stop_reason="stop",
+                reward=rng.random(),
+            )
             for n in turn_lengths
-        ]
-        best = max(range(len(candidates)), key=lambda c: candidates[c].profile_reward)
+        ]  # fmt: skip
+        best = max(range(len(candidates)), key=lambda c: candidates[c].reward)
         dialogue.turns.append(Turn("", prompt, candidates, best))
         prompt = prompt + candidates[best].token_ids + [7] * 4
     return dialogue
@@ -72,7 +75,7 @@ def row_logprob(policy: Qwen2ForCausalLM, prompt: list[int], sampled: list[int],
 
 
 def best_and_worst(turn: Turn) -> tuple[Candidate, Candidate]:
-    ranked = sorted(turn.candidates, key=lambda c: c.profile_reward)
+    ranked = sorted(turn.candidates, key=lambda c: c.reward)
     return ranked[-1], ranked[0]
 
 
@@ -145,11 +148,11 @@ def test_what_is_learned_from(monkeypatch):
     """Guards dropped dialogues, lost verdicts, equal rewards and the threshold, none of which may teach."""
     (dialogue,) = some_dialogues()[:1]
     first, second = dialogue.turns
-    first.candidates[0].profile_reward, first.candidates[1].profile_reward = 0.4, 0.1
-    first.candidates[2].profile_reward, first.candidates[2].judged = 0.0, False
+    first.candidates[0].reward, first.candidates[1].reward = 0.4, 0.1
+    first.candidates[2].reward, first.candidates[2].judged = 0.0, False
     first.chosen = 0
     for candidate in second.candidates:
-        candidate.profile_reward = 0.25
+        candidate.reward = 0.25
     second.chosen = 0
     assert teachers(first, settings("sft")) == [first.candidates[0]]
     assert teachers(first, settings("dpo")) == first.candidates[:2]
@@ -263,7 +266,7 @@ def test_dpo_reuses_a_collection(collected, tmp_path, capsys):
     pairs = [
         pair for d in offline.load_dialogues(str(collected)) for turn in d.turns if (pair := teachers(turn, config))
     ]
-    assert pairs and all(turn_reward(best, config) > turn_reward(worst, config) for best, worst in pairs)
+    assert pairs and all(best.reward > worst.reward for best, worst in pairs)
     refused = offline.main(["--method", "sft", "--data", str(run), "--run-dir", str(tmp_path / "next")])
     assert refused == 2 and "collection.json does not exist" in capsys.readouterr().err
 
@@ -288,10 +291,13 @@ def test_evaluate_takes_the_checkpoint(collected, tmp_path):
     (["--method", "sft", "--ckpt", "--min-reward", "3"], ["--min-reward", "3", "2.0"]),
     (["--method", "sft", "--ckpt", "--clip-eps", "0.3"], ["--clip-eps"]),
     (["--method", "sft", "--ckpt", "--num-epochs", "0"], ["--num-epochs", "[1, "]),
+    (["--method", "sft", "--ckpt", "--lr", "-1"], ["--lr", "[0, "]),
+    (["--method", "sft", "--ckpt", "--eval-every", "-1"], ["--eval-every", "[0, "]),
     (["--method", "sft", "--ckpt", "--data", "/nowhere"], ["--data", "/nowhere"]),
 ])  # fmt: skip
-def test_bad_flags(given, named, capsys):
+def test_bad_flags(given, named, capsys, tmp_path, monkeypatch):
     """Guards tracebacks and flags ignored in silence: one line that names the value and what to change."""
+    monkeypatch.chdir(tmp_path)  # what is not refused would write its run folder into the project
     assert offline.main(given) == 2
     error = capsys.readouterr().err
     assert error.startswith("studies.offline: ") and error.count("\n") == 1 and all(text in error for text in named)

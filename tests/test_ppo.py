@@ -10,30 +10,36 @@ import copy
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+import records.iteration
+import rewards
 import train_rlpa
 from command_line.flags import TINY_CHECKPOINT
-from config import Config, flag
+from config import HERE, Amount, Config, flag
 from dialogue import Candidate, ChatTokenizer, Dialogue, Turn, open_turn, render_turn
 from dry_run import memory
 from dry_run.plan import dry_run
 from endpoints.calls import COUNTED
 from kernels.linear_logprob import linear_logprob, reference_logprob
 from kernels.ppo_head import reference_ppo
+from learners import loading
 from learners.learner import Learner, make_learner
 from learners.weights import load_policy, save_pretrained
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
 from packing import Batch, Packed, collate, critic_values, make_batches, microbatches, pack, policy_hidden
+from records.metrics import rates, tally
 from records.state import State
-from rewards import read_candidate
+from rewards import Judge, ParsedTurn, read_candidate, score_candidate
 from simulator import Environment
 from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import (
+    KL_ESTIMATORS,
     Play,
     add_advantages,
     add_group_advantages,
@@ -120,8 +126,18 @@ def ids(rng: random.Random, count: int) -> list[int]:
 
 def random_candidate(rng: random.Random, length: int) -> Candidate:
     """Random ids with random rewards; the profile ends somewhere inside."""
-    candidate = Candidate(ids(rng, length), [-1.0] * length, "stop", profile_tokens=rng.randint(1, length))
-    candidate.profile_reward, candidate.response_reward = rng.random(), float(rng.random() < 0.5)
+    candidate = sampled(ids(rng, length), profile_tokens=rng.randint(1, length))
+    return earn(candidate, rng.random(), float(rng.random() < 0.5))
+
+
+def sampled(token_ids: list[int], **fields) -> Candidate:
+    """A candidate of these ids, about which nothing has been found out."""
+    return Candidate(token_ids=token_ids, logprobs=[-1.0] * len(token_ids), stop_reason="stop", **fields)
+
+
+def earn(candidate: Candidate, profile: float, response: float) -> Candidate:
+    """Give a candidate its reward parts, and their sum as its reward."""
+    candidate.parts, candidate.reward = {"profile": profile, "response": response}, profile + response
     return candidate
 
 
@@ -143,14 +159,12 @@ def scripted(chat: ChatTokenizer, index: int, n_turns: int, n: int, history_prof
     for _ in range(n_turns):
         scripts = [scripted_dialogue(rng, 1)[0] for _ in range(n)]
         turn = open_turn(dialogue, scripts[0][0], chat, history_profile)
-        for _, text in scripts:
-            token_ids = [*chat.encode(text), chat.im_end]
-            turn.candidates.append(Candidate(token_ids, [-1.0] * len(token_ids), "stop"))
+        rows = [([*chat.encode(text), chat.im_end], "stop") for _, text in scripts]
         if n > 1:
-            turn.candidates[-1] = Candidate(token_ids[:-9], [-1.0] * (len(token_ids) - 9), "length")
-        for candidate in turn.candidates:
-            read_candidate(candidate, dialogue, chat)
-            candidate.profile_reward, candidate.response_reward = rng.random(), float(rng.random() < 0.5)
+            rows[-1] = rows[-1][0][:-9], "length"
+        for token_ids, reason in rows:
+            candidate = read_candidate(token_ids, [-1.0] * len(token_ids), reason, dialogue, chat)
+            turn.candidates.append(earn(candidate, rng.random(), float(rng.random() < 0.5)))
         turn.chosen = rng.randrange(n)
     return dialogue
 
@@ -167,6 +181,22 @@ def with_values(p: Packed, seed: int = 0) -> Packed:
         setattr(p, name, -5 * torch.rand(len(p.targets), generator=generator))
     p.values = torch.randn(len(p.targets), generator=generator)
     return p
+
+
+def ready_to_train(dialogues, policy, ref_policy, critic, config) -> tuple[list[Packed], list]:
+    """Pack dialogues and fill in statistics and whitened advantages, as an iteration does."""
+    packed = [pack(d, config) for d in dialogues]
+    batches = make_batches(packed, config)
+    add_statistics(batches, policy, ref_policy, critic, config)
+    for p in packed:
+        add_advantages(p, config) if critic else add_group_advantages(p, config)
+    whiten_advantages(packed, config.advantage)
+    return packed, batches
+
+
+def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic, config: Config) -> list[Packed]:
+    """Do so with a reference that differs from the policy."""
+    return ready_to_train(dialogues, policy, lively(policy.config, 5), critic, config)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
@@ -268,8 +298,7 @@ def test_two_turns_by_hand():
     """
 
     def turn(prompt: list[int], chosen: int, *candidates: tuple[list[int], float, float]) -> Turn:
-        made = [Candidate(t, [0.0] * len(t), "stop", profile_reward=p, response_reward=r) for t, p, r in candidates]
-        return Turn("", prompt, made, chosen)
+        return Turn("", prompt, [earn(sampled(t), p, r) for t, p, r in candidates], chosen)
 
     first = turn([1, 2], 0, ([3, 4], 0.0, 0.0), ([5], 1.0, 0.0))
     second = turn([1, 2, 3, 4, 6], 1, ([7], 0.0, 0.0), ([8, 9], 1.0, 1.0))
@@ -315,7 +344,7 @@ def compared(rewards: list[float], kl: list[list[float]], config: Config) -> lis
     """Advantages of one turn whose candidates earned `rewards` and whose tokens have these log-ratios."""
     dialogue = random_dialogue(0, [[len(part) for part in kl]])
     for candidate, reward in zip(dialogue.turns[0].candidates, rewards, strict=True):
-        candidate.profile_reward, candidate.response_reward = reward / 2, reward / 2
+        earn(candidate, reward / 2, reward / 2)
     p = with_values(pack(dialogue, config))
     p.old_logprobs = p.ref_logprobs + torch.tensor([x for part in kl for x in part])
     p.values = None
@@ -359,7 +388,7 @@ def test_equal_candidates_teach_nothing(advantage):
     assert compared([1.0] * 3, KL, critic_free(advantage, kl_coef=0.0)) == [[0.0] * 2, [0.0], [0.0] * 3]
     packed = [with_values(pack(random_dialogue(i, [[3, 2]]), settings())) for i in range(2)]
     packed[0].advantages, packed[1].advantages = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0]), torch.zeros(5)
-    mean, std = whiten_advantages(packed, advantage)
+    mean, std = whiten_advantages(packed, advantage).values()
     assert (mean, std) == pytest.approx((0.4, math.sqrt(1.4 - 0.16)))
     assert torch.equal(packed[1].advantages, torch.zeros(5))
     assert packed[0].advantages[0].item() == pytest.approx(2.0 if advantage == "grpo" else 2 / std)
@@ -375,17 +404,6 @@ def test_a_candidate_alone_has_no_advantage():
         assert p.advantages[:3].tolist() == [0.0] * 3 and p.advantages[3:].abs().min() > 0
 
 
-def without_critic(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, config: Config) -> tuple[list[Packed], list]:
-    """Pack dialogues and fill in statistics and advantages, as an iteration without a critic does."""
-    packed = [pack(d, config) for d in dialogues]
-    batches = make_batches(packed, config)
-    add_statistics(batches, policy, lively(policy.config, 5), None, config)
-    for p in packed:
-        add_group_advantages(p, config)
-    whiten_advantages(packed, config.advantage)
-    return packed, batches
-
-
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_without_a_critic_the_gradient_does_not_depend_on_the_microbatches(chat, policy, advantage):
     """Guards means per micro-batch or per candidate: gradients for 4, 2 and 1 micro-batches, and no value anywhere."""
@@ -396,7 +414,7 @@ def test_without_a_critic_the_gradient_does_not_depend_on_the_microbatches(chat,
         )
         model = copy.deepcopy(policy)
         dialogues = [scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)]
-        packed, (minibatch,) = without_critic(dialogues, model, config)
+        packed, (minibatch,) = ready_to_train(dialogues, model, lively(model.config, 5), None, config)
         assert all(p.values is None and p.returns is None for p in packed)
         sums = minibatch_update(
             make_learner(model, 1e-3, config), None, minibatch, sum(len(p.targets) for p in packed), 1.0, config, True
@@ -413,7 +431,8 @@ def test_the_policys_step_is_the_same_without_a_critic(policy, critic, advantage
     moved = []
     for other in (None, critic):
         config, model = critic_free(advantage), copy.deepcopy(policy)
-        _, batches = without_critic([random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)], model, config)
+        dialogues = [random_dialogue(i, [[3, 4], [2, 2]]) for i in range(2)]
+        _, batches = ready_to_train(dialogues, model, lively(model.config, 5), None, config)
         for p in (p for minibatch in batches for batch in minibatch for p in batch.dialogues):
             p.values = p.returns = torch.zeros(len(p.targets))
         learners = make_learner(model, 1e-3, config), other and make_learner(other, 1e-3, config)
@@ -442,7 +461,7 @@ def test_what_makes_no_sense_without_a_critic_is_refused(advantage, changes):
 
 def test_a_run_without_a_critic_has_none(chat, shape, tmp_path, monkeypatch):
     """Guards a critic that is built, saved, restored or logged after all, from the first line to a resumed end."""
-    monkeypatch.setattr(train_rlpa, "load_or_make_critic", lambda *_: pytest.fail("a critic was made"))
+    monkeypatch.setattr(loading, "load_or_make_critic", lambda *_: pytest.fail("a critic was made"))
     save_pretrained(lively(shape, 0), tmp_path / "ckpt")
     chat.tokenizer.save(str(tmp_path / "ckpt" / "tokenizer.json"))
     run = tmp_path / "run"
@@ -477,7 +496,7 @@ def test_memory_without_a_critic(shape):
     reports = {}
     for advantage in ("gae", "rloo"):
         config = settings(
-            ckpt=str(TINY_CHECKPOINT), advantage=advantage, dry_run=True, num_personas=4, max_new_tokens=16,
+            ckpt=str(TINY_CHECKPOINT), advantage=advantage, dry_run=HERE, num_personas=4, max_new_tokens=16,
             max_user_tokens=16,
         )  # fmt: skip
         header, *lines = dry_run(config).splitlines()
@@ -494,9 +513,8 @@ def test_reward_placement(chat):
     dialogue = Dialogue(0, "p", FACTS)
     turn = open_turn(dialogue, "Hello, I am 34.", chat)
     token_ids = [*chat.encode(render_turn(["Age: 34", "Location: Rome"], "Hi! Where do you live?")), chat.im_end]
-    turn.candidates = [Candidate(token_ids, [-1.0] * len(token_ids), "stop")]
-    read_candidate(turn.winner, dialogue, chat)
-    turn.winner.profile_reward, turn.winner.response_reward = 0.5, 1.0
+    candidate = read_candidate(token_ids, [-1.0] * len(token_ids), "stop", dialogue, chat)
+    turn.candidates = [earn(candidate, 0.5, 1.0)]
     at_end, at_segment = (
         token_rewards(p.spans[0], p, config)
         for config in (
@@ -522,7 +540,7 @@ def test_kl_is_in_the_reward_or_in_the_loss(policy, critic):
         losses[estimator, coef] = loss_of(policy, reference, together([p]), config)[0].item()
         placed[estimator, coef] = torch.tensor(token_rewards(p.spans[0], p, config))
     end = torch.zeros(8)
-    end[-1] = candidate.profile_reward + candidate.response_reward
+    end[-1] = candidate.reward
     torch.testing.assert_close(placed["k1", 0.1], end - 0.1 * (p.old_logprobs - p.ref_logprobs))
     torch.testing.assert_close(placed["k3", 0.1], end)
     torch.testing.assert_close(placed["exact", 0.1], end)
@@ -533,6 +551,73 @@ def test_kl_is_in_the_reward_or_in_the_loss(policy, critic):
     assert losses["exact", 0.1] == pytest.approx(0.1 * (new.exp() * (new - ref)).sum().item(), rel=1e-4)
 
 
+@dataclass
+class WithBrevity(Config):
+    """The settings of somebody who has added a third reward part."""
+
+    brevity_weight: Amount = 2.0
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k3"])
+@pytest.mark.parametrize("reward_at", ["turn", "segment"])
+def test_tokens_get_the_whole_reward(chat, monkeypatch, reward_at, kl_estimator):
+    """Guards a reward part that the choice knows and the loss does not: the tokens' sum is the candidate's reward.
+
+    A third part is one function, one entry and one setting, and stands in metrics, too.
+    """
+    monkeypatch.setitem(rewards.REWARD_PARTS, "brevity", lambda candidate, *_: 1 / len(candidate.response))
+    small = {"ckpt": "x", "profile_weight": 3.0, "response_weight": 0.25, "kl_coef": 0.0, "num_candidates": 3}
+    config = WithBrevity(**small, reward_at=reward_at, kl_estimator=kl_estimator)
+    dialogue = Dialogue(0, "p", FACTS)
+    turn, candidates = open_turn(dialogue, "Hello, I am 34.", chat), []
+    replies = "Hi! Being 34 is fine. Where do you live?", "Oh."
+    for text in (*(render_turn(["Age: 34"], reply) for reply in replies), "no turn"):
+        token_ids = [*chat.encode(text), chat.im_end]
+        candidates.append(read_candidate(token_ids, [-1.0] * len(token_ids), "stop", dialogue, chat))
+        score_candidate(candidates[-1], dialogue, config, Judge(None, rewards.rule_verdicts, 0))
+    turn.candidates = candidates
+    p = with_values(pack(dialogue, config))
+    for span in p.spans:
+        profile, response, brevity = span.candidate.parts.values()
+        expected = 3 * profile + 0.25 * response + 2 * brevity
+        assert span.candidate.reward == pytest.approx(expected, abs=1e-12)
+        placed = token_rewards(span, p, config)
+        assert sum(placed) == pytest.approx(expected, abs=1e-12)
+        at_profile = reward_at == "segment" and profile > 0
+        assert sum(x != 0 for x in placed) == (0 if expected == 0 else 1 + at_profile)
+    good, short, bad = candidates
+    assert good.parts["response"] == 1 and min(good.parts.values()) > 0 and bad.reward == 0
+    assert short.parts["response"] == 0 and short.parts["brevity"] == 1 / 3
+    metrics = rates(tally([dialogue]))
+    assert metrics["brevity_reward"] == pytest.approx((good.parts["brevity"] + 1 / 3) / 3)
+    assert metrics["reward"] == pytest.approx((good.reward + short.reward) / 3)
+
+
+@dataclass
+class WithK2(Config):
+    """The settings of somebody who has added an estimator of the KL."""
+
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k2"
+
+
+def test_a_new_kl_estimator_is_one_line(policy, critic, monkeypatch):
+    """Guards estimators written in two places: one entry, k2 = gap² / 2, is in loss and gradient, and in no reward."""
+    monkeypatch.setitem(KL_ESTIMATORS, "k2", lambda gap: gap**2 / 2)
+    config = WithK2(ckpt="x", rollout_batch_size=2, minibatch_size=1, kl_coef=0.3, old_logprobs="trainer")
+    p = pack(random_dialogue(0, [[8, 5]]), config)
+    add_statistics([[collate([p])]], policy, lively(policy.config, 9), critic, config)
+    assert all(sum(token_rewards(span, p, config)) == span.candidate.reward for span in p.spans)
+    p.advantages = torch.randn(13, generator=torch.Generator().manual_seed(0))
+    batch = together([p])
+    hidden = policy_hidden(policy, batch).detach().requires_grad_()
+    losses = [policy_loss(hidden, policy.head_weight, None, batch, replace(config, kl_coef=c))[0] for c in (0.3, 0.0)]
+    logprobs = policy.logits(hidden).log_softmax(-1).gather(1, p.targets[:, None])[:, 0]
+    penalty = 0.3 * ((logprobs - p.ref_logprobs) ** 2 / 2).sum()
+    assert penalty.item() > 0.1 and (losses[0] - losses[1]).item() == pytest.approx(penalty.item(), rel=1e-4)
+    ours, plain, expected = (torch.autograd.grad(loss, hidden)[0] for loss in (*losses, penalty))
+    torch.testing.assert_close(ours - plain, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_whitening_is_over_all_action_tokens():
     """Guards whitening per dialogue or per turn: mean 0 and standard deviation 1 over the tokens of the whole batch."""
     packed = []
@@ -541,7 +626,7 @@ def test_whitening_is_over_all_action_tokens():
         p.advantages = 3 * i + torch.randn(len(p.targets), generator=torch.Generator().manual_seed(i))
         packed.append(p)
     before = torch.cat([p.advantages for p in packed])
-    mean, std = whiten_advantages(packed)
+    mean, std = whiten_advantages(packed).values()
     after = torch.cat([p.advantages for p in packed])
     assert (mean, std) == pytest.approx((before.mean().item(), before.std(correction=0).item()), rel=1e-5)
     torch.testing.assert_close(after, (before - before.mean()) / before.std(correction=0))
@@ -648,14 +733,8 @@ class Talker:
 
 def play(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> list[Dialogue]:
     dialogues = [Dialogue(i, f"persona {i}", FACTS) for i in range(config.rollout_batch_size)]
-    rollout(
-        policy,
-        chat,
-        dialogues,
-        Play(config.num_candidates, config.temperature, (0, "test")),
-        config,
-        Environment(Talker(), None),
-    )
+    how = Play(config.num_candidates, config.temperature, (0, "test"))
+    rollout(policy, chat, dialogues, how, config, Environment(Talker(), None))
     return dialogues
 
 
@@ -679,22 +758,6 @@ def test_action_tokens_are_the_sampled_ids(chat, shape, history_profile):
         torch.testing.assert_close(p.sampler_logprobs, old_logprobs.detach(), atol=2e-5, rtol=0)
 
 
-def ready_to_train(dialogues, policy, ref_policy, critic, config) -> tuple[list[Packed], list]:
-    """Pack dialogues and fill in statistics and whitened advantages, as an iteration does."""
-    packed = [pack(d, config) for d in dialogues]
-    batches = make_batches(packed, config)
-    add_statistics(batches, policy, ref_policy, critic, config)
-    for p in packed:
-        add_advantages(p, config)
-    whiten_advantages(packed)
-    return packed, batches
-
-
-def prepared(dialogues: list[Dialogue], policy: Qwen2ForCausalLM, critic: Critic, config: Config) -> list[Packed]:
-    """Do so with a reference that differs from the policy."""
-    return ready_to_train(dialogues, policy, lively(policy.config, 5), critic, config)[0]
-
-
 @pytest.mark.parametrize("microbatch_tokens", [1, 400, 10_000])
 def test_the_first_ratio_is_one(chat, policy, critic, microbatch_tokens):
     """Guards dropout, temperature, masks and padding that differ between the statistics and the update."""
@@ -702,7 +765,7 @@ def test_the_first_ratio_is_one(chat, policy, critic, microbatch_tokens):
     packed = prepared([scripted(chat, i, n_turns=1 + i, n=2) for i in range(4)], policy, critic, config)
     for dialogues in microbatches(packed, microbatch_tokens):
         batch = together(dialogues)
-        ratio = (policy_logprobs(policy, batch, 0.8)[0] - batch.gather("old_logprobs")).exp()
+        ratio = (policy_logprobs(policy, batch, 0.8)[0] - batch.column("old_logprobs")).exp()
         assert (ratio - 1).abs().max().item() < 1e-5
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-3, config)
     metrics = update(*learners, make_batches(packed, config), config, (0, 10), True)
@@ -712,19 +775,18 @@ def test_the_first_ratio_is_one(chat, policy, critic, microbatch_tokens):
 # ----------------------------------------------------------------------------------------------------------- the losses
 
 
-def test_clipped_loss_against_a_loop(policy, monkeypatch):
+def test_clipped_loss_against_a_loop(policy):
     """Guards sign and clipping: the loss token by token, and no gradient where the clip holds against the advantage."""
     config = settings(entropy_coef=0.01, kl_coef=0.0)
     p = pack(random_dialogue(0, [[60, 60]]), config)
     hidden = policy_hidden(policy, together([p])).detach().requires_grad_()
-    monkeypatch.setattr(train_rlpa, "policy_hidden", lambda *_: hidden)
     new, entropy = (x.detach() for x in policy_logprobs(policy, together([p]), config.temperature))
     generator = torch.Generator().manual_seed(4)
     p.advantages = torch.randn(120, generator=generator)
     p.old_logprobs = p.ref_logprobs = new + 0.6 * torch.randn(120, generator=generator)
-    loss, statistics = loss_of(policy, None, together([p]), config)
+    loss, statistics = policy_loss(hidden, policy.head_weight, None, together([p]), config)
     loss.backward()
-    plain, _ = loss_of(policy, None, together([p]), replace(config, entropy_coef=0.0))
+    plain, _ = policy_loss(hidden, policy.head_weight, None, together([p]), replace(config, entropy_coef=0.0))
     no_entropy = torch.autograd.grad(plain, hidden)[0]
     expected, held, ratios = 0.0, [], []
     for n, o, a, h in zip(new.tolist(), p.old_logprobs.tolist(), p.advantages.tolist(), entropy.tolist(), strict=True):
@@ -990,10 +1052,9 @@ def test_a_whole_update_in_fp64(policy, critic, shape, changes):
             for s in p.spans
         ]
         for placed, span in zip(reward, p.spans, strict=True):
-            placed[span.candidate.profile_tokens - 1 if config.reward_at == "segment" else -1] += (
-                span.candidate.profile_reward
-            )
-            placed[-1] += span.candidate.response_reward
+            at_profile = span.candidate.profile_tokens - 1 if config.reward_at == "segment" else -1
+            placed[at_profile] += span.candidate.parts["profile"]
+            placed[-1] += span.candidate.parts["response"]
         advantages = torch.tensor(sum(slow_advantages(dialogue, reward, values, config), []), dtype=torch.double)
         old_values = torch.tensor(sum(values, []), dtype=torch.double)
         fixed.append([old, ref, old_values, advantages, advantages + old_values])
@@ -1034,7 +1095,7 @@ def play_with_varied_rewards(policy, chat, config) -> list:
     """Dialogues whose candidates' rewards differ, whatever they say."""
     dialogues = play(policy, chat, config)
     for number, candidate in enumerate(c for d in dialogues for turn in d.turns for c in turn.candidates):
-        candidate.profile_reward, candidate.response_reward = (number % 5) / 4, float(number % 3 == 0)
+        earn(candidate, (number % 5) / 4, float(number % 3 == 0))
     return dialogues
 
 
@@ -1117,7 +1178,7 @@ def test_mfu_is_the_model_flops_over_the_cards(chat, shape, monkeypatch):
     """Guards the metric: absent where the card's peak is unknown, and else the counted FLOP over time and peak."""
     config, seen = settings(max_new_tokens=6, kl_coef=0.0, num_epochs=2), []
     assert "mfu" not in one_iteration(lively(shape, 0), chat, config)
-    monkeypatch.setattr(train_rlpa, "card_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(records.iteration, "peak_flops", lambda card: 989e12)
     monkeypatch.setattr(train_rlpa, "make_batches", lambda packed, c: seen.extend(packed) or make_batches(packed, c))
     m = one_iteration(lively(shape, 0), chat, config)
     masks = [(p.enter <= p.enter[:, None]) & (p.enter[:, None] < p.leave) for p in seen]  # who sees whom, densely
@@ -1275,13 +1336,8 @@ def test_ppo_learns_a_bandit(chat, shape, monkeypatch, advantage):
     config = settings(advantage=advantage, rollout_batch_size=8, minibatch_size=4, max_turns=1, num_candidates=8,
                       max_new_tokens=1, num_iterations=16, lr=1.5e-2, critic_lr=1.5e-2, kl_coef=0.0)  # fmt: skip
 
-    def judge(candidate, *args):
-        candidate.response_reward = float(candidate.token_ids[0] % 2 == 0)
-        candidate.ledger = dict.fromkeys(
-            ("f1", "n_lines", "n_unsupported", "n_disclosed", "n_recalled", "evidence_f1", "max_f1"), 0
-        )
-
-    monkeypatch.setattr(train_rlpa, "judge", judge)
+    monkeypatch.setitem(rewards.REWARD_PARTS, "response", lambda candidate, *_: float(candidate.token_ids[0] % 2 == 0))
+    monkeypatch.setattr(rewards, "parse_turn", lambda text, reason: ParsedTurn([], text or "..."))
     policy = random_policy(shape, 0)
     critic = make_learner(Critic.from_policy(policy), config.critic_lr, config) if advantage == "gae" else None
     personas = [Persona(str(i), FACTS) for i in range(8)]

@@ -26,6 +26,8 @@ import torch
 from safetensors.torch import load_file
 from test_simulator import ask_all
 
+import rewards
+import simulator
 import train_rlpa
 from config import Config
 from endpoints.calls import calls_note, cost
@@ -262,9 +264,9 @@ def ckpt(tmp_path_factory) -> Path:
 @pytest.fixture
 def all_parse(monkeypatch):
     """Take any turn for a valid one, so that the judge is asked."""
-    parsed = train_rlpa.rewards.ParsedTurn
+    parsed = rewards.ParsedTurn
     valid = lambda text, reason="stop": parsed(["Age: 34"], text or "...")  # noqa: E731
-    monkeypatch.setattr(train_rlpa.rewards, "parse_turn", valid)
+    monkeypatch.setattr(rewards, "parse_turn", valid)
 
 
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -328,7 +330,7 @@ def test_the_embedded_user_is_recorded_too_and_not_started_for_a_replay(ckpt, tm
     """Guards a replay that needs a server all the same."""
     tape = tmp_path / "tape.jsonl"
     assert train_rlpa.main(["--ckpt", str(ckpt), "--record", str(tape), "--run-dir", str(tmp_path / "live")]) == 0
-    monkeypatch.setattr(train_rlpa, "start_embedded_server", lambda: 1 / 0)
+    monkeypatch.setattr(simulator, "start_embedded_server", lambda: 1 / 0)
     assert train_rlpa.main(["--ckpt", str(ckpt), "--replay", str(tape), "--run-dir", str(tmp_path / "again")]) == 0
     assert records(tmp_path / "again") == records(tmp_path / "live")
     assert "cost_dollars" not in records(tmp_path / "live")[0]

@@ -31,7 +31,11 @@ def candidate(profile: list[str], texts: list[str], response: str = "Hi there!",
     """Make a scored candidate, as the trainer would leave it."""
     ledger = vars(rewards.score_profile(profile, facts, texts))
     verdicts = dict.fromkeys(rewards.VERDICTS, True)
-    made = Candidate([1, 2], [-0.1, -0.3], "stop", "", profile, response, None, 1, ledger["f1"], 1.0, verdicts, ledger)
+    made = Candidate(
+        token_ids=[1, 2], logprobs=[-0.1, -0.3], stop_reason="stop", profile=profile, response=response,
+        profile_tokens=1, verdicts=verdicts, ledger=ledger, parts={"profile": ledger["f1"], "response": 1.0},
+        reward=ledger["f1"] + 1.0,
+    )  # fmt: skip
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -43,7 +47,8 @@ def played(index: int = 0, texts: tuple[str, ...] = ("Hello", "I moved to Oslo."
     for t in range(len(texts)):
         said = list(texts[: t + 1])
         profile = ["Location: Lima"] if t == 0 else ["Location: Oslo"]
-        broken = candidate([], said, "oops", failure="unclosed", text="<profile>\noops", response_reward=0.0)
+        nothing = {"parts": {"profile": 0.0, "response": 0.0}, "reward": 0.0}
+        broken = candidate([], said, "oops", failure="unclosed", text="<profile>\noops", **nothing)
         dialogue.turns.append(Turn(texts[t], [7, 8], [broken, candidate(profile, said)], chosen=1))
     for name, value in changes.items():
         setattr(dialogue, name, value)

@@ -15,14 +15,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import train_rlpa
+import rewards
+import sampler
+import scheduler
 from config import Config
 from dialogue import ChatTokenizer, Dialogue, stream_seed
 from endpoints.wire import ChatError
 from model import KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
-from scheduler import Replies
+from scheduler import Replies, Scheduler
 from simulator import Environment
 from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Play, rollout
@@ -60,8 +62,8 @@ def stop_often(chat: ChatTokenizer, patch: pytest.MonkeyPatch) -> list[Sampler]:
         made.append(Sampler(policy, **(settings | {"stop_ids": range(3, chat.vocab_size, 10)})))
         return made[-1]
 
-    patch.setattr(train_rlpa, "Sampler", new)
-    patch.setattr(train_rlpa.rewards, "parse_turn", lambda text, reason: ParsedTurn([], text or "..."))
+    patch.setattr(sampler, "Sampler", new)
+    patch.setattr(rewards, "parse_turn", lambda text, reason: ParsedTurn([], text or "..."))
     return made
 
 
@@ -114,7 +116,7 @@ def what(dialogue: Dialogue, logprobs: bool = False) -> list:
     """All that happened in a dialogue."""
     turns = []
     for turn in dialogue.turns:
-        scores = [(c.token_ids, c.stop_reason, c.response_reward, c.verdicts, c.judged) for c in turn.candidates]
+        scores = [(c.token_ids, c.stop_reason, c.parts, c.verdicts, c.judged) for c in turn.candidates]
         noted = [c.logprobs for c in turn.candidates] if logprobs else []
         turns.append((turn.user_text, turn.prompt_ids, turn.chosen, scores, noted))
     return [dialogue.index, dialogue.dropped, turns]
@@ -209,7 +211,7 @@ def test_turns_join_together(policy, chat, plain, monkeypatch):
     found = []
     for every in (1, 8):
         prefills.clear()
-        monkeypatch.setattr(train_rlpa, "JOIN_EVERY", every)
+        monkeypatch.setattr(scheduler, "JOIN_EVERY", every)
         dialogues, _ = play(policy, chat, reply_steps=3)
         assert [what(dialogue) for dialogue in dialogues] == plain
         found.append(len(prefills))
@@ -255,7 +257,7 @@ def test_nothing_is_chosen_before_all_are_scored(policy, chat, plain, monkeypatc
         for c, seed in enumerate(seeds_of("judge", d, turn))
     }  # fmt: skip
     taken, condition, adopted = Counter(), threading.Condition(), []
-    choose, adopt = Stage.choose, Sampler.adopt
+    note_scored, adopt = Scheduler.note_scored, Sampler.adopt
 
     def in_order(seed: int) -> str:
         d, turn, place = places[seed]
@@ -263,13 +265,13 @@ def test_nothing_is_chosen_before_all_are_scored(policy, chat, plain, monkeypatc
             assert condition.wait_for(lambda: taken[d, turn] == place, 60)
         return verdict(seed)
 
-    def noted(self, dialogue, candidate):
-        turn = len(dialogue.turns)
+    def noted(self, key):
+        turn = sum(d == key for d, _ in adopted) + 1
         with condition:
-            taken[dialogue.index, turn] += 1
+            taken[key, turn] += 1
             condition.notify_all()
-        choose(self, dialogue, candidate)
-        assert (dialogue.index, turn) in adopted or taken[dialogue.index, turn] < N
+        note_scored(self, key)
+        assert ((key, turn) in adopted) == (taken[key, turn] == N)
 
     def watched(self, key, candidate):
         turn = sum(d == key for d, _ in adopted) + 1
@@ -277,15 +279,15 @@ def test_nothing_is_chosen_before_all_are_scored(policy, chat, plain, monkeypatc
         adopted.append((key, turn))
         adopt(self, key, candidate)
 
-    monkeypatch.setattr(Stage, "choose", noted)
+    monkeypatch.setattr(Scheduler, "note_scored", noted)
     monkeypatch.setattr(Sampler, "adopt", watched)
     dialogues, _ = play(policy, chat, judge=Endpoint(in_order))
     assert [what(dialogue) for dialogue in dialogues] == plain
     assert len(adopted) == len(set(adopted)) == SIZE * TURNS
     for dialogue in dialogues:
         for turn in dialogue.turns:
-            rewards = [c.response_reward for c in turn.candidates]
-            assert turn.chosen == rewards.index(max(rewards))
+            found = [c.reward for c in turn.candidates]
+            assert turn.chosen == found.index(max(found))
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

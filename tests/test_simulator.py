@@ -35,7 +35,6 @@ import simulator
 from endpoints import server as endpoint_server
 from endpoints.client import ChatClient
 from endpoints.wire import ChatError, RequestError, completions_url, parse_reply, parse_retry_after
-from learners.weights import save_pretrained
 from simulator import make_user_server, simulator_messages, start_embedded_server
 from worlds import first
 from worlds.personas import Persona
@@ -871,7 +870,7 @@ def make_checkpoint(folder: Path) -> None:
         vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=4096, eos_token_id=0, pad_token_id=0))
     model.generation_config.min_new_tokens = 4  # a random model may well begin with <|im_end|>
-    save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from command_line import flags
 from studies import __main__ as studies
 from studies import offline
 from studies.__main__ import (
@@ -36,14 +37,12 @@ def arguments(folder, *more: str):
 
 def test_every_row_can_be_made():
     """Guards a study that names a run which nobody trains, and flags that the programs do not know."""
-    import train_rlpa
-
     args = studies.parse_args(["all"])
     known = {studies.BASE, *RUNS, *OFFLINE, *PROMPTED}
     for study in STUDIES.values():
         assert set(study.rows) <= known
     for run in RUNS:
-        train_rlpa.parse_args(command_of(run, 0, args)[2:])
+        flags.parse_args(command_of(run, 0, args)[2:], "")
     offline.parse_args(command_of("sft", 0, args)[3:])
 
 
@@ -146,3 +145,18 @@ def test_a_study_is_written(tmp_path):
     assert record["rlpa"]["figures"] == record["credit dialogue"]["figures"]
     assert len(set(record["rlpa"]["AVG of seeds"])) == 1
     assert (args.out / "credit.png").stat().st_size > 10_000
+
+
+def test_runs_of_several_seeds_are_summed_up(tmp_path, capsys):
+    """Guards `studies summary`: means and spread of first and last evaluation, a picture, and one line if mistyped."""
+    for run, last in (("one", 0.6), ("two", 0.8)):
+        (tmp_path / run).mkdir()
+        records = [{"kind": "heldout/sampled", "iteration": i, "recall": x} for i, x in enumerate((0.5, 0.1, last))]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    runs = [str(tmp_path / run) for run in ("one", "two")]
+    assert studies.main(["summary", *runs, "--curve", str(tmp_path / "both.png")]) == 0
+    assert "| recall of revealed facts | 0.500 ± 0.000 → 0.700 ± 0.141 |" in capsys.readouterr().out
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    assert studies.main(["summary", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("studies: ") and error.count("\n") == 1 and "nowhere" in error

@@ -1,17 +1,17 @@
 """The checkpoint that ships with the project: small, plain, loadable elsewhere, and teachable."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import train_rlpa
+from command_line.flags import TINY_CHECKPOINT
 from dialogue import ChatTokenizer
 from learners.weights import load_policy
 from studies.summary import read_records, table
 
-TINY = Path(TINY_CHECKPOINT)
+TINY = TINY_CHECKPOINT
 
 
 def test_the_checkpoint_is_small_and_holds_nothing_to_unpickle():
@@ -44,7 +44,7 @@ def test_the_checkpoint_knows_the_output_format_and_every_slot():
 @pytest.mark.slow
 def test_ppo_mends_the_checkpoint_within_a_few_iterations(tmp_path):
     """Guards the whole loop: persona → simulator → sampler → rewards → PPO → a policy that remembers more."""
-    flags = ["--ckpt", str(TINY), "--run-dir", str(tmp_path), "--num-iterations", "4", "--rollout-batch-size", "16"]
+    flags = ["--ckpt", str(TINY), "--run-dir", str(tmp_path), "--num-iterations", "3", "--rollout-batch-size", "16"]
     flags += ["--minibatch-size", "4", "--eval-dialogues", "16", "--eval-every", "0", "--no-tensorboard"]
     assert train_rlpa.main(flags) == 0
     records = read_records(tmp_path)

@@ -24,12 +24,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rewards
+import sampler
 import train_rlpa
+from command_line.flags import parse_args
 from config import Config
 from dialogue import ChatTokenizer, Dialogue, render_turn
 from endpoints.client import ChatClient
 from learners.weights import load_critic, load_policy, save_pretrained
-from model import Qwen2Config, random_policy
+from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from packing import pack
 from records.metrics import rates, tally
 from records.state import newest_checkpoint
@@ -188,7 +191,7 @@ def test_bad_combinations_are_one_line(ckpt, refused, tmp_path):
     shared = refused("--ckpt", ckpt, "--critic", "shared", "--critic-ckpt", tmp_path)
     assert "--critic-ckpt" in shared and "--critic separate" in shared
     assert "--critic shared" in refused("--ckpt", ckpt, "--value-coef", "0.1")
-    assert "needs --dry-run" in refused("--ckpt", ckpt, "--dry-run-gb", "80")
+    assert "--dry-run is '8x'; it takes GB" in refused("--ckpt", ckpt, "--dry-run", "8x")
 
 
 def damaged(ckpt: Path, folder: Path, name: str, text: str | None) -> Path:
@@ -261,13 +264,17 @@ def test_the_exit_code_of_the_program(ckpt):
 
 def test_settings_of_the_checkpoint_yield_to_flags(ckpt):
     """Guards precedence, built-in < rlpa.json < flags, and booleans, of which "False" would be true as a text."""
-    config = parse_args(["--ckpt", str(ckpt), "--max-turns", "3", "--lr", "1"])
+
+    def parsed(*more: str) -> Config:
+        return parse_args(["--ckpt", str(ckpt), *more], "")
+
+    config = parsed("--max-turns", "3", "--lr", "1")
     assert (config.max_turns, config.lr) == (3, 1.0)  # flags
     assert (config.rollout_batch_size, config.tensorboard) == (SMALL["rollout_batch_size"], False)  # the checkpoint's
     assert config.gae_lambda == Config.gae_lambda  # built in
     assert config.ckpt == str(ckpt.resolve()) and config.run_dir
-    assert parse_args(["--ckpt", str(ckpt), "--tensorboard"]).tensorboard is True
-    assert parse_args(["--ckpt", str(ckpt), "--no-tensorboard"]).tensorboard is False
+    assert parsed("--tensorboard").tensorboard is True
+    assert parsed("--no-tensorboard").tensorboard is False
 
 
 # ----------------------------------------------------------------------------------------------------------- run folder
@@ -291,7 +298,7 @@ def test_a_run_writes_its_folder(ckpt, tmp_path, capsys):
     assert [(e["iteration"], e["index"]) for e in episodes] == [(i, d) for i in (1, 2) for d in range(4)]
     turn = episodes[0]["turns"][1]
     assert len(episodes[0]["turns"]) == 2 and len(turn["candidates"]) == 2 and turn["user_text"]
-    for name in ("text", "profile", "profile_reward", "response_reward", "verdicts", "stop_reason", "failure"):
+    for name in ("text", "profile", "parts", "reward", "verdicts", "stop_reason", "failure"):
         assert name in turn["candidates"][0]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [f for f in (run / "tensorboard").iterdir() if "tfevents" in f.name and f.stat().st_size > 1000]
@@ -453,7 +460,7 @@ def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
     heldout = personas_file(tmp_path / "h.jsonl", ["pilot3", "judge"])
     with chat_server(half_broken) as url:
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--personas", personas, "--eval-personas", heldout,
-           "--num-iterations", 1)  # fmt: skip
+           "--num-iterations", 1, "--max-retries", 0)  # fmt: skip
     (train,) = records(run, "train")
     assert (train["dialogues"], train["dialogues_dropped"], train["dropped_simulator"]) == (4, 2, 2)
     episodes = records(run, "train", "episodes.jsonl")
@@ -548,20 +555,8 @@ def test_a_long_user_message_is_cut_and_counted(ckpt, tmp_path):
     """Guards the memory of the rollout against a user that never stops, and history against the uncut text."""
     run = tmp_path / "run"
     with chat_server(lambda text: (200, "So much to say. " * 500)) as url:
-        go(
-            "--ckpt",
-            ckpt,
-            "--run-dir",
-            run,
-            "--simulator-url",
-            url,
-            "--num-iterations",
-            1,
-            "--max-user-tokens",
-            9,
-            "--eval-every",
-            0,
-        )
+        go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--num-iterations", 1, "--max-user-tokens", 9,
+           "--eval-every", 0)  # fmt: skip
     (train,) = records(run, "train")
     assert train["user_messages_cut"] == 4 and train["dialogues_dropped"] == 0
     chat = ChatTokenizer.from_folder(ckpt)
@@ -577,7 +572,8 @@ POOR = GOOD.replace('"engagement": 1', '"engagement": 0')
 class ScriptedSampler:
     """Stands in for the sampler: in every turn the candidates write these texts."""
 
-    def __init__(self, chat: ChatTokenizer, texts: list[str], n: int):
+    def __init__(self, policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: list[str], n: int):
+        self.policy = policy
         self.script = [[*chat.encode(text), chat.im_end] for text in texts[:n]]
         self.started, self.counts = [], {}
 
@@ -607,7 +603,7 @@ class ScriptedSampler:
 def scripted(chat: ChatTokenizer, replies: list[str]) -> Iterator[None]:
     """Let the candidates of every turn be valid turns with these replies."""
     texts = [render_turn(["Age: 34"], reply) for reply in replies]
-    with mock.patch.object(train_rlpa, "Sampler", lambda policy, *, n, **_: ScriptedSampler(chat, texts, n)):
+    with mock.patch.object(sampler, "Sampler", lambda policy, *, n, **_: ScriptedSampler(policy, chat, texts, n)):
         yield
 
 
@@ -637,8 +633,8 @@ def test_the_best_candidate_goes_on(ckpt):
     dialogue, env = judged(ckpt, answer, ["How dull.", "How lovely.", "So lovely.", "</response> lovely"])
     candidates = dialogue.turns[0].candidates
     assert dialogue.turns[0].chosen == 1 and dialogue.dropped is None and len(asked) == 3
-    assert [c.response_reward for c in candidates] == [0.0, 1.0, 1.0, 0.0]
-    assert [c.profile_reward > 0 for c in candidates] == [True, True, True, False]
+    assert [c.parts["response"] for c in candidates] == [0.0, 1.0, 1.0, 0.0]
+    assert [c.parts["profile"] > 0 for c in candidates] == [True, True, True, False]
     assert candidates[0].verdicts["engagement"] is False and candidates[0].verdicts["relevance"] is True
     assert all(c.judged for c in candidates) and candidates[3].failure and env.counts["candidates_unjudged"] == 0
 
@@ -670,7 +666,7 @@ def test_the_profile_judge(ckpt):
         return 200, GOOD if "verdicts" in text else '{"covered": 99}'
 
     dialogue, _ = judged(ckpt, answer, ["Hi."], profile_judge="http", judge_url="http://127.0.0.1:9")
-    assert dialogue.turns[0].winner.profile_reward == pytest.approx(2 / 3)  # one line, two facts
+    assert dialogue.turns[0].winner.parts["profile"] == pytest.approx(2 / 3)  # one line, two facts
     dialogue, env = judged(ckpt, lambda text: (200, GOOD if "verdicts" in text else '{"covered": "all"}'), ["Hi."],
                            profile_judge="http", judge_url="http://127.0.0.1:9")  # fmt: skip
     assert dialogue.turns[0].winner.judged is False and env.counts["candidates_unjudged"] == 1
@@ -687,7 +683,37 @@ def test_weights_and_targets_of_the_rewards(ckpt):
     config = Config(ckpt="x", **{**SMALL, "response_weight": 0.0, "profile_weight": 2.0, "kl_coef": 0.0})
     p = pack(dialogue, config)
     p.old_logprobs = p.ref_logprobs = torch.zeros(len(p.targets))
-    assert sum(train_rlpa.token_rewards(p.spans[1], p, config)) == 2 * p.spans[1].candidate.profile_reward > 0
+    assert sum(train_rlpa.token_rewards(p.spans[1], p, config)) == 2 * p.spans[1].candidate.parts["profile"] > 0
+
+
+def test_metrics_and_the_best_checkpoint_follow_the_weights(ckpt, user_url, tmp_path, monkeypatch):
+    """Guards the weights: reward is the mean of the weighted sums, and the best checkpoint is the one with most of it.
+
+    Iteration 1 earns by its profiles, 2 by its responses: with unit weights 2 would be the best, with these it is 1.
+    """
+    begun, run, run_iteration = [], tmp_path / "run", train_rlpa.run_iteration
+    monkeypatch.setattr(train_rlpa, "run_iteration", lambda state: begun.append(1) or run_iteration(state))
+
+    def part(levels: tuple[float, ...]):
+        return lambda candidate, *_: levels[len(begun)] / (1 if "lovely" in candidate.response else 4)
+
+    monkeypatch.setitem(rewards.REWARD_PARTS, "profile", part((0.9, 0.6, 0.1)))
+    monkeypatch.setitem(rewards.REWARD_PARTS, "response", part((0.9, 0.2, 0.8)))
+    with scripted(ChatTokenizer.from_folder(ckpt), ["How lovely.", "How dull."]):
+        go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--num-iterations", 2, "--keep-last", 1,
+           "--profile-weight", 2, "--response-weight", 0.5, "--max-new-tokens", 100)  # fmt: skip
+    for r in records(run, "train"):
+        episodes = [e for e in records(run, "train", "episodes.jsonl") if e["iteration"] == r["iteration"]]
+        candidates = [c for e in episodes for turn in e["turns"] for c in turn["candidates"]]
+        earned = [2 * c["parts"]["profile"] + 0.5 * c["parts"]["response"] for c in candidates]
+        assert len(earned) == 4 * 2 * 2 and [c["reward"] for c in candidates] == pytest.approx(earned)
+        assert r["reward"] == pytest.approx(sum(earned) / len(earned))
+        assert r["reward"] == pytest.approx(2 * r["profile_reward"] + 0.5 * r["response_reward"])
+    heldout = {r["iteration"]: r["reward"] for r in records(run, "heldout/sampled")}
+    assert heldout == pytest.approx({0: 2.25, 1: 1.3, 2: 0.6})
+    newest = run / "checkpoints" / "iteration_000002"
+    assert json.loads((newest / "trainer.json").read_text())["best"] == {"iteration_000001": heldout[1]}
+    assert sorted(newest.parent.iterdir()) == [newest.with_name("iteration_000001"), newest]
 
 
 def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from dialogue import TokenTree
 from kernels.tree_attention import Block, make_tree, reference_tree_attention, sees, tree_attention
+from packing import TokenTree
 
 
 def some_trees(seed: int, block: int, dtype=torch.float64):

@@ -14,16 +14,14 @@ from pathlib import Path
 import pytest
 
 from tiny import make
-from tiny import make as make_tiny
 from worlds import first, ledger
-from worlds.first import fill, unseen_values
-from worlds.ledger import asked_slots
 from worlds.personas import load_personas
 
 ROOT = Path(__file__).parents[1]
 ALOE = ROOT.parent / "shared" / "aloe" / "profile.jsonl"
 MODULES = ["worlds.ledger", "worlds.first", "worlds.personas", "endpoints.plain_text", "endpoints.wire", "rewards",
-           "dialogue"]  # fmt: skip
+           "dialogue", "packing", "model", "endpoints.calls", "learners.loading", "report.__main__",
+           "studies.summary"]  # fmt: skip
 VALUES = {slot: [value for part in parts for value in part] for slot, parts in first.VALUES.items()}
 FACTS = [f"{slot}: {value}" for slot, values in VALUES.items() for value in values]
 SEVERAL = {"Interests", "Personality Traits", "Others"}  # slots of which a persona may have two facts
@@ -107,18 +105,12 @@ def test_the_ledger_keeps_the_order_of_disclosure_and_each_fact_once():
 @pytest.mark.parametrize("slot", ledger.SLOTS)
 def test_a_question_is_about_its_own_slot_and_no_other(slot):
     """Guards: "Where do you live?" taken for "What do you do for a living?"; statements taken for questions."""
-    for question in make_tiny.QUESTION_PHRASES[slot]:
+    for question in make.QUESTION_PHRASES[slot]:
         assert ledger.asked_slots(question) == [slot]
         assert ledger.asked_slots(f"I live for my job. {question.upper()}") == [slot]
         assert ledger.asked_slots(question.replace("?", ".")) == []
-    for template in make_tiny.ACKNOWLEDGEMENTS[slot]:
-        assert ledger.asked_slots(first.fill(template, VALUES[slot][0])) == []
-    for question in make.QUESTION_PHRASES[slot]:
-        assert asked_slots(question) == [slot]
-        assert asked_slots(f"I live for my job. {question.upper()}") == [slot]
-        assert asked_slots(question.replace("?", ".")) == []
     for template in make.ACKNOWLEDGEMENTS[slot]:
-        assert asked_slots(fill(template, VALUES[slot][0])) == []
+        assert ledger.asked_slots(first.fill(template, VALUES[slot][0])) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ the user
@@ -317,10 +309,8 @@ def test_unseen_values_stay_unseen(personas):
     assert tuple(first.VALUES) == ledger.SLOTS
     for slot, (seen, unseen) in first.VALUES.items():
         assert not set(seen) & set(unseen), slot
-    warmup = [make_tiny.warmup_persona(random.Random(seed)) for seed in range(300)]
     words = {fact for fact in first.unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
     warmup = [make.warmup_persona(random.Random(seed)) for seed in range(300)]
-    words = {fact for fact in unseen_values() if not fact.startswith("Age")}  # made-up ages may be any number
     assert not any(fact in words for facts in warmup for fact in facts)
 
 
