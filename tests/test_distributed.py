@@ -77,32 +77,48 @@ def one_process(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_processes(arguments, tmp_path_factory) -> Path:
-    """The same run by two processes, with a schedule that repeats to the last bit."""
-    run = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun(*arguments, *REPEATABLE, "--run-dir", str(run))
+def runs_of_two(arguments, tmp_path_factory) -> Path:
+    """Three runs by two processes, one after another: a launch takes longer than they do."""
+    folder = tmp_path_factory.mktemp("two")
+    flags = {"whole": REPEATABLE, "sharded": ("--shard", "--save-every", "1"), "shared": ("--critic", "shared")}
+    runs = [[*arguments, *more, "--run-dir", str(folder / name)] for name, more in flags.items()]
+    (folder / "runs.py").write_text(RUNS)
+    done = torchrun(json.dumps(runs), program=str(folder / "runs.py"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout and done.stdout.count("run folder:") == 1  # rank 0 alone reports
-    return run
+    assert done.stdout.count("2 process(es)") == done.stdout.count("run folder:") == 3  # rank 0 alone reports
+    return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(arguments, tmp_path_factory) -> Path:
+def two_processes(runs_of_two) -> Path:
+    """The same run by two processes, with a schedule that repeats to the last bit."""
+    return runs_of_two / "whole"
+
+
+@pytest.fixture(scope="module")
+def sharded(runs_of_two) -> Path:
     """The same run by two processes that share out the weights; it has a checkpoint of every iteration."""
-    run = tmp_path_factory.mktemp("sharded") / "run"
-    done = torchrun(*arguments, "--shard", "--save-every", "1", "--run-dir", str(run))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run
+    return runs_of_two / "sharded"
 
 
+RUNS = """
+import json, os, sys
+import train_rlpa
+from learners import processes
+for number, argv in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RUN_ID"] = str(number)  # a part of the launcher's store: else it passes for a restart
+    if code := train_rlpa.main(argv):
+        break
+processes.leave(code)
+"""
 REPEATABLE = ("--reply-steps", "4")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
-START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, "text": True}
 
 
-def torchrun(*argv: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """Run the trainer as several processes, one thread each."""
-    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), "train_rlpa.py"]
+def torchrun(*argv: str, processes: int = 2, program: str = "train_rlpa.py") -> subprocess.CompletedProcess:
+    """Run the trainer, or another program, as several processes, one thread each."""
+    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), program]
     return subprocess.run([*launcher, *argv], capture_output=True, **START)
 
 
@@ -261,13 +277,10 @@ def test_a_process_of_several_leaves_at_once(environment):
     assert (done.returncode, done.stdout.split()) == (3, ["said"] if environment else ["said", "finalised"])
 
 
-def test_two_processes_share_a_trunk(arguments, tmp_path):
+def test_two_processes_share_a_trunk(arguments, runs_of_two, tmp_path):
     """Guards the joint backward of a shared trunk where a rank has no tokens, and sums that are taken per rank."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(one)]) == 0
-    done = torchrun(*arguments, "--critic", "shared", "--run-dir", str(two))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(two, one)
+    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(tmp_path / "one")]) == 0
+    assert_same_run(runs_of_two / "shared", tmp_path / "one")
 
 
 @pytest.mark.parametrize("sizes", [(1, 6), (100_000, 1)])
