@@ -1,6 +1,7 @@
 """All settings of a run. A field's type holds its limits, and its comment is its `--help`.
 
-The defaults are the published ones (arXiv 2505.15456). A checkpoint may bring its own in `rlpa.json`; flags override both.
+The defaults are the published ones (arXiv 2505.15456). A checkpoint may bring its own in `rlpa.json`; flags override
+both.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Config:
     checkpointing: bool = False  # keep only the layers' inputs for the backward: a third more work, far less memory
     threads: Threads = 0  # CPU threads per process; 0: one for models below 10 M parameters, else all cores shared out
     collective_timeout: Patience = 1800.0  # seconds that a process waits for the others; longer than any rollout
-    dry_run: str = ""  # only print memory, tokens and calls: bare for this machine, 8x80 for 8 GPUs of 80 GB (1e9 bytes)
+    dry_run: str = ""  # only print memory, tokens and calls: bare for this machine, 8x80 for 8 GPUs of 80 GB (1e9 B)
 
     # --- evaluation, log, checkpoints
     eval_every: Natural = 10  # iterations between held-out evaluations; 0: only before and after

@@ -96,7 +96,9 @@ class ChatTokenizer:
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
             raise ValueError(f"{path} is not a tokenizer file: {error}") from None
         if vocab_size is not None and chat.vocab_size > vocab_size:
-            raise ValueError(f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}")
+            raise ValueError(
+                f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}"
+            )
         return chat
 
     def encode(self, text: str) -> list[int]:

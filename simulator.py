@@ -5,8 +5,8 @@ person it plays, and how slowly to say so) and the dialogue as that person sees 
 such an endpoint. It gets the same messages as a real model, and a function of EMBEDDED_USERS answers them by rules,
 without a network or a key.
 
-In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the environment
-that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
+In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the
+environment that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
 
 Two differences from the published code: the roles in the user's history are not swapped, and a call that fails is an
 error that the trainer masks and counts, never a made-up reply.

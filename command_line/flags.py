@@ -1,4 +1,4 @@
-"""Flags made from a class of settings: a field's name is the flag, its trailing comment the `--help`, its group a heading.
+"""Flags made from a class of settings: a field's name is the flag, its comment the `--help`, its group a heading.
 
 `parse_args` reads the trainer's. Built-in defaults < the checkpoint's `rlpa.json` < flags.
 """
@@ -57,7 +57,7 @@ def make_parser(settings: type, description: str, names: Collection[str] = ()) -
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type, names: Collection[str] = ()) -> None:
-    """Add a flag for each setting, or for `names` alone, in the groups of the class. A flag not given leaves no value."""
+    """Add a flag for each setting, or for `names` alone, in the class's groups. A flag not given leaves no value."""
     comments, hints = field_comments(settings), get_type_hints(settings)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in dataclasses.fields(settings):

@@ -29,7 +29,7 @@ class Learner:
 
     @torch.no_grad()
     def round_masters(self) -> None:
-        """Write the masters into the model's own weights, rounded to their dtype; where they are the same, do nothing."""
+        """Write the masters into the model's own weights, rounded to their dtype, unless they are the same."""
         for parameter, master in zip(self.model.parameters(), self.masters.values(), strict=True):
             if parameter is not master:
                 parameter.copy_(master)

@@ -61,32 +61,48 @@ def one_process(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_processes(arguments, tmp_path_factory) -> Path:
-    """The same run by two processes, with a schedule that repeats to the last bit."""
-    run = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun(*arguments, *REPEATABLE, "--run-dir", str(run))
+def runs_of_two(arguments, tmp_path_factory) -> Path:
+    """Three runs by two processes, one after another: a launch takes longer than they do."""
+    folder = tmp_path_factory.mktemp("two")
+    flags = {"whole": REPEATABLE, "sharded": ("--shard", "--save-every", "1"), "shared": ("--critic", "shared")}
+    runs = [[*arguments, *more, "--run-dir", str(folder / name)] for name, more in flags.items()]
+    (folder / "runs.py").write_text(RUNS)
+    done = torchrun(json.dumps(runs), program=str(folder / "runs.py"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout and done.stdout.count("run folder:") == 1  # rank 0 alone reports
-    return run
+    assert done.stdout.count("2 process(es)") == done.stdout.count("run folder:") == 3  # rank 0 alone reports
+    return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(arguments, tmp_path_factory) -> Path:
+def two_processes(runs_of_two) -> Path:
+    """The same run by two processes, with a schedule that repeats to the last bit."""
+    return runs_of_two / "whole"
+
+
+@pytest.fixture(scope="module")
+def sharded(runs_of_two) -> Path:
     """The same run by two processes that share out the weights; it has a checkpoint of every iteration."""
-    run = tmp_path_factory.mktemp("sharded") / "run"
-    done = torchrun(*arguments, "--shard", "--save-every", "1", "--run-dir", str(run))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run
+    return runs_of_two / "sharded"
 
 
+RUNS = """
+import json, os, sys
+import train_rlpa
+from learners import processes
+for number, argv in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RUN_ID"] = str(number)  # a part of the launcher's store: else it passes for a restart
+    if code := train_rlpa.main(argv):
+        break
+processes.leave(code)
+"""
 REPEATABLE = ("--reply-steps", "4")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
-START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, "text": True}
 
 
-def torchrun(*argv: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """Run the trainer as several processes, one thread each."""
-    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), "train_rlpa.py"]
+def torchrun(*argv: str, processes: int = 2, program: str = "train_rlpa.py") -> subprocess.CompletedProcess:
+    """Run the trainer, or another program, as several processes, one thread each."""
+    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), program]
     return subprocess.run([*launcher, *argv], capture_output=True, **START)
 
 
@@ -213,7 +229,7 @@ def test_a_lost_process_is_one_line(arguments, tmp_path):
     code = (
         "import os, sys, train_rlpa\nwhole = train_rlpa.add_gradients\n"
         "def dying(*args):\n    os._exit(9) if os.environ['RANK'] == '1' else None\n    return whole(*args)\n"
-        "train_rlpa.add_gradients = dying\nsys.exit(train_rlpa.main(sys.argv[1:]))\n"
+        "train_rlpa.add_gradients = dying\ntrain_rlpa.processes.leave(train_rlpa.main(sys.argv[1:]))\n"
     )
     argv = [sys.executable, "-c", code, *arguments, "--shard", "--run-dir", str(tmp_path / "run")]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
@@ -226,13 +242,23 @@ def test_a_lost_process_is_one_line(arguments, tmp_path):
     assert told[0].splitlines()[-1].startswith("train_rlpa.py: another process is lost") and "Traceback" not in told[0]
 
 
-def test_two_processes_share_a_trunk(arguments, tmp_path):
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {}], ids=["one of two", "alone"])
+def test_a_process_of_several_leaves_at_once(environment):
+    """Guards runs that are finished and then reported as failed: a thread of gloo that still frees a tensor while the
+    interpreter is finalised aborts the process, which only a busy machine shows."""
+    code = (
+        "import atexit\nfrom learners.processes import leave\natexit.register(print, 'finalised')\n"
+        "print('said', end=' ')\nleave(3)\n"
+    )
+    start = START | {"env": START["env"] | environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **start)
+    assert (done.returncode, done.stdout.split()) == (3, ["said"] if environment else ["said", "finalised"])
+
+
+def test_two_processes_share_a_trunk(arguments, runs_of_two, tmp_path):
     """Guards the joint backward of a shared trunk where a rank has no tokens, and sums that are taken per rank."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(one)]) == 0
-    done = torchrun(*arguments, "--critic", "shared", "--run-dir", str(two))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(two, one)
+    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(tmp_path / "one")]) == 0
+    assert_same_run(runs_of_two / "shared", tmp_path / "one")
 
 
 @pytest.mark.parametrize("sizes", [(1, 6), (100_000, 1)])

@@ -285,7 +285,7 @@ def test_a_hanging_user_does_not_delay_the_end(arguments, tmp_path):
     class Hanging(BaseHTTPRequestHandler):
         def do_POST(self):
             os.kill(os.getpid(), signal.SIGTERM)
-            waited.append(done.wait(60))
+            waited.append(done.wait(600))
 
         def log_message(self, *args):
             pass
@@ -346,6 +346,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train_rlpa
 from dialogue import stream_seed
+from learners import processes
 score = train_rlpa.score_candidate
 def scored(candidate, dialogue, config, judge):
     if judge.seed == stream_seed(0, "train", 1, "judge", dialogue.index, len(dialogue.turns), 0):
@@ -353,7 +354,7 @@ def scored(candidate, dialogue, config, judge):
             os.kill(os.getpid(), {number})
     score(candidate, dialogue, config, judge)
 train_rlpa.score_candidate = scored
-sys.exit(train_rlpa.main())
+processes.leave(train_rlpa.main())
 """
 
 
