@@ -148,6 +148,12 @@ def test_history_profile_latest_forgets_too(loaded):
     assert "nurse" not in blocks(talk, talk.turns[-1].prompt_ids)[0]
 
 
+def test_a_checkpoint_that_was_judged_by_an_endpoint_talks_without_one(loaded):
+    """Guards a call to a judge that nobody has opened: the settings of training come with the checkpoint."""
+    judged = {"profile_judge": "http", "judge_url": "http://127.0.0.1:9", "profile_target": "persona"}
+    assert Talk(*loaded, replace(CONFIG, **judged), 0.0).reply(SAID[1]).failure is None
+
+
 def test_reset_drops_everything(loaded, talk):
     """Guards a dialogue, a ban or a cache that outlives the reset."""
     talk.forget("nurse")
