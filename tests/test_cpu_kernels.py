@@ -5,6 +5,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+from test_tree_attention import random_trees
 
 from kernels import cpu, set_backend
 from kernels.rows import Rows
@@ -12,7 +13,6 @@ from kernels.sample_head import sample
 from kernels.tree_attention import sees, tree_attention
 from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
 from sampler import Sampler, cached_trunk, generate
-from test_tree_attention import random_trees
 
 pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_library()[1] or "there is a library")
 
