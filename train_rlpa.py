@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
@@ -713,4 +712,4 @@ def play_heldout(state: State, personas: list[Persona], temperature: float) -> t
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.leave(main())

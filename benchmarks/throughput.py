@@ -205,13 +205,14 @@ def decode_large(config: Qwen2Config = QWEN_05B, batch: int = 8, context: int = 
     """Compare decode steps and peak memory at a shape where reading the weights rules; a process each, in turns."""
     prompts, kinds = random_prompts(config.vocab_size, batch, context), ("ours", "dynamic", "static")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        in_child(save_random, config, folder)
+        save_random(config, folder)
         pools = {kind: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for kind in kinds}
 
         def ask(kind: str, function: Callable, *arguments):
             return pools[kind].submit(function, *arguments).result()
 
-        warm = {kind: ask(kind, warm_up, prompts, kind, folder, threads) for kind in kinds}
+        loading = {kind: pools[kind].submit(warm_up, prompts, kind, folder, threads) for kind in kinds}  # side by side
+        warm = {kind: found.result() for kind, found in loading.items()}
         assert warm["ours"][0] == warm["dynamic"][0] == warm["static"][0], "not the same model"
         rounds = [{kind: ask(kind, step_seconds, prompts, new_tokens, kind, folder, threads) for kind in kinds}
                   for _ in range(repeats)]  # fmt: skip

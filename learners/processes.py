@@ -4,7 +4,7 @@ torchrun starts them; rank 0 tells and writes. Without torchrun everything is lo
 given. An error of one rank is raised on all (`together`, `on_rank_0`), so that nobody waits for who has left; and
 every wait is bounded.
 
-Reading order: ranks, collectives, agreement, waiting, signals, joining and joining again after a restart.
+Reading order: ranks, collectives, agreement, waiting, signals, joining and joining again after a restart, leaving.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -220,3 +221,17 @@ def fresh_store(store: dist.Store, number: int, size: int, timeout: float) -> di
             return dist.PrefixStore(start, store)
         time.sleep(0.02)
     raise RuntimeError(f"rank 0 did not start within {timeout:g} s")
+
+
+def leave(code: int) -> NoReturn:
+    """End a process with an exit code; one of several ends at once, without the interpreter's finalisation.
+
+    A thread of gloo may still free the tensor of the last collective. It needs the interpreter for that, and aborts the
+    process if it meets one that is being finalised ("terminate called without an active exception"). On a busy machine
+    this happened, and torchrun reported a run as failed that had been finished.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,17 +1,16 @@
 """The C++ kernels against torch, and both against fp64: a decode step as a whole, sampling, and token trees."""
 
-import random
 import subprocess
 
 import pytest
 import torch
+from test_tree_attention import random_trees
 
 from kernels import cpu, set_backend
 from kernels.rows import Rows
 from kernels.sample_head import sample
-from kernels.tree_attention import Block, Tree, reference_tree_attention, tree_attention
+from kernels.tree_attention import reference_tree_attention, tree_attention
 from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
-from packing import TokenTree
 from sampler import Sampler, cached_trunk, generate
 
 pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_library()[1] or "there is a library")
@@ -160,28 +159,11 @@ def test_torch_computes_what_cpp_does_not(change, monkeypatch):
         set_backend("auto")
 
 
-def random_trees(seed: int, size: int):
-    """Trees of some hundred tokens, with blocks as the trainer cuts them."""
-    rng, enter, leave, blocks = random.Random(seed), [], [], []
-    for _ in range(3):
-        tree, rows = TokenTree(), [[0] * 3]
-        for _ in range(size):
-            start = rng.choice(rows)
-            rows.append(start[: rng.randint(1, len(start))] + [rng.randint(0, 9) for _ in range(rng.randint(1, 40))])
-        for row in rows:
-            tree.insert(row)
-        layout, offset = tree.layout(64), len(enter)
-        enter += [offset + e for e in layout.enter]
-        leave += [offset + e for e in layout.leave]
-        blocks += [Block(*b) for b in layout.blocks]
-    return Tree(torch.tensor(enter), torch.tensor(leave), blocks, torch.float32)
-
-
 @pytest.mark.parametrize("H, Hkv, Dh", [(3, 3, 32), (4, 2, 16), (7, 1, 64), (2, 2, 128)])
 @pytest.mark.parametrize("seed, size, threads", [(0, 12, 1), (1, 0, 1), (2, 20, 2)])
 def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
     """Guards a token that sees a stranger or misses an ancestor, tiles that are not full, grouped heads, threads."""
-    tree = random_trees(seed, size)
+    tree, _ = random_trees(seed, 64, torch.float32, [size] * 3, longest=40, most=9)
     N, generator = len(tree.enter), torch.Generator().manual_seed(seed)
     q, k, v, g = (torch.randn(1, N, heads, Dh, generator=generator).transpose(1, 2) for heads in (H, Hkv, Hkv, H))
 
@@ -208,7 +190,7 @@ def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
 
 def test_gradients_have_no_graph():
     """Guards a gradient penalty that would silently count as 0."""
-    tree = random_trees(0, 3)
+    tree, _ = random_trees(0, 64, torch.float32, [3] * 3)
     q = torch.randn(1, 2, len(tree.enter), 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(tree_attention(q, q, q, tree).sum(), q, create_graph=True)

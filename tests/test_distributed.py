@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
 from config import Config
 from learners import processes
 from learners.learner import optimizer_tensors
 from learners.loading import load_models
-from learners.weights import save_pretrained
-from model import Qwen2Config, random_policy
 from records import checkpoints
-from simulator import make_user_server
-from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -47,25 +42,14 @@ def arguments(tmp_path_factory) -> Iterator[list[str]]:
 
     They make batches of 6, 6 and 1 dialogues: in the last one, and in every evaluation, a second process has none.
     """
-    folder = tmp_path_factory.mktemp("random-policy")
-    rng = random.Random(0)
-    tokenizer = train_tokenizer([text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn], 400)
-    shape = Qwen2Config(tokenizer.get_vocab_size(), 32, 48, 2, num_attention_heads=2, num_key_value_heads=1)
-    save_pretrained(random_policy(shape, seed=0), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "rlpa.json").write_text(json.dumps(SETTINGS))
+    folder = write_checkpoint(tmp_path_factory.mktemp("random-policy"), SETTINGS)
     for name, n in (("train", 13), ("heldout", 1)):
         facts = [f'{{"facts": ["Age: {30 + i}", "Occupation: baker"]}}\n' for i in range(n)]
         (folder / f"{name}.jsonl").write_text("".join(facts))
-    server = make_user_server(port=0)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    url, files = (
-        f"http://127.0.0.1:{server.server_address[1]}",
-        [str(folder / f"{n}.jsonl") for n in ("train", "heldout")],
-    )
-    yield ["--ckpt", str(folder), "--simulator-url", url, "--personas", files[0], "--eval-personas", files[1]]
-    server.shutdown()
-    server.server_close()
+    files = [str(folder / f"{n}.jsonl") for n in ("train", "heldout")]
+    with running_user() as url:
+        yield ["--ckpt", str(folder), "--simulator-url", url, "--personas", files[0], "--eval-personas", files[1]]
+
 
 
 @pytest.fixture(scope="module")
@@ -77,32 +61,48 @@ def one_process(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_processes(arguments, tmp_path_factory) -> Path:
-    """The same run by two processes, with a schedule that repeats to the last bit."""
-    run = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun(*arguments, *REPEATABLE, "--run-dir", str(run))
+def runs_of_two(arguments, tmp_path_factory) -> Path:
+    """Three runs by two processes, one after another: a launch takes longer than they do."""
+    folder = tmp_path_factory.mktemp("two")
+    flags = {"whole": REPEATABLE, "sharded": ("--shard", "--save-every", "1"), "shared": ("--critic", "shared")}
+    runs = [[*arguments, *more, "--run-dir", str(folder / name)] for name, more in flags.items()]
+    (folder / "runs.py").write_text(RUNS)
+    done = torchrun(json.dumps(runs), program=str(folder / "runs.py"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout and done.stdout.count("run folder:") == 1  # rank 0 alone reports
-    return run
+    assert done.stdout.count("2 process(es)") == done.stdout.count("run folder:") == 3  # rank 0 alone reports
+    return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(arguments, tmp_path_factory) -> Path:
+def two_processes(runs_of_two) -> Path:
+    """The same run by two processes, with a schedule that repeats to the last bit."""
+    return runs_of_two / "whole"
+
+
+@pytest.fixture(scope="module")
+def sharded(runs_of_two) -> Path:
     """The same run by two processes that share out the weights; it has a checkpoint of every iteration."""
-    run = tmp_path_factory.mktemp("sharded") / "run"
-    done = torchrun(*arguments, "--shard", "--save-every", "1", "--run-dir", str(run))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run
+    return runs_of_two / "sharded"
 
 
+RUNS = """
+import json, os, sys
+import train_rlpa
+from learners import processes
+for number, argv in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RUN_ID"] = str(number)  # a part of the launcher's store: else it passes for a restart
+    if code := train_rlpa.main(argv):
+        break
+processes.leave(code)
+"""
 REPEATABLE = ("--reply-steps", "4")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
-START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+START = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, "text": True}
 
 
-def torchrun(*argv: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """Run the trainer as several processes, one thread each."""
-    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), "train_rlpa.py"]
+def torchrun(*argv: str, processes: int = 2, program: str = "train_rlpa.py") -> subprocess.CompletedProcess:
+    """Run the trainer, or another program, as several processes, one thread each."""
+    launcher = [*LAUNCHER, "--standalone", "--nproc-per-node", str(processes), program]
     return subprocess.run([*launcher, *argv], capture_output=True, **START)
 
 
@@ -110,12 +110,6 @@ def free_port() -> int:
     """Find a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return found.getsockname()[1]
-
-
-def records(run: Path) -> list[dict]:
-    """Read metrics.jsonl, without what a clock says."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in found]
 
 
 def said(run: Path) -> dict[tuple, list]:
@@ -235,7 +229,7 @@ def test_a_lost_process_is_one_line(arguments, tmp_path):
     code = (
         "import os, sys, train_rlpa\nwhole = train_rlpa.add_gradients\n"
         "def dying(*args):\n    os._exit(9) if os.environ['RANK'] == '1' else None\n    return whole(*args)\n"
-        "train_rlpa.add_gradients = dying\nsys.exit(train_rlpa.main(sys.argv[1:]))\n"
+        "train_rlpa.add_gradients = dying\ntrain_rlpa.processes.leave(train_rlpa.main(sys.argv[1:]))\n"
     )
     argv = [sys.executable, "-c", code, *arguments, "--shard", "--run-dir", str(tmp_path / "run")]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
@@ -248,13 +242,23 @@ def test_a_lost_process_is_one_line(arguments, tmp_path):
     assert told[0].splitlines()[-1].startswith("train_rlpa.py: another process is lost") and "Traceback" not in told[0]
 
 
-def test_two_processes_share_a_trunk(arguments, tmp_path):
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {}], ids=["one of two", "alone"])
+def test_a_process_of_several_leaves_at_once(environment):
+    """Guards runs that are finished and then reported as failed: a thread of gloo that still frees a tensor while the
+    interpreter is finalised aborts the process, which only a busy machine shows."""
+    code = (
+        "import atexit\nfrom learners.processes import leave\natexit.register(print, 'finalised')\n"
+        "print('said', end=' ')\nleave(3)\n"
+    )
+    start = START | {"env": START["env"] | environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **start)
+    assert (done.returncode, done.stdout.split()) == (3, ["said"] if environment else ["said", "finalised"])
+
+
+def test_two_processes_share_a_trunk(arguments, runs_of_two, tmp_path):
     """Guards the joint backward of a shared trunk where a rank has no tokens, and sums that are taken per rank."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(one)]) == 0
-    done = torchrun(*arguments, "--critic", "shared", "--run-dir", str(two))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(two, one)
+    assert train_rlpa.main([*arguments, "--critic", "shared", "--run-dir", str(tmp_path / "one")]) == 0
+    assert_same_run(runs_of_two / "shared", tmp_path / "one")
 
 
 @pytest.mark.parametrize("sizes", [(1, 6), (100_000, 1)])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_replay import chat_server
+from small_run import chat_server
 
 import train_rlpa
 from command_line.flags import TINY_CHECKPOINT

@@ -19,19 +19,20 @@ from kernels.ppo_head import reference_ppo
 from train_rlpa import KL_ESTIMATORS, Config, token_losses
 
 V, D = 300, 6
+SMALL = 260, 2  # for finite differences, whose work grows with the weight; three tiles of ids, as with V
 
 
-def head(N: int, seed: int = 0, scale: float = 1.0, dtype=torch.float64):
+def head(N: int, seed: int = 0, scale: float = 1.0, dtype=torch.float64, size: tuple[int, int] = (V, D)):
     """Hidden states, head weight and targets, both tensors with gradients."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = scale * torch.randn(N, D, generator=generator, dtype=dtype)
-    weight = torch.randn(V, D, generator=generator, dtype=dtype)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), generator=generator)
+    hidden = scale * torch.randn(N, size[1], generator=generator, dtype=dtype)
+    weight = torch.randn(*size, generator=generator, dtype=dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(size[0], (N,), generator=generator)
 
 
 def test_logprob_gradcheck():
     """Guards the hand-written backward: against finite differences, over several tiles in both directions."""
-    hidden, weight, targets = head(5)
+    hidden, weight, targets = head(5, size=SMALL)
     assert torch.autograd.gradcheck(
         lambda h, W: linear_logprob(h, W, targets, 1.3, workspace_bytes=8 * 256)[:2], (hidden, weight), atol=1e-6
     )
@@ -39,8 +40,8 @@ def test_logprob_gradcheck():
 
 def test_kl_gradcheck():
     """Guards the policy side of the KL's backward, together with log-prob and entropy, against finite differences."""
-    hidden, weight, targets = head(4)
-    ref_hidden, ref_weight, _ = (x.detach() for x in head(4, seed=1))
+    hidden, weight, targets = head(4, size=SMALL)
+    ref_hidden, ref_weight, _ = (x.detach() for x in head(4, seed=1, size=SMALL))
     assert torch.autograd.gradcheck(
         lambda h, W: linear_kl(h, W, ref_hidden, ref_weight, targets, 0.8, workspace_bytes=8 * 512),
         (hidden, weight),

@@ -15,6 +15,7 @@ from typing import Literal
 
 import pytest
 import torch
+from small_run import small_tokenizer
 from torch import Tensor
 
 import records.iteration
@@ -36,7 +37,7 @@ from records.metrics import rates, tally
 from records.state import State
 from rewards import Judge, ParsedTurn, read_candidate, score_candidate
 from simulator import Environment
-from tiny.make import scripted_dialogue, train_tokenizer
+from tiny.make import scripted_dialogue
 from train_rlpa import (
     KL_ESTIMATORS,
     Play,
@@ -83,10 +84,7 @@ def loss_of(policy: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None, batch:
 @pytest.fixture(scope="module")
 def chat() -> ChatTokenizer:
     """A byte-level tokenizer of about 400 ids with Qwen's control tokens."""
-    rng = random.Random(0)
-    return ChatTokenizer(
-        train_tokenizer([text for _ in range(100) for turn in scripted_dialogue(rng, 3) for text in turn], 400)
-    )
+    return ChatTokenizer(small_tokenizer())
 
 
 @pytest.fixture(scope="module")

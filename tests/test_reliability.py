@@ -138,10 +138,10 @@ def test_a_client_keeps_to_its_quota_outside_the_time_of_its_calls(monkeypatch):
 
     monkeypatch.setattr(quota, "take", take_at_once)
     with hostile_server(lambda sock, *_: sock.sendall(http_reply(body))) as url:
-        with closing(ChatClient(url, "m", total_timeout=5, quota=quota, max_tokens=100)) as client:
+        with closing(ChatClient(url, "m", total_timeout=30, quota=quota, max_tokens=100)) as client:
             assert [client.ask(ASK, i) for i in range(5)] == ["ok"] * 5
     assert [r for r in rests if r > 1] == pytest.approx([61 / 6 * i for i in range(1, 5)], rel=0.01)
-    assert max(rests) > 40  # eight times what a call may last
+    assert max(rests) > 40  # longer than a call may last
 
 
 # -------------------------------------------------------------------------------------------------- outage and failover
@@ -177,12 +177,12 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
     While it is out nothing but probes is sent, one at a time: a herd of retries would keep a weak server down.
     """
     release = threading.Event()
-    switch = Switch() if failure == "refuses" else Switch(lambda sock: release.wait(30))
+    switch = Switch() if failure == "refuses" else Switch(lambda sock: release.wait(600))
     switch.down.set()
     limits = {"total_timeout": 4, "read_timeout": 1} if failure == "hangs" else {"total_timeout": 20}
     with hostile_server(switch) as url:
         told: list[str] = []
-        limits |= {"outage_budget": 90, "notify": told.append}
+        limits |= {"outage_budget": 600, "notify": told.append}
         with closing(ChatClient(url, "m", max_retries=retries, **limits)) as client:
             replies: list = []
             threading.Thread(target=lambda: replies.extend(ask_all(client, [ASK] * calls, range(calls)))).start()
@@ -241,7 +241,7 @@ def test_patience_is_kept_and_is_not_the_calls_time():
         sock.sendall(replies[min(len(seen), 2) - 1])
 
     with hostile_server(behave) as url:
-        with closing(ChatClient(url, "m", total_timeout=0.9, read_timeout=0.9, outage_budget=60)) as client:
+        with closing(ChatClient(url, "m", total_timeout=0.9, read_timeout=0.9, outage_budget=600)) as client:
             assert client.ask(ASK) == "ok" and seen[1] - seen[0] >= 1
 
 
@@ -249,7 +249,7 @@ def test_several_endpoints_take_turns_and_stand_in_for_each_other():
     """Guards a list of which only the first is asked, and a dead one that costs calls or is never asked again."""
     one, two = Switch(), Switch()
     with hostile_server(one) as a, hostile_server(two) as b:
-        with closing(ChatClient(f"{a}, {b}/v1,{a}", "m", outage_budget=60, breaker_failures=2)) as client:
+        with closing(ChatClient(f"{a}, {b}/v1,{a}", "m", outage_budget=600, breaker_failures=2)) as client:
             assert ask_all(client, [ASK] * 40, range(40)) == ["ok"] * 40
             assert one.counts["request"] == two.counts["request"] == 20
             one.down.set()
@@ -275,7 +275,7 @@ def test_replies_on_tape_do_not_depend_on_the_endpoint(tmp_path):
     path, ok, down = tmp_path / "tape", Switch(), Switch()
     down.down.set()
     with hostile_server(ok) as a, hostile_server(down) as b:
-        with recorded(path, True, f"{a},{b}", 60) as client:
+        with recorded(path, True, f"{a},{b}", 600) as client:
             assert ask_all(client, [ASK] * 6, range(6)) == ["ok"] * 6
         with recorded(path, True, b, 0.2) as client:
             assert client.ask(ASK, 3) == "ok" and client.ask(ASK, 99).reason == "outage"

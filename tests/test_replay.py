@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import USAGE, chat_server, write_checkpoint
 from test_simulator import ask_all
 
 import rewards
@@ -35,43 +35,17 @@ from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.wire import ChatError
 from evaluation import __main__ as evaluation
-from learners.weights import save_pretrained
-from model import Qwen2Config, random_policy
 from rewards import VERDICTS
-from tiny.make import scripted_dialogue, train_tokenizer
 
 ASK = [{"role": "user", "content": "How are you?"}]
 ROOT = Path(train_rlpa.__file__).parent
 CALLS = itertools.count()
-USAGE = {"prompt_tokens": 40, "completion_tokens": 9}
 SMALL = {
     "rollout_batch_size": 4, "minibatch_size": 2, "microbatch_tokens": 1000, "max_turns": 3, "num_candidates": 2,
     "max_new_tokens": 12, "num_personas": 20, "num_iterations": 2, "eval_every": 1, "eval_dialogues": 2,
     "episodes_every": 1, "save_every": 1, "lr": 3e-3, "critic_lr": 3e-3, "max_retries": 1, "request_timeout": 20,
     "tensorboard": False, "kv_gib": 0.1,
 }  # fmt: skip
-
-
-@contextmanager
-def chat_server(answer: Callable[[dict], str | int], usage: dict | None = USAGE) -> Iterator[str]:
-    """Serve chat completions: `answer` gets the request and gives what to say, or a status of failure."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            said = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            body = {"choices": [{"message": {"content": said}}]} | ({"usage": usage} if usage else {})
-            self.send_response(said if isinstance(said, int) else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
-    server.server_close()
 
 
 def whimsical(request: dict) -> str | int:
@@ -249,16 +223,7 @@ def test_files_that_cannot_be_opened(tmp_path):
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory) -> Path:
     """A checkpoint of two random layers whose turns always parse."""
-    folder = tmp_path_factory.mktemp("random-policy")
-    rng = random.Random(0)
-    tokenizer = train_tokenizer([text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn], 400)
-    shape = Qwen2Config(
-        tokenizer.get_vocab_size(), 32, 48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-    )
-    save_pretrained(random_policy(shape, seed=0), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "rlpa.json").write_text(json.dumps(SMALL))
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("random-policy"), SMALL)
 
 
 @pytest.fixture

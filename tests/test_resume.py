@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,17 +19,15 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
 from benchmarks import corrupt
 from dialogue import stream_seed
-from learners.weights import save_pretrained
-from model import Qwen2Config, random_policy
 from records import checkpoints
 from records.log import claim_folder
 from records.state import newest_checkpoint
 from simulator import make_user_server
-from tiny.make import scripted_dialogue, train_tokenizer
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -43,18 +40,9 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> Iterator[list[str]]:
     """A checkpoint that carries SETTINGS, and a running user that all processes share."""
-    folder = tmp_path_factory.mktemp("random-policy")
-    rng = random.Random(0)
-    tokenizer = train_tokenizer([text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn], 400)
-    shape = Qwen2Config(tokenizer.get_vocab_size(), 32, 48, 2, num_attention_heads=2, num_key_value_heads=1)
-    save_pretrained(random_policy(shape, seed=0), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "rlpa.json").write_text(json.dumps(SETTINGS))
-    server = make_user_server(port=0)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield ["--ckpt", str(folder), "--simulator-url", f"http://127.0.0.1:{server.server_address[1]}"]
-    server.shutdown()
-    server.server_close()
+    folder = write_checkpoint(tmp_path_factory.mktemp("random-policy"), SETTINGS)
+    with running_user() as url:
+        yield ["--ckpt", str(folder), "--simulator-url", url]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +59,6 @@ def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """Read a run's records, without what a clock says."""
-    found = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in found]
-
-
 def tensors(run: Path, iteration: int = 3) -> dict[str, list]:
     folder = run / "checkpoints" / f"iteration_{iteration:06d}"
     found = {f"{f.relative_to(folder)}:{k}": v for f in folder.rglob("*.safetensors") for k, v in load_file(f).items()}
@@ -86,7 +68,7 @@ def tensors(run: Path, iteration: int = 3) -> dict[str, list]:
 def assert_identical(run: Path, whole: Path) -> None:
     """Same records and same last checkpoint, bit for bit."""
     for name in ("metrics.jsonl", "episodes.jsonl"):
-        assert records(run, name) == records(whole, name)
+        assert records(run, name=name) == records(whole, name=name)
     assert len(tensors(run)) > 50 and tensors(run) == tensors(whole)
 
 
@@ -94,7 +76,7 @@ def assert_close(run: Path, whole: Path) -> None:
     """Same episodes, and metrics and weights that differ by the order of sums only."""
     key = lambda e: (e["iteration"], e["kind"], e["index"])  # noqa: E731 - ranks write theirs one after another
     texts = [[(key(e), [c["text"] for t in e["turns"] for c in t["candidates"]])
-              for e in sorted(records(r, "episodes.jsonl"), key=key)] for r in (run, whole)]  # fmt: skip
+              for e in sorted(records(r, name="episodes.jsonl"), key=key)] for r in (run, whole)]  # fmt: skip
     assert texts[0] == texts[1]
     for ours, theirs in zip(records(run), records(whole), strict=True):
         assert ours.pop("kind") == theirs.pop("kind") and ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
@@ -303,7 +285,7 @@ def test_a_hanging_user_does_not_delay_the_end(arguments, tmp_path):
     class Hanging(BaseHTTPRequestHandler):
         def do_POST(self):
             os.kill(os.getpid(), signal.SIGTERM)
-            waited.append(done.wait(60))
+            waited.append(done.wait(600))
 
         def log_message(self, *args):
             pass
@@ -364,6 +346,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train_rlpa
 from dialogue import stream_seed
+from learners import processes
 score = train_rlpa.score_candidate
 def scored(candidate, dialogue, config, judge):
     if judge.seed == stream_seed(0, "train", 1, "judge", dialogue.index, len(dialogue.turns), 0):
@@ -371,7 +354,7 @@ def scored(candidate, dialogue, config, judge):
             os.kill(os.getpid(), {number})
     score(candidate, dialogue, config, judge)
 train_rlpa.score_candidate = scored
-sys.exit(train_rlpa.main())
+processes.leave(train_rlpa.main())
 """
 
 

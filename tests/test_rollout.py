@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_run import small_tokenizer
 
 import rewards
 import sampler
@@ -26,7 +27,6 @@ from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
 from scheduler import Ask, Scheduler, Waits
 from simulator import Environment
-from tiny.make import scripted_dialogue, train_tokenizer
 from train_rlpa import Play, rollout
 
 GOOD, POOR = ("{" + ", ".join(f'"{name}": {bit}' for name in VERDICTS) + "}" for bit in (1, 0))
@@ -37,9 +37,7 @@ SIZE, TURNS, N = 5, 3, 3
 @pytest.fixture(scope="module")
 def chat() -> ChatTokenizer:
     """A byte-level tokenizer of about 400 ids."""
-    rng = random.Random(0)
-    texts = [text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn]
-    return ChatTokenizer(train_tokenizer(texts, 400))
+    return ChatTokenizer(small_tokenizer())
 
 
 @pytest.fixture(scope="module")

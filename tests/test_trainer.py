@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import doctest
 import json
-import random
 import socket
 import subprocess
 import sys
@@ -16,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import chat_server, records, running_user, write_checkpoint
 
 import rewards
 import sampler
@@ -31,14 +30,13 @@ from command_line.flags import parse_args
 from config import Config
 from dialogue import ChatTokenizer, Dialogue, render_turn
 from endpoints.client import ChatClient
-from learners.weights import load_critic, load_policy, save_pretrained
-from model import Qwen2Config, Qwen2ForCausalLM, random_policy
+from learners.weights import load_critic, load_policy
+from model import Qwen2ForCausalLM
 from packing import pack
 from records.metrics import rates, tally
 from records.state import newest_checkpoint
 from sampler import Draw
-from simulator import Environment, make_user_server
-from tiny.make import scripted_dialogue, train_tokenizer
+from simulator import Environment
 from train_rlpa import Play, rollout
 
 ROOT = Path(train_rlpa.__file__).parent
@@ -56,49 +54,19 @@ SMALL = {
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory) -> Path:
     """A checkpoint folder: a byte-level tokenizer, two random layers, and settings small enough for tests."""
-    folder = tmp_path_factory.mktemp("random-policy")
-    rng = random.Random(0)
-    tokenizer = train_tokenizer([text for _ in range(50) for turn in scripted_dialogue(rng, 2) for text in turn], 400)
-    shape = Qwen2Config(
-        tokenizer.get_vocab_size(), 32, 48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-    )
-    save_pretrained(random_policy(shape, seed=0), folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "rlpa.json").write_text(json.dumps(SMALL))
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("random-policy"), SMALL)
 
 
 @pytest.fixture(scope="module")
 def user_url() -> Iterator[str]:
     """The embedded user, in a thread of this process."""
-    server = make_user_server(port=0)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with running_user() as url:
+        yield url
 
 
-@contextmanager
-def chat_server(answer: Callable[[str], tuple[int, str]]) -> Iterator[str]:
-    """Serve chat completions: `answer` gets all messages as one text and gives a status and what to say."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, said = answer("\n".join(message["content"] for message in request["messages"]))
-            body = {"choices": [{"message": {"content": said}}]} if status == 200 else {"error": {"message": said}}
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+def hearing(answer: Callable[[str], str | int]):
+    """Serve chat completions: `answer` gets all messages as one text, and gives what to say or a status of failure."""
+    return chat_server(lambda request: answer("\n".join(message["content"] for message in request["messages"])))
 
 
 def personas_file(path: Path, names: list[str]) -> str:
@@ -111,15 +79,6 @@ def personas_file(path: Path, names: list[str]) -> str:
 def go(*argv: object) -> None:
     """Run the trainer in this process; it must succeed."""
     assert train_rlpa.main([str(a) for a in argv]) == 0
-
-
-def records(run: Path, kind: str = "", name: str = "metrics.jsonl") -> list[dict]:
-    """Read a run's records, without what a clock says."""
-    found = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [
-        {k: v for k, v in r.items() if not k.startswith("seconds") and not k.endswith("_per_second")}
-        for r in found if kind in ("", r["kind"])
-    ]  # fmt: skip
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -443,8 +402,8 @@ def test_every_candidate_has_a_stream_of_its_own(ckpt, user_url, tmp_path):
 # ---------------------------------------------------------------------------------------------- faults: the user's side
 
 
-def polite(text: str) -> tuple[int, str]:
-    return 200, "Nice weather."
+def polite(text: str) -> str:
+    return "Nice weather."
 
 
 def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
@@ -453,14 +412,14 @@ def test_a_lost_user_drops_its_dialogues_only(ckpt, tmp_path, monkeypatch):
     update = train_rlpa.update
     monkeypatch.setattr(train_rlpa, "update", lambda *args: batches.append(args[2]) or update(*args))
 
-    def half_broken(text: str) -> tuple[int, str]:
-        return (500, "out of memory") if "pilot" in text else polite(text)
+    def half_broken(text: str) -> str | int:
+        return 500 if "pilot" in text else polite(text)
 
     run, personas = tmp_path / "run", personas_file(tmp_path / "p.jsonl", ["baker", "pilot1", "nurse", "pilot2"])
     heldout = personas_file(tmp_path / "h.jsonl", ["pilot3", "judge"])
-    with chat_server(half_broken) as url:
+    with hearing(half_broken) as url:
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--personas", personas, "--eval-personas", heldout,
-           "--num-iterations", 1)  # fmt: skip
+           "--num-iterations", 1, "--max-retries", 0)  # fmt: skip
     (train,) = records(run, "train")
     assert (train["dialogues"], train["dialogues_dropped"], train["dropped_simulator"]) == (4, 2, 2)
     episodes = records(run, "train", "episodes.jsonl")
@@ -481,12 +440,12 @@ def test_an_iteration_without_any_dialogue(ckpt, tmp_path):
     """
     asked = []
 
-    def refuse(text: str) -> tuple[int, str]:
+    def refuse(text: str) -> int:
         asked.append(text)
-        return 403, "no quota"
+        return 403
 
     run = tmp_path / "run"
-    with chat_server(refuse) as url:
+    with hearing(refuse) as url:
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--num-iterations", 2, "--eval-every", 0,
            "--quorum", 0)  # fmt: skip
     train = records(run, "train")
@@ -554,7 +513,7 @@ def test_a_user_that_dies_and_comes_back(ckpt, tmp_path, monkeypatch):
 def test_a_long_user_message_is_cut_and_counted(ckpt, tmp_path):
     """Guards the memory of the rollout against a user that never stops, and history against the uncut text."""
     run = tmp_path / "run"
-    with chat_server(lambda text: (200, "So much to say. " * 500)) as url:
+    with hearing(lambda text: "So much to say. " * 500) as url:
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--num-iterations", 1, "--max-user-tokens", 9,
            "--eval-every", 0)  # fmt: skip
     (train,) = records(run, "train")
@@ -608,13 +567,13 @@ def scripted(chat: ChatTokenizer, replies: list[str]) -> Iterator[None]:
 
 
 def judged(
-    ckpt: Path, answer: Callable[[str], tuple[int, str]], replies: list[str], **changes
+    ckpt: Path, answer: Callable[[str], str | int], replies: list[str], **changes
 ) -> tuple[Dialogue, Environment]:
     """Play one turn whose candidates are valid turns with these replies, before a judge that answers so."""
     changes |= {"max_turns": 1, "first_user_message": "Hello, I am 34."}
     chat, config = ChatTokenizer.from_folder(ckpt), Config(ckpt=str(ckpt), **{**SMALL, **changes})
     dialogue, play = Dialogue(0, "p", ("Age: 34", "Occupation: baker")), Play(len(replies), 1.0, (0, "test"))
-    with chat_server(answer) as url, scripted(chat, replies):
+    with hearing(answer) as url, scripted(chat, replies):
         client = ChatClient(url, "judge", max_retries=1, total_timeout=20)
         env = Environment(None, client)
         rollout(load_policy(ckpt), chat, [dialogue], play, config, env)
@@ -626,9 +585,9 @@ def test_the_best_candidate_goes_on(ckpt):
     """Guards the choice: highest reward, the first of equals; a format failure has earned 0 and no verdict is asked."""
     asked = []
 
-    def answer(text: str) -> tuple[int, str]:
+    def answer(text: str) -> str:
         asked.append(text)
-        return 200, GOOD if "lovely" in text else POOR
+        return GOOD if "lovely" in text else POOR
 
     dialogue, env = judged(ckpt, answer, ["How dull.", "How lovely.", "So lovely.", "</response> lovely"])
     candidates = dialogue.turns[0].candidates
@@ -639,10 +598,10 @@ def test_the_best_candidate_goes_on(ckpt):
     assert all(c.judged for c in candidates) and candidates[3].failure and env.counts["candidates_unjudged"] == 0
 
 
-@pytest.mark.parametrize("bad", [(200, "I like it!"), (200, GOOD.replace("1}", "7}")), (400, "no"), (500, "oops")])
+@pytest.mark.parametrize("bad", ["I like it!", GOOD.replace("1}", "7}"), 400, 500])
 def test_a_verdict_that_cannot_be_had_is_not_a_verdict(ckpt, bad):
     """Guards silent zeros: the candidate is neither trained on nor chosen, and counted; the others are as ever."""
-    dialogue, env = judged(ckpt, lambda text: bad if "lovely" in text else (200, POOR), ["How lovely.", "How dull."])
+    dialogue, env = judged(ckpt, lambda text: bad if "lovely" in text else POOR, ["How lovely.", "How dull."])
     lost, kept = dialogue.turns[0].candidates
     assert (lost.judged, kept.judged) == (False, True) and env.counts["candidates_unjudged"] == 1
     assert dialogue.turns[0].chosen == 1 and dialogue.dropped is None
@@ -652,7 +611,7 @@ def test_a_verdict_that_cannot_be_had_is_not_a_verdict(ckpt, bad):
 
 def test_a_judge_that_always_fails_drops_the_dialogue(ckpt):
     """Guards a choice among candidates nobody judged: the dialogue is dropped with its reason and counted."""
-    dialogue, env = judged(ckpt, lambda text: (200, "?"), ["How lovely.", "How dull."])
+    dialogue, env = judged(ckpt, lambda text: "?", ["How lovely.", "How dull."])
     assert dialogue.dropped.startswith("judge") and env.counts["candidates_unjudged"] == 2
     assert pack(dialogue, Config(ckpt="x", **SMALL)) is None
     counted = rates(tally([dialogue]))
@@ -662,12 +621,12 @@ def test_a_judge_that_always_fails_drops_the_dialogue(ckpt):
 def test_the_profile_judge(ckpt):
     """Guards the LLM's count: it is clamped to the lines there are, and an absurd one is no count."""
 
-    def answer(text: str) -> tuple[int, str]:
-        return 200, GOOD if "verdicts" in text else '{"covered": 99}'
+    def answer(text: str) -> str:
+        return GOOD if "verdicts" in text else '{"covered": 99}'
 
     dialogue, _ = judged(ckpt, answer, ["Hi."], profile_judge="http", judge_url="http://127.0.0.1:9")
     assert dialogue.turns[0].winner.parts["profile"] == pytest.approx(2 / 3)  # one line, two facts
-    dialogue, env = judged(ckpt, lambda text: (200, GOOD if "verdicts" in text else '{"covered": "all"}'), ["Hi."],
+    dialogue, env = judged(ckpt, lambda text: GOOD if "verdicts" in text else '{"covered": "all"}', ["Hi."],
                            profile_judge="http", judge_url="http://127.0.0.1:9")  # fmt: skip
     assert dialogue.turns[0].winner.judged is False and env.counts["candidates_unjudged"] == 1
 
@@ -675,8 +634,8 @@ def test_the_profile_judge(ckpt):
 def test_weights_and_targets_of_the_rewards(ckpt):
     """Guards the switches: a weight of 0 takes a reward out of choice and loss, another one scales it."""
 
-    def answer(text: str) -> tuple[int, str]:
-        return 200, GOOD if "lovely" in text else POOR
+    def answer(text: str) -> str:
+        return GOOD if "lovely" in text else POOR
 
     dialogue, _ = judged(ckpt, answer, ["How dull.", "How lovely."], response_weight=0.0)
     assert dialogue.turns[0].chosen == 0
@@ -721,7 +680,7 @@ def test_a_run_with_a_judge_that_often_fails(ckpt, user_url, tmp_path):
     and a dialogue that is dropped (in the evaluation all are) plays no further turn."""
     chat = ChatTokenizer.from_folder(ckpt)
     dull = [*chat.encode(render_turn(["Age: 34"], "How dull.")), chat.im_end]
-    run, judge = tmp_path / "run", chat_server(lambda text: (200, "well..." if "lovely" in text else GOOD))
+    run, judge = tmp_path / "run", hearing(lambda text: "well..." if "lovely" in text else GOOD)
     with judge as url, scripted(chat, ["How lovely.", "How dull."]):
         go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", user_url, "--judge-url", url, "--max-turns", 2,
            "--num-iterations", 1, "--max-new-tokens", 100, "--quorum", 0)  # fmt: skip

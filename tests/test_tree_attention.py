@@ -12,15 +12,18 @@ from kernels.tree_attention import Block, Tree, reference_tree_attention, tree_a
 from packing import TokenTree
 
 
-def some_trees(seed: int, block: int, dtype=torch.float64):
-    """Three random trees in one row: shared starts, branches off branches, one of them a plain path."""
+def random_trees(seed: int, block: int, dtype=torch.float64, sizes=(12, 1, 12), longest: int = 9, most: int = 3):
+    """Random trees in one row, and each token's ancestors: shared starts, branches off branches, or a plain path.
+
+    sizes: branches of each tree, of up to `longest` ids, the largest of them `most`.
+    """
     rng = random.Random(seed)
     enter, leave, blocks, ancestors = [], [], [], []
-    for number in range(3):
+    for size in sizes:
         tree, rows = TokenTree(), [[0] * 3]
-        for _ in range(1 if number == 1 else 12):
-            start = rng.choice(rows)
-            rows.append(start[: rng.randint(1, len(start))] + [rng.randint(0, 3) for _ in range(rng.randint(1, 9))])
+        for _ in range(size):
+            start, new = rng.choice(rows), rng.randint(1, longest)
+            rows.append(start[: rng.randint(1, len(start))] + [rng.randint(0, most) for _ in range(new)])
         paths = {node: path[: n + 1] for path in map(tree.insert, rows) for n, node in enumerate(path)}
         layout = tree.layout(block)
         offset = len(enter)
@@ -40,7 +43,7 @@ def heads(N: int, H: int, Hkv: int, Dh: int, dtype=torch.float64):
 @pytest.mark.parametrize("block", [1, 8, 1000])
 def test_blocks_equal_one_dense_mask(seed, block):
     """Guards a block that lacks keys or sees another tree's: outputs and all three gradients, grouped-query heads."""
-    tree, ancestors = some_trees(seed, block)
+    tree, ancestors = random_trees(seed, block)
     N = len(ancestors)
     q, k, v = heads(N, 4, 2, 8)
     ours, dense = tree_attention(q, k, v, tree), reference_tree_attention(q, k, v, tree)
@@ -56,7 +59,7 @@ def test_blocks_equal_one_dense_mask(seed, block):
 
 def test_flex_attention_is_given_the_same_rule():
     """Guards the CUDA path's mask, as far as a CPU runs it: flex_attention forward with it equals the blocks."""
-    tree, _ = some_trees(0, 8, torch.float32)
+    tree, _ = random_trees(0, 8, torch.float32)
     q, k, v = (x.detach() for x in heads(len(tree.enter), 4, 2, 16, torch.float32))
     flexed = flex_attention(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
     torch.testing.assert_close(flexed, tree_attention(q, k, v, tree), atol=1e-5, rtol=1e-5)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
-from learners.processes import all_sum_gradients, rank, world_size
+from learners.processes import all_sum_gradients, leave, rank, world_size
 from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from records.perplexity import HELDOUT_FILE
@@ -398,3 +398,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
