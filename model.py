@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -395,11 +394,6 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all keys and values."""
-        return sum(t.nbytes for t in self.keys + self.values)
-
     def move(self, kept: list[int], rows: int, capacity: int) -> None:
         """Change the size: new row i is a copy of old row kept[i], cut or padded to capacity; the others are 0."""
         shared, self.shape = min(capacity, self.shape[1]), (rows, capacity)
@@ -450,22 +444,10 @@ class Cached:
         if self.decoding is not None:
             return decode_attention(q, keys, values, self.decoding)
         out = torch.empty_like(q)
-        for (row, first, last, used), mask in zip(self.chunks, self.masks, strict=True):
+        for row, first, last, used in self.chunks:
+            new, mask = last - first, None  # None: the chunk begins its row, and attention is plainly causal
+            if new < used:  # the new tokens stand in the last of the row's S slots
+                mask = torch.ones(new, used, dtype=torch.bool, device=q.device).tril_(used - new)
             seen = keys[row : row + 1, :, :used], values[row : row + 1, :, :used]  # (1, Hkv, S, Dh)
-            found = attend(q[None, first:last].transpose(1, 2), *seen, mask)
-            out[first:last] = found[0].transpose(0, 1)
+            out[first:last] = attend(q[None, first:last].transpose(1, 2), *seen, mask)[0].transpose(0, 1)
         return out
-
-    @cached_property
-    def masks(self) -> list[Tensor | None]:
-        """Return each chunk's mask (new tokens, S) bool, True where a token sees a slot; made once for all layers.
-
-        The new tokens stand in the last of the S slots. None for a chunk that begins its row: plain causal attention.
-        """
-        masks = []
-        for _, first, last, used in self.chunks:
-            new, mask = last - first, None
-            if new < used:
-                mask = torch.ones(new, used, dtype=torch.bool, device=self.rows.device).tril_(used - new)
-            masks.append(mask)
-        return masks

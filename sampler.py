@@ -110,7 +110,8 @@ class Sampler:
         self.lag = lag if lag is not None else int(head.is_cuda)
         self.counts: Counter = Counter()
         self.cache = KVCache(policy.config, 0, 0, head.dtype, head.device)
-        self.bytes_per_slot = KVCache(policy.config, 1, 1, head.dtype, "meta").nbytes
+        layers, heads = policy.config.num_hidden_layers, policy.config.num_key_value_heads
+        self.bytes_per_slot = 2 * layers * heads * policy.config.head_dim * head.itemsize  # of keys and values
         self.rows: list[Row | None] = []
         self.queued: list[tuple[int, int, list[int], list[int]]] = []  # row, kept tokens, prompt, seeds
         self.draws: list[Draw] = []  # the running candidates, in the order of their lanes
@@ -265,7 +266,9 @@ class Sampler:
     @torch.no_grad()
     def step(self) -> list[Draw]:
         """Prefill the queued prompts and sample one token for every running candidate; return those that ended."""
-        ended = self.prefill() if self.queued else []
+        ended = []
+        while self.queued:
+            ended += self.prefill()
         if self.draws:
             # The torch path reads numbers on the host, which a CUDA graph cannot.
             graphs = self.device.type == "cuda" and use_triton(self.policy.head_weight)
@@ -274,27 +277,20 @@ class Sampler:
         return ended
 
     def prefill(self) -> list[Draw]:
-        """Prefill the queued prompts in groups of at most PREFILL_TOKENS; return the candidates that ended at once."""
-        ended, group = [], []
-        for job in self.queued:
-            if group and sum(len(p) - kept for _, kept, p, _ in [*group, job]) > PREFILL_TOKENS:
-                ended += self.prefill_group(group)
-                group = []
-            group.append(job)
-        self.queued = []
-        return ended + self.prefill_group(group)
+        """Compute the first queued prompts, at most PREFILL_TOKENS together, and sample each candidate's first token.
 
-    def prefill_group(self, group: list[tuple[int, int, list[int], list[int]]]) -> list[Draw]:
-        """Compute the N new tokens of these prompts, packed one after another, and sample each candidate's first token.
-
-        The candidates join the lanes. Returns those that ended with their first token.
+        Their N new tokens are packed one after another. The candidates join the lanes. Returns those that ended with
+        their first token.
         """
         chunks, rows, slots, token_ids = [], [], [], []
-        for row, kept, prompt, _ in group:
+        for row, kept, prompt, _ in self.queued:
+            if chunks and len(token_ids) + len(prompt) - kept > PREFILL_TOKENS:
+                break
             chunks.append(Chunk(row, len(token_ids), len(token_ids) + len(prompt) - kept, len(prompt)))
             rows += [row] * (len(prompt) - kept)
             slots += range(kept, len(prompt))
             token_ids += prompt[kept:]
+        group, self.queued = self.queued[: len(chunks)], self.queued[len(chunks) :]
         token_ids, rows, slots = torch.tensor([token_ids, rows, slots], device=self.device)  # (N,) each
         hidden = self.compute(token_ids, slots, Cached(self.cache, rows, slots, chunks=chunks))  # (N, D)
         last = hidden[torch.tensor([chunk.last - 1 for chunk in chunks], device=self.device)]  # (prompts, D)

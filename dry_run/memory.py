@@ -60,7 +60,7 @@ def kv_width(config: Qwen2Config) -> int:
 
 
 def kv_bytes(config: Qwen2Config, rows: int, capacity: int, itemsize: int = 4) -> int:
-    """Give the bytes of a `KVCache` of so many rows and slots: its `nbytes`.
+    """Give the bytes of a `KVCache` of so many rows and slots.
 
     >>> kv_bytes(Qwen2Config(151_936, 2048, 11_008, 36, 16, 2), rows=1, capacity=1, itemsize=2)
     36864

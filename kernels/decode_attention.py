@@ -181,25 +181,17 @@ def launch(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
-    """Attend on the torch path: to all rows in one call where that is possible, or row by row."""
-    (R, H, Dh), (B, Hkv) = q.shape, keys.shape[:2]
-    G = H // Hkv
-    if rows.together:
-        S, mask = rows.together
-        x = q.view(B, -1, Hkv, G, Dh).transpose(1, 2).reshape(B, Hkv, -1, Dh)  # a group's queries become query rows
-        mask = mask if mask is None or G == 1 else mask.repeat_interleave(G, 2)
-        out = F.scaled_dot_product_attention(x, keys[:, :, :S], values[:, :, :S], mask)
-        return out.view(B, Hkv, -1, G, Dh).transpose(1, 2).reshape(R, H, Dh)
-    x, found = q.view(R, Hkv, G, Dh).transpose(0, 1).reshape(1, Hkv, R * G, Dh), []
-    for first, last, row, used, mask in rows.reads:
-        own = x[:, :, first * G : last * G]
-        if row < 0:  # padding
-            found.append(torch.zeros_like(own))
-            continue
-        mask = mask if mask is None or G == 1 else mask.repeat_interleave(G, 2)
-        k, v = keys[row : row + 1, :, :used], values[row : row + 1, :, :used]
-        found.append(F.scaled_dot_product_attention(own, k, v, mask if mask is None else mask.to(q.dtype)))
-    return torch.cat(found, 2).view(Hkv, R, G, Dh).transpose(0, 1).reshape(R, H, Dh)
+    """Attend on the torch path, by the calls that `Rows.reads` lists."""
+    (R, H, Dh), Hkv, reads = q.shape, keys.shape[1], rows.reads
+    G, B = H // Hkv, len(keys[reads[0].rows])  # B: rows of each call
+    x = q.view(B, -1, Hkv, G, Dh).transpose(1, 2).reshape(B, Hkv, -1, Dh)  # a group's queries become query rows
+    found = []
+    for (_, held, used, mask), own in zip(reads, x.split([G * read.queries for read in reads], 2), strict=True):
+        if mask is not None:
+            mask = (mask if G == 1 else mask.repeat_interleave(G, 2)).to(q.dtype)
+        k, v = keys[held, :, :used], values[held, :, :used]  # (B, Hkv, used, Dh)
+        found.append(F.scaled_dot_product_attention(own, k, v, mask) if used else torch.zeros_like(own))
+    return torch.cat(found, 2).view(B, Hkv, -1, G, Dh).transpose(1, 2).reshape(R, H, Dh)
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:

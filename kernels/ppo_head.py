@@ -118,8 +118,8 @@ class PPOHead(torch.autograd.Function):
             raise ValueError(f"workspace_bytes is {workspace_bytes}; one token's logits need {V * spaces[0].itemsize}")
         size = -(-N // -(-N // most)) if N else 1  # equal chunks: a small last one would add to all of (V, D) as well
         wide = spaces[0].dtype  # fp32: rounding each chunk's part to bf16 would bias the sums
-        d_hidden = torch.empty_like(hidden, dtype=wide)
-        d_weight = torch.empty_like(weight, dtype=wide) if weight.requires_grad else None
+        empty = torch.empty_like if N else torch.zeros_like  # without tokens no product writes to them
+        d_hidden, d_weight = empty(hidden, dtype=wide), empty(weight, dtype=wide) if weight.requires_grad else None
         for start in range(0, max(N, 1), size):  # without tokens, one empty chunk: its statistics have names
             rows = slice(start, min(N, start + size))
             logits = head.matmul(hidden[rows], weight.T, spaces[0])

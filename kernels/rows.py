@@ -14,7 +14,8 @@ Letters: B rows of the cache, n candidates of each, R running candidates with on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,12 @@ EVEN = 1.25  # rows are read in one call if padding them to the longest one read
 
 
 class Read(NamedTuple):
-    """One call of attention: the running candidates of one row, and the slots that they see."""
+    """One call of attention: the running candidates of one row, or those of all rows, and the slots that they see."""
 
-    first: int  # their queries are [first, last)
-    last: int
-    row: int
-    used: int  # slots [0, used) of the row
-    mask: Tensor | None  # (1, 1, last − first, used) fp32: 0 where a candidate sees a slot, else −∞; None: sees all
+    queries: int  # so many of each row; padding is a row's, too
+    rows: slice  # of the cache: one row, or all
+    used: int  # slots [0, used) of each row are read; 0: padding, whose output is 0
+    mask: Tensor | None  # (rows, 1, candidates, used) fp32: 0 where a candidate sees a slot, else −∞; None: sees all
 
 
 @dataclass(frozen=True)
@@ -47,53 +47,36 @@ class Rows:
 
     @cached_property
     def reads(self) -> list[Read]:
-        """Return what the torch path reads, row by row; made once for all layers."""
-        n, found, first = self.members.shape[1], [], 0
-        prompt, lengths, place = self.prompt.tolist(), self.lengths.tolist(), self.place.tolist()
-        while first < len(place):
-            row, last = place[first] // n, first + 1
-            while last < len(place) and place[last] // n == row:
-                last += 1
-            mask = None
-            if n > 1 and row >= 0:
-                # A view of a cached table whose two parts are rounded up to powers of 2, so that many rows share one.
-                own = 1 << (max(1, lengths[row] - prompt[row]) - 1).bit_length()
-                shared = 1 << (max(1, prompt[row]) - 1).bit_length()
-                table = visibility_table(n, shared, own, self.place.device)
-                mask = table.narrow(3, shared - prompt[row], lengths[row])
-                if last - first < n:
-                    mask = mask[:, :, [at % n for at in place[first:last]]]
-            found.append(Read(first, last, row, lengths[row], mask))
-            first = last
-        return found
+        """Return what the torch path reads, once for all layers: all rows in one call, or row by row.
 
-    @cached_property
-    def together(self) -> tuple[int, Tensor | None] | None:
-        """Return S and a mask (B, 1, n, S) bool with which one call of attention reads the first S slots of all rows.
-
-        One call is faster than one per row, if every candidate runs and the rows are about equally long; else None. The
-        mask is None if every query sees all slots.
+        One call is faster if every candidate runs and the rows are about equally long.
         """
         B, n = self.members.shape
-        if len(self.place) < B * n or self.place[0] or not bool((self.place.diff() == 1).all()):
-            return None
-        longest, total = int(self.lengths.max()), int(self.lengths.sum())
-        if longest * B > EVEN * total:
-            return None
-        if n == 1 and longest * B == total:
-            return longest, None
-        slot, prompt = torch.arange(longest, device=self.lengths.device), self.prompt.view(B, 1, 1, 1)
-        own = (slot - prompt) % n == torch.arange(n, device=slot.device).view(n, 1)
-        return longest, ((slot < prompt) | own) & (slot < self.lengths.view(B, 1, 1, 1))
+        place, lengths = self.place.tolist(), self.lengths.tolist()
+        longest, total = max(lengths), sum(lengths)
+        if place == list(range(B * n)) and longest * B <= EVEN * total:
+            mask = None if n == 1 and longest * B == total else self.mask(list(range(B)))
+            return [Read(n, slice(0, B), longest, mask)]
+        groups = [(row, list(places)) for row, places in groupby(place, lambda at: at // n)]
+        running = [row for row, _ in groups if row >= 0]
+        masks = dict(zip(running, self.mask(running).split(1), strict=True)) if n > 1 and running else {}
+        reads = []
+        for row, places in groups:
+            held, used = max(row, 0), lengths[row] if row >= 0 else 0
+            mask = masks[row][..., :used] if row in masks else None
+            if len(places) < n and mask is not None:
+                mask = mask[:, :, [at % n for at in places]]
+            reads.append(Read(len(places), slice(held, held + 1), used, mask))
+        return reads
 
+    def mask(self, rows: list[int]) -> Tensor:
+        """Return (rows, 1, n, S) fp32, S the longest length: 0 where a candidate sees a slot of its row, else −∞.
 
-@lru_cache(maxsize=64)
-def visibility_table(n: int, prompt: int, own: int, device: torch.device) -> Tensor:
-    """Return (1, 1, n, prompt + own) fp32: 0 on the prompt and on a candidate's own slots, else −∞.
-
-    >>> visibility_table(2, 1, 4, torch.device("cpu"))[0, 0].isfinite().long().tolist()
-    [[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
-    """
-    slot, candidate = torch.arange(prompt + own, device=device), torch.arange(n, device=device)[:, None]
-    seen = (slot < prompt) | ((slot - prompt) % n == candidate)
-    return torch.zeros(1, 1, n, prompt + own, device=device).masked_fill_(~seen, -torch.inf)
+        >>> one, candidates = torch.tensor([1]), torch.tensor([[0, 1]])
+        >>> Rows(one, one + 4, candidates, candidates[0]).mask([0])[0, 0].isfinite().long().tolist()
+        [[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
+        """
+        prompt, length = (x[rows].view(-1, 1, 1, 1) for x in (self.prompt, self.lengths))
+        n, slot = self.members.shape[1], torch.arange(int(length.max()), device=self.prompt.device)
+        own = (slot - prompt) % n == torch.arange(n, device=slot.device)[:, None]
+        return torch.where(((slot < prompt) | own) & (slot < length), 0.0, -torch.inf)

@@ -223,8 +223,9 @@ def test_scaling_table(tmp_path):
 def test_kv_cache_exactly():
     """Guards a forgotten factor: keys and values, layers, KV heads."""
     config = make_config(64, 128, 3, 4)
-    assert memory.kv_bytes(config, 5, 17) == KVCache(config, 5, 17).nbytes
-    assert memory.kv_bytes(config, 5, 17, 2) == KVCache(config, 5, 17, torch.bfloat16).nbytes
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = KVCache(config, 5, 17, dtype)
+        assert memory.kv_bytes(config, 5, 17, dtype.itemsize) == sum(x.nbytes for x in cache.keys + cache.values)
 
 
 @pytest.mark.parametrize("size", ["0.5B", "1.5B", "3B", "7B"])

@@ -5,6 +5,7 @@ The policy is random and ends its turns at any step; user and judge answer by se
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -22,7 +23,7 @@ import scheduler
 from config import Config
 from dialogue import ChatTokenizer, Dialogue, stream_seed
 from endpoints.wire import ChatError
-from model import KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
+from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from rewards import VERDICTS, ParsedTurn
 from sampler import Sampler
 from scheduler import Ask, Scheduler, Waits
@@ -168,7 +169,7 @@ def test_a_small_budget_does_not_matter(policy, chat, plain, samplers, reply_ste
     budget = slots * slot_bytes(policy)
     dialogues, env = play(policy, chat, judge=judge, reply_steps=reply_steps, kv_gib=budget / 2**30)
     assert [what(dialogue) for dialogue in dialogues] == plain
-    assert env.counts["kv_evictions"] > 0 and samplers[0].cache.nbytes <= budget
+    assert env.counts["kv_evictions"] > 0 and math.prod(samplers[0].cache.shape) * slot_bytes(policy) <= budget
 
 
 def slot_bytes(policy: Qwen2ForCausalLM) -> int:
@@ -340,13 +341,13 @@ def test_a_dialogue_that_outgrows_the_budget_ends_early(policy, chat, plain, sam
     slots = [[len(prompt) + N * 12 for _, prompt, *_ in turns] for _, _, turns in plain]
     room = sorted(row[-1] for row in slots)[2]
     assert min(row[-1] for row in slots) < room and max(row[1] for row in slots) <= room
-    per_slot = KVCache(policy.config, 1, 1).nbytes
+    per_slot = slot_bytes(policy)
     dialogues, env = play(policy, chat, kv_gib=room * per_slot / 2**30)
     expected = [what[:2] + [what[2][: sum(size <= room for size in row)]]
                 for what, row in zip(plain, slots, strict=True)]  # fmt: skip
     assert [what(dialogue) for dialogue in dialogues] == expected
     assert env.counts["dialogues_ended_early"] == sum(row[-1] > room for row in slots) > 0
-    assert samplers[0].cache.nbytes <= room * per_slot
+    assert math.prod(samplers[0].cache.shape) <= room
     with pytest.raises(ValueError, match="raise --kv-gib, or lower --max-new-tokens"):
         play(policy, chat, kv_gib=(slots[0][0] - 1) * per_slot / 2**30)
 

@@ -132,13 +132,14 @@ def test_prefill_in_groups(policy, monkeypatch):
     """Guards the cut of a large prefill: a prompt beyond the limit goes alone, and nothing is lost or done twice."""
     whole = generate(policy, PROMPTS, n=2, max_new_tokens=12, stop_ids=STOPS, seeds=range(16))
     sizes = []
-    prefill_group = Sampler.prefill_group
+    compute = Sampler.compute
 
-    def noted(self, group):
-        sizes.append([len(prompt) - kept for _, kept, prompt, _ in group])
-        return prefill_group(self, group)
+    def noted(self, token_ids, slots, context):
+        if context.chunks:
+            sizes.append([chunk.last - chunk.first for chunk in context.chunks])
+        return compute(self, token_ids, slots, context)
 
-    monkeypatch.setattr(Sampler, "prefill_group", noted)
+    monkeypatch.setattr(Sampler, "compute", noted)
     monkeypatch.setattr(sampler_module, "PREFILL_TOKENS", 10)
     assert_same(generate(policy, PROMPTS, n=2, max_new_tokens=12, stop_ids=STOPS, seeds=range(16)), whole)
     assert len(sizes) > 4 and [17] in sizes
@@ -264,7 +265,8 @@ def play(
         running = sum(not draw.stop_reason for row in sampler.rows if row for draw in row.draws)
         assert len(sampler.draws) == sampler.lanes.shape[1] == (sampler.members >= 0).sum() == running
         assert running <= n * sampler.batch_size and len(sampler.rows) <= sampler.max_rows
-        assert sampler.kv_bytes is None or sampler.cache.nbytes <= sampler.kv_bytes
+        stored = sum(x.nbytes for x in sampler.cache.keys + sampler.cache.values)
+        assert sampler.kv_bytes is None or stored <= sampler.kv_bytes
         watch(sampler)
     assert all(len(played[key]) == turns for key in history)
     return [turn for key in history for turn in played[key]]
