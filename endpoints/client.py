@@ -43,6 +43,7 @@ RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many re
 OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
 CLOSED = "the client was closed"
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
+PING_TOKENS = 2  # of a probe and its answer
 POLL = 0.1  # seconds between two looks at a breaker
 
 
@@ -121,14 +122,16 @@ class ChatClient:
     def _call(self, request: dict[str, Any]) -> Call:
         """Ask until there is a reply, or no further attempt is allowed or of use."""
         failed: list[str] = []
+        # What the request is taken to cost until its usage is known: a token per four characters, and max_tokens.
+        most_tokens = sum(len(m["content"]) for m in request["messages"]) / 4 + request["max_tokens"]
         deadline, first, spared = time.monotonic() + self.total_timeout, 0, False  # first: of the attempts that count
         while True:
             start = time.monotonic()
             try:
-                url = self._admit(request)
+                url = self._admit(most_tokens)
                 sent = time.monotonic()
                 deadline += sent - start  # others' waiting time: an outage, a rate limit
-                return Call(self._send(url, request, deadline), tuple(failed))
+                return Call(self._send(url, request, deadline, most_tokens), tuple(failed))
             except ChatError as error:
                 failure = error
             failed.append(failure.reason)
@@ -148,7 +151,7 @@ class ChatClient:
                 request = request | {"seed": request["seed"] + 1}
         return Call(failure, tuple(failed))
 
-    def _admit(self, request: dict[str, Any]) -> str:
+    def _admit(self, most_tokens: float) -> str:
         """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
         while not self._closed.is_set():
             for url, breaker in self.breakers.items():
@@ -162,14 +165,15 @@ class ChatClient:
                 self.outage = f"no answer for {self.outage_budget:g} s; last: {self._last_failure}"
                 raise ChatError("outage", self.outage, retryable=False)
             self._closed.wait(POLL)
-        if self._closed.wait(self.quota.take(_most_tokens(request))):
+        if self._closed.wait(self.quota.take(most_tokens)):
             raise ChatError("connect", CLOSED, retryable=False)
         return usable[next(self._turns) % len(usable)]
 
-    def _send(self, url: str, request: dict[str, Any], deadline: float, probe: bool = False) -> ChatReply:
+    def _send(
+        self, url: str, request: dict[str, Any], deadline: float, most_tokens: float, probe: bool = False
+    ) -> ChatReply:
         """Send a request, and let the quota and the endpoint's breaker know what came of it."""
-        most_tokens, failure = _most_tokens(request), None
-        used = most_tokens  # where the endpoint does not say
+        used, failure = most_tokens, None  # where the endpoint does not say
         try:
             reply = self._attempt(url, json.dumps(request).encode(), deadline)
             if reply.tokens is not None and reply.prompt_tokens is not None:
@@ -329,9 +333,10 @@ class ChatClient:
     def _probe(self, url: str) -> None:
         """Send a short request to an endpoint that is out, to see whether it answers again."""
         request = self._settings | {"messages": PING, "max_tokens": 1}
-        self.quota.take(_most_tokens(request))
+        self.quota.take(PING_TOKENS)
+        deadline = time.monotonic() + min(self.read_timeout, self.total_timeout)
         with suppress(ChatError):  # counted by the breaker
-            self._send(url, request, time.monotonic() + min(self.read_timeout, self.total_timeout), probe=True)
+            self._send(url, request, deadline, PING_TOKENS, probe=True)
 
     def _cut_off_late_replies(self) -> None:
         """Watch the deadlines, because socket time-outs start anew with every byte of a slow drip."""
@@ -341,11 +346,6 @@ class ChatClient:
                 for adapter, deadline in self._in_flight.values():
                     if time.monotonic() >= deadline or self._closed.is_set():
                         adapter.abort()
-
-
-def _most_tokens(request: dict[str, Any]) -> float:
-    """Return what a request is taken to cost until its usage is known: a token per four characters, and max_tokens."""
-    return sum(len(message["content"]) for message in request["messages"]) / 4 + request["max_tokens"]
 
 
 def read_key(api_key_env: str | None) -> str:
