@@ -376,9 +376,13 @@ PHASES = ("sampling", "waiting", "rewards", "statistics", "update")
 
 
 def iteration(dialogues: int = 32, turns: int = 10, n: int = 4, latency: float = 0.0, bar: str = "",
-              generate_rows: int = 128, most_tokens: int = 8192) -> list[Row]:  # fmt: skip
-    """Compare one whole iteration, ours run before and after the published one."""
-    config = bench_config(dialogues, turns, n)
+              generate_rows: int = 128, most_tokens: int = 8192, **settings) -> list[Row]:  # fmt: skip
+    """Compare one whole iteration, ours run before and after the published one.
+
+    Replies are used as they come, so rounding may change a dialogue in some runs: then measure again. `settings` such
+    as reply_steps=4 exclude that.
+    """
+    config = bench_config(dialogues, turns, n, **settings)
     with world_of(bench_config(2, 2, n)) as (state, _):
         train_rlpa.run_iteration(state)  # warm-up
     ours = []
@@ -428,9 +432,13 @@ def updated_difference(state: State, published, played: list[Dialogue]) -> float
 # latency and growth
 
 
-def latency(dialogues: int = 32, turns: int = 10, n: int = 4, seconds: float = LATENCY, repeats: int = 3) -> list[Row]:
-    """Compare a rollout that waits with the larger of one that does not and one dialogue's chain of waiting."""
-    config = bench_config(dialogues, turns, n)
+def latency(dialogues: int = 32, turns: int = 10, n: int = 4, seconds: float = LATENCY, repeats: int = 3,
+            **settings) -> list[Row]:  # fmt: skip
+    """Compare a rollout that waits with the larger of one that does not and one dialogue's chain of waiting.
+
+    Rounding may change a dialogue, as in `iteration`.
+    """
+    config = bench_config(dialogues, turns, n, **settings)
     with world_of(config) as (quick, _), world_of(config, seconds) as (slow, _):
         assert drawn(play(quick)) == drawn(play(slow)), "latency changed the dialogues"
         found = interleaved({"quick": lambda: play(quick), "slow": lambda: play(slow)}, repeats)

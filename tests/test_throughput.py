@@ -52,7 +52,9 @@ def test_update():
 
 def test_iteration():
     """Guards the baseline: same dialogues, same tokens trained on, same losses, and the same policy afterwards."""
-    found = by_what(throughput.iteration(dialogues=3, turns=3, n=2, generate_rows=4, most_tokens=2048, latency=0.01))
+    found = by_what(throughput.iteration(
+        dialogues=3, turns=3, n=2, generate_rows=4, most_tokens=2048, latency=0.01, reply_steps=4
+    ))
     assert found["mean difference after the update"].ours < 1e-3
     tokens = found["tokens per training pass"]
     assert tokens.other > tokens.ours > 0
@@ -84,7 +86,7 @@ def test_rows_are_the_published_samples():
 
 def test_latency():
     """Guards equal work: a slow user changes no dialogue (asserted), and the chain has no request for the opener."""
-    (row,) = throughput.latency(dialogues=2, turns=3, n=2, seconds=0.01, repeats=1)
+    (row,) = throughput.latency(dialogues=2, turns=3, n=2, seconds=0.01, repeats=1, reply_steps=4)
     assert "chain 0.02" in row.what
     assert row.ratio == row.ours / row.other
 
