@@ -1,11 +1,11 @@
-# make train: from a fresh clone to a learning curve.   make test: all tests.
-# Both only need Python >= 3.11; every command they run is printed and can be typed by hand.
+# make train: from a fresh clone to a learning curve.   make test: all tests.   make test-fast: all but the slow ones.
+# They only need Python >= 3.11; every command they run is printed and can be typed by hand.
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= 2
 ARGS ?=
 
-.PHONY: train test lint tiny bench-gpu clean
+.PHONY: train test test-fast lint tiny bench-gpu clean
 
 train: $(VENV)/runtime
 	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) train_rlpa.py --ckpt $(ARGS)
@@ -13,6 +13,10 @@ train: $(VENV)/runtime
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ $(ARGS)
+
+test-fast: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

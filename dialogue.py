@@ -201,25 +201,20 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
         raise ValueError(
             f"history_profile is {history_profile!r}; --history-profile takes {' or '.join(HISTORY_PROFILES)}"
         )
-    if not dialogue.turns:
-        prompt = tokenizer.message("system", SYSTEM_PROMPT)
-    elif history_profile == "all":
-        prompt = dialogue.turns[-1].prompt_ids + closed(dialogue.turns[-1].winner, tokenizer)
-    else:
-        prompt = tokenizer.message("system", SYSTEM_PROMPT)
+    prompt = tokenizer.message("system", SYSTEM_PROMPT)
+    if dialogue.turns:
+        last = dialogue.turns[-1]
+        reply = list(last.winner.token_ids)  # as sampled; the "\n" behind it is context, not action
+        if reply[-1:] != [tokenizer.im_end]:  # the sampler ran out of tokens
+            reply.append(tokenizer.im_end)
+        reply += tokenizer.newline
+    if dialogue.turns and history_profile == "all":
+        prompt = last.prompt_ids + reply
+    elif dialogue.turns:
         for turn in dialogue.turns[:-1]:
             prompt += tokenizer.message("user", turn.user_text)
             prompt += tokenizer.message("assistant", turn.winner.response)
-        last = dialogue.turns[-1]
-        prompt += (
-            tokenizer.message("user", last.user_text) + tokenizer.generation_header + closed(last.winner, tokenizer)
-        )
+        prompt += tokenizer.message("user", last.user_text) + tokenizer.generation_header + reply
     prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header
     dialogue.turns.append(Turn(user_text, prompt))
     return dialogue.turns[-1]
-
-
-def closed(candidate: Candidate, tokenizer: ChatTokenizer) -> list[int]:
-    """Return a reply as history: its ids as sampled, `<|im_end|>` added where the sampler ran out of tokens, `\\n`."""
-    end = [] if candidate.token_ids[-1:] == [tokenizer.im_end] else [tokenizer.im_end]
-    return [*candidate.token_ids, *end, *tokenizer.newline]

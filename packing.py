@@ -84,8 +84,8 @@ def pack(dialogue: Dialogue, config: Config) -> Packed | None:
     if dialogue.dropped is not None or not targets:
         return None
     layout = tree.layout()
-    place = torch.empty(len(tree), dtype=torch.long)
-    place[layout.order] = torch.arange(len(tree))
+    place = torch.empty(len(layout.order), dtype=torch.long)
+    place[layout.order] = torch.arange(len(layout.order))
     return Packed(
         minibatch=dialogue.index % config.rollout_batch_size // config.minibatch_size,
         token_ids=torch.tensor(tree.token_ids)[layout.order],
@@ -155,18 +155,19 @@ class TokenTree:
         Branches share a block of attention until it has `block` tokens: fewer blocks are fewer calls, smaller ones
         compute less that nobody sees.
         """
-        children: dict[int, list[int]] = {node: [] for node in range(-1, len(self))}  # -1: above the first tokens
-        size = [1] * len(self)  # of each node's subtree
-        for node in reversed(range(len(self))):
+        count = len(self.token_ids)
+        children: dict[int, list[int]] = {node: [] for node in range(-1, count)}  # -1: above the first tokens
+        size = [1] * count  # of each node's subtree
+        for node in reversed(range(count)):
             children[self.parents[node]].append(node)
             if self.parents[node] >= 0:
                 size[self.parents[node]] += size[node]
-        enter, depth_first, waiting = [0] * len(self), [], list(children[-1])
+        enter, depth_first, waiting = [0] * count, [], list(children[-1])
         while waiting:
             enter[waiting[-1]] = len(depth_first)
             depth_first.append(waiting.pop())
             waiting += children[depth_first[-1]]
-        order, node = [], max(range(len(self)), key=self.positions.__getitem__)
+        order, node = [], max(range(count), key=self.positions.__getitem__)
         while node >= 0:
             order.append(node)
             node = self.parents[node]

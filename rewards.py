@@ -39,13 +39,13 @@ from worlds.ledger import (
 )
 
 VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
-PARSE_FAILURES = (
+PARSE_FAILURES = (  # the most telling one first
     "truncated",
     "control_token",
+    "duplicate_tag",
     "no_profile",
     "no_response",
     "unclosed",
-    "duplicate_tag",
     "outside_text",
     "empty_response",
 )
@@ -152,11 +152,20 @@ def parse_turn(text: str, stop_reason: str = "stop") -> ParsedTurn:
     'unclosed'
     """
     match = re.fullmatch(r"\s*<profile>(.*)</profile>\s*<response>(.*)</response>\s*", text, re.DOTALL)
-    failure = _tag_failure(text, stop_reason) or ("outside_text" if match is None else None)
-    if failure is None and not match[2].strip():
-        failure = "empty_response"
-    if failure:
-        return ParsedTurn([], _visible_text(text), failure)
+    counts = {tag: text.count(tag) for tag in ("<profile>", "</profile>", "<response>", "</response>")}
+    reasons = {
+        "truncated": stop_reason == "length",
+        "control_token": re.search(r"<\|\w+\|>", text) is not None,
+        "duplicate_tag": any(count > 1 for count in counts.values()),
+        "no_profile": not counts["<profile>"],
+        "no_response": not counts["<response>"],
+        "unclosed": not (counts["</profile>"] and counts["</response>"]),
+        "outside_text": match is None,
+        "empty_response": match is not None and not match[2].strip(),
+    }
+    for name in PARSE_FAILURES:
+        if reasons[name]:
+            return ParsedTurn([], _visible_text(text), name)
     return ParsedTurn(profile_lines(match[1]), match[2].strip())
 
 
@@ -164,21 +173,6 @@ def _visible_text(text: str) -> str:
     """Return what a user would see of a broken turn: everything but profile block, tags and control tokens."""
     text = re.sub(r"<profile>.*?(?:</profile>|(?=<response>)|$)", " ", text, flags=re.DOTALL)
     return " ".join(re.sub(r"</?(?:profile|response)>|<\|\w+\|>", " ", text).split()) or "..."
-
-
-def _tag_failure(text: str, stop_reason: str) -> str | None:
-    """Name what is wrong with the tags, most telling reason first."""
-    if stop_reason == "length":
-        return "truncated"
-    if re.search(r"<\|\w+\|>", text):
-        return "control_token"
-    counts = {tag: text.count(tag) for tag in ("<profile>", "</profile>", "<response>", "</response>")}
-    if any(count > 1 for count in counts.values()):
-        return "duplicate_tag"
-    for name in ("profile", "response"):
-        if not counts[f"<{name}>"]:
-            return f"no_{name}"
-    return "unclosed" if not (counts["</profile>"] and counts["</response>"]) else None
 
 
 def profile_lines(block: str) -> list[str]:

@@ -659,7 +659,10 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
     for group in learner.optimizer.param_groups:  # the schedule is a function of the update: nothing to resume
         group["lr"] = learner.peak_lr * share
     learner.optimizer.step()
-    learner.round_masters()
+    with torch.no_grad():
+        for parameter, master in zip(learner.model.parameters(), masters, strict=True):
+            if parameter is not master:  # the model computes with a bf16 copy of its fp32 master
+                parameter.copy_(master)
     return norm, True
 
 

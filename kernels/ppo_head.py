@@ -119,7 +119,7 @@ class PPOHead(torch.autograd.Function):
         size = -(-N // -(-N // most)) if N else 1  # equal chunks: a small last one would add to all of (V, D) as well
         wide = spaces[0].dtype  # fp32: rounding each chunk's part to bf16 would bias the sums
         empty = torch.empty_like if N else torch.zeros_like  # without tokens no product writes to them
-        d_hidden, d_weight = empty(hidden, dtype=wide), empty(weight, dtype=wide) if weight.requires_grad else None
+        d_hidden, d_weight = empty(hidden, dtype=wide), empty(weight) if weight.requires_grad else None
         for start in range(0, max(N, 1), size):  # without tokens, one empty chunk: its statistics have names
             rows = slice(start, min(N, start + size))
             logits = head.matmul(hidden[rows], weight.T, spaces[0])
@@ -131,14 +131,18 @@ class PPOHead(torch.autograd.Function):
                 dz, *part = chunk_exact(logits, ref_logits, *given)
             head.matmul(dz, weight, d_hidden[rows])
             if d_weight is not None:
-                head.matmul(dz.T, hidden[rows], d_weight, add=start > 0)
+                if start == 0:  # not before: a CPU's first product has a wide copy of the weight
+                    sums = d_weight if d_weight.dtype == wide else empty(weight, dtype=wide)
+                head.matmul(dz.T, hidden[rows], sums, add=start > 0)
             parts.append(part)
         losses = torch.cat([losses for losses, _ in parts])
         statistics = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         total = losses.sum() - loss.entropy_coef * statistics["entropy"].sum()
         if reference is not None:
             total = total + loss.kl_coef * statistics["kl_exact"].sum()
-        ctx.save_for_backward(d_hidden.to(hidden.dtype), None if d_weight is None else d_weight.to(weight.dtype))
+        if d_weight is not None and sums is not d_weight:
+            d_weight.copy_(sums)
+        ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
         return total, statistics
 
     @staticmethod

@@ -27,13 +27,6 @@ class Learner:
     masters: dict[str, Tensor]  # by name; in fp32, and of a sharded model, its parameters themselves
     sampled: nn.Module  # samples: the model itself, or of a sharded policy a whole copy in the dtype of products
 
-    @torch.no_grad()
-    def round_masters(self) -> None:
-        """Write the masters into the model's own weights, rounded to their dtype; skip those that are the same."""
-        for parameter, master in zip(self.model.parameters(), self.masters.values(), strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
-
 
 def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:
     """Wrap an fp32 model with AdamW (fp32, no weight decay); it computes in `dtype` from here on."""

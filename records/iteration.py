@@ -42,8 +42,8 @@ class IterationMeter:
         seconds = time.perf_counter() - self.start
         metrics |= {"tree_tokens": tree_tokens, "tree_saving": row_tokens / max(1, tree_tokens)}
         metrics |= {"seconds": seconds, "sampled_tokens_per_second": metrics["action_tokens"] / seconds}
-        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        if train_policy and peak:
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        if train_policy and (peak := peak_flops(card)):
             work = tree_tokens, metrics["action_tokens"], pairs, has_own_trunk(config)
             flops = config.num_epochs * update_flops(state.policy.model.config, *work)
             metrics["mfu"] = flops / (env.timers.seconds["update"] * peak * world_size())

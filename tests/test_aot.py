@@ -17,8 +17,9 @@ if INTERPRETED:
 
 import aot  # noqa: E402
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.timeout(60)
+
 @pytest.mark.parametrize("arch", aot.SHARED_LIMIT)
 @pytest.mark.parametrize("case", aot.CASES, ids=lambda case: case.name)
 def test_compiles_without_spills(case, arch):

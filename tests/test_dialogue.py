@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 import dialogue
 import rewards
-from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, closed, open_turn
+from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, open_turn
 from packing import TokenTree
 from tiny import make
 
@@ -149,7 +149,7 @@ def test_all_history_only_grows_and_latest_rewrites(tiny):
         for text, reply in zip(USER_TEXTS, [*REPLIES, REPLIES[0]], strict=False):
             open_turn(record, text, tiny, policy).candidates = [speak(tiny, reply)]
         prompts[policy] = [turn.prompt_ids for turn in record.turns]
-        winners = [closed(turn.winner, tiny) for turn in record.turns]
+        winners = [[*turn.winner.token_ids, *tiny.newline] for turn in record.turns]
     for before, winner, after in zip(prompts["all"], winners, prompts["all"][1:], strict=False):
         assert after[: len(before) + len(winner)] == before + winner
     assert prompts["latest"][:2] == prompts["all"][:2]
@@ -209,16 +209,19 @@ def test_sampled_ids_stay_as_sampled(chat):
 
 def test_a_truncated_turn_gets_its_end_as_context(chat):
     """Guards: a user who speaks inside the assistant's message; an end token that is trained on but was not sampled."""
-    cut = sampled(chat.encode("<profile>\n- Ag"))
-    record = Dialogue(0, "p", ())
-    open_turn(record, "Hello", chat).candidates = [cut]
-    before = list(cut.token_ids)
-    prompt = open_turn(record, "Hm.", chat).prompt_ids
-    assert prompt.count(chat.im_start) == 5 and prompt.count(chat.im_end) == 4
-    assert closed(cut, chat) == [*before, chat.im_end, *chat.newline] and cut.token_ids == before
-    whole = sampled([*before, chat.im_end])
-    assert closed(whole, chat) == closed(cut, chat) and len(whole.token_ids) == len(cut.token_ids) + 1
-    assert closed(sampled([]), chat) == [chat.im_end, *chat.newline]
+
+    def as_history(candidate: Candidate) -> list[int]:
+        record = Dialogue(0, "p", ())
+        first = open_turn(record, "Hello", chat)
+        first.candidates = [candidate]
+        prompt = open_turn(record, "Hm.", chat).prompt_ids
+        assert prompt.count(chat.im_start) == 5 and prompt.count(chat.im_end) == 4
+        return prompt[len(first.prompt_ids) : -len(chat.message("user", "Hm.") + chat.generation_header)]
+
+    ids = chat.encode("<profile>\n- Ag")
+    cut, whole = sampled(list(ids)), sampled([*ids, chat.im_end])
+    assert as_history(cut) == as_history(whole) == [*ids, chat.im_end, *chat.newline] and cut.token_ids == ids
+    assert as_history(sampled([])) == [chat.im_end, *chat.newline]
 
 
 def test_opening_a_turn_leaves_earlier_turns_alone(tiny):

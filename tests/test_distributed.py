@@ -27,6 +27,7 @@ from learners.learner import optimizer_tensors
 from learners.loading import load_models
 from records import checkpoints
 
+pytestmark = pytest.mark.slow
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
     "rollout_batch_size": 6, "minibatch_size": 3, "microbatch_tokens": 1000, "decode_batch_size": 2, "max_turns": 3,

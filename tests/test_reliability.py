@@ -442,6 +442,7 @@ def test_batches_that_stay_below_the_quorum_end_the_run(ckpt, tmp_path, stopped)
     assert len(asked) == 8 + 4 * 4 and "saved after iteration 0" in line
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_as_one(ckpt, tmp_path):  # noqa: F811
     """Guards one rank that raises alone while the other waits in a collective: the user fails rank 1's persona only."""
     personas = "".join(json.dumps({"facts": [f"Occupation: {job}", "Age: 34"]}) + "\n" for job in ("baker", "pilot"))
@@ -482,6 +483,7 @@ def test_connections_do_not_pile_up_with_threads_that_come_and_go():
         assert client.counts["requests"] == 24 and len(connections) <= 2
 
 
+@pytest.mark.slow
 def test_a_run_against_chaos_scores_nothing_wrongly(ckpt, tmp_path):  # noqa: F811
     """Guards rewards, losses and counts against a user that fails in every way at once: 500s, bodies that are no
     replies, connections that hang, and a time in which it is down."""
@@ -499,7 +501,7 @@ def test_a_run_against_chaos_scores_nothing_wrongly(ckpt, tmp_path):  # noqa: F8
     outage = threading.Thread(target=be_down)
     outage.start()
     go("--ckpt", ckpt, "--run-dir", run, "--simulator-url", url, "--rollout-batch-size", 8, "--max-turns", 3,
-       "--num-iterations", 2, "--eval-every", 0, "--request-timeout", 3, "--max-retries", 6)  # fmt: skip
+       "--num-iterations", 2, "--eval-every", 0, "--request-timeout", 5, "--max-retries", 6)  # fmt: skip
     outage.join()
     bad.ended.set()
     server.shutdown()

@@ -29,6 +29,8 @@ from benchmarks.invariance import (
 from learners import sharding
 from learners.weights import load_policy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():

@@ -44,7 +44,6 @@ ASK = [{"role": "user", "content": "hi"}]
 PERSONA = Persona("ann", ("Age: 34", "Location: Oslo", "Occupation: baker", "Others: parrot", "Interests: chess",
                           "Gender: woman", "Marital Status: single", "Educational Background: law"))
 HISTORY = [("user", "Hello"), ("assistant", "Hi! Where do you live?")]
-pytestmark = pytest.mark.timeout(120)  # what these tests guard against would often show as a hang
 
 
 def completion(content) -> bytes:

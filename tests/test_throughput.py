@@ -6,6 +6,8 @@ import torch
 from benchmarks import published, throughput
 from model import Qwen2Config
 
+pytestmark = pytest.mark.slow
+
 
 def by_what(rows: list[throughput.Row]) -> dict[str, throughput.Row]:
     return {row.what.strip(): row for row in rows}
