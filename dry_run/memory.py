@@ -139,18 +139,17 @@ class Head(NamedTuple):
 def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, fused: bool = False) -> Head:
     """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
 
-    Sums are fp32. With half-precision inputs the operands of the products, half a workspace, come on top, and at the
-    end the rounded (V, D) gradient; before, on a CPU (not `fused`), fp32 copies of the operands and of the weight.
+    Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
+    come on top; on a CPU (not `fused`) fp32 copies of the operands and, from the second chunk on, of the weight, too.
     """
     V, D = config.vocab_size, config.hidden_size
     kept = (actions * D + V * D) * itemsize
     logits = 4 * actions * (-(-V // 128) * 128)
-    chunk, workspace = logits // max(1, -(-logits // workspace)), min(workspace, logits)
-    if itemsize == 4:
-        return Head(kept + workspace + 4 * actions * D, kept)
-    copies = 0 if fused else 4 * V * D + chunk
-    sums = 4 * V * D + max(copies, itemsize * V * D)
-    return Head(sums + workspace + workspace // 2 + actions * D * (4 + 2 * itemsize), kept)
+    chunks, workspace = logits / workspace, min(workspace, logits)
+    half = 4 * V * D + workspace // 2
+    half += 0 if fused else 4 * V * D * (chunks > 1) + workspace
+    half *= itemsize != 4
+    return Head(kept + half + workspace + actions * D * (4 + (0 if itemsize == 4 else itemsize)), kept)
 
 
 # ------------------------------------------------------------------------------------------------ phases and their peak
