@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= 2
+WORKERS ?= 2
 ARGS ?=
 
 .PHONY: train test test-fast lint tiny bench-gpu clean
@@ -12,11 +13,11 @@ train: $(VENV)/runtime
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
