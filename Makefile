@@ -13,11 +13,11 @@ train: $(VENV)/runtime
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile --benchmark-disable $(ARGS)
 
 test-fast: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile --benchmark-disable -m "not slow" $(ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -214,6 +214,7 @@ def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(loaded, monkeyp
     assert "owned" in out and r"\x1b" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
 
 
+@pytest.mark.slow
 def test_a_pipe_in_and_a_transcript_out(capsys):
     """Guards the program as such: its imports, its exit codes, and one line for what a user can mend."""
     command, text = [sys.executable, "-m", "chat", "--ckpt", str(TINY)], "Hello\nI work as a nurse.\n/quit\nnot read"
@@ -270,6 +271,7 @@ def test_a_port_that_is_taken_or_does_not_exist_is_named_with_its_flag(capsys):
             assert error.count("\n") == 1 and says in error and f"--port {value}" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--serve", "--port", "0"], []])
 def test_ctrl_c_is_one_line(argv):
     """Guards a traceback at the end of a server, or of a talk with a pipe."""
@@ -285,6 +287,7 @@ def test_ctrl_c_is_one_line(argv):
     assert process.communicate()[1] == "chat: stopped by Ctrl-C\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_and_ctrl_c_at_its_prompt():
     """Guards line editing and the prompt, which a pipe does not have, and a traceback where people end a talk."""
     parent, child = pty.openpty()

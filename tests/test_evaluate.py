@@ -497,6 +497,7 @@ def test_a_reply_of_thoughts_alone_is_not_empty(tmp_path):
     assert [turn["candidates"][0]["response"] for turn in episode["turns"]] == ["...", "..."]
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_costs_neither_results_nor_a_traceback(tmp_path):
     """Guards `… | head`: an hour of dialogues that is lost with a BrokenPipeError, and --help alike."""
     out = tmp_path / "out"

@@ -27,6 +27,8 @@ from learners.learner import make_learner
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
 from packing import Packed, TokenTree, collate
 
+pytestmark = pytest.mark.slow
+
 ppo_head = sys.modules["kernels.ppo_head"]  # the package's name for it is the function
 SHARED = Path(__file__).parents[1].parent / "shared"
 WORKSPACE = 16 << 20

@@ -356,6 +356,7 @@ def loading_peak(folder: str) -> tuple[float, float]:
     return memory_status("VmHWM") - before, sum(p.nbytes for p in policy.parameters()) / 2**20
 
 
+@pytest.mark.slow
 def test_loading_holds_one_set_of_weights(tmp_path):
     """Guards a peak of twice the weights: the file's pages and their copy, which a large model does not fit in."""
     save_pretrained(random_policy(Qwen2Config(5_000, 512, 2048, 12, 8, 2), seed=0), tmp_path)

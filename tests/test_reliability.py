@@ -39,6 +39,8 @@ from records import log
 from report import __main__ as report
 from worlds import personas
 
+pytestmark = pytest.mark.slow
+
 OK, BROKEN = http_reply(completion("ok")), http_reply(b"{}", "503 Busy")
 
 
@@ -442,7 +444,6 @@ def test_batches_that_stay_below_the_quorum_end_the_run(ckpt, tmp_path, stopped)
     assert len(asked) == 8 + 4 * 4 and "saved after iteration 0" in line
 
 
-@pytest.mark.slow
 def test_two_ranks_stop_as_one(ckpt, tmp_path):  # noqa: F811
     """Guards one rank that raises alone while the other waits in a collective: the user fails rank 1's persona only."""
     personas = "".join(json.dumps({"facts": [f"Occupation: {job}", "Age: 34"]}) + "\n" for job in ("baker", "pilot"))
@@ -483,7 +484,6 @@ def test_connections_do_not_pile_up_with_threads_that_come_and_go():
         assert client.counts["requests"] == 24 and len(connections) <= 2
 
 
-@pytest.mark.slow
 def test_a_run_against_chaos_scores_nothing_wrongly(ckpt, tmp_path):  # noqa: F811
     """Guards rewards, losses and counts against a user that fails in every way at once: 500s, bodies that are no
     replies, connections that hang, and a time in which it is down."""

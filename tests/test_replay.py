@@ -37,6 +37,8 @@ from endpoints.wire import ChatError
 from evaluation import __main__ as evaluation
 from rewards import VERDICTS
 
+pytestmark = pytest.mark.slow
+
 ASK = [{"role": "user", "content": "How are you?"}]
 ROOT = Path(train_rlpa.__file__).parent
 CALLS = itertools.count()

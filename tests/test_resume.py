@@ -29,6 +29,8 @@ from records.log import claim_folder
 from records.state import newest_checkpoint
 from simulator import make_user_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
     "rollout_batch_size": 4, "minibatch_size": 2, "microbatch_tokens": 1000, "max_turns": 2, "num_candidates": 2,
@@ -372,7 +374,6 @@ def torchrun(tmp_path: Path, number: int, *argv: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.slow
 def test_a_killed_process_restarts_them_all(arguments, whole, tmp_path):
     """Guards elastic restarts: the run goes on by itself, in the folder of an automatic name that it had, from its
     checkpoint, and is not held up by what the dead processes left in the launcher's store."""
@@ -383,7 +384,6 @@ def test_a_killed_process_restarts_them_all(arguments, whole, tmp_path):
     assert_close(run, whole)
 
 
-@pytest.mark.slow
 def test_one_process_gets_sigterm_and_one_process_goes_on(arguments, whole, tmp_path):
     """Guards ranks that stop alone: rank 1 gets SIGTERM, both end with 0; then one process resumes what two began."""
     run = tmp_path / "run"
@@ -394,7 +394,6 @@ def test_one_process_gets_sigterm_and_one_process_goes_on(arguments, whole, tmp_
     assert_close(run, whole)
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began(arguments, whole, tmp_path, monkeypatch):
     """Guards state that belongs to a rank: nothing in a checkpoint knows how many there were."""
     run = tmp_path / "run"
@@ -406,7 +405,6 @@ def test_two_processes_go_on_with_what_one_began(arguments, whole, tmp_path, mon
     assert_close(run, whole)
 
 
-@pytest.mark.slow
 def test_an_error_of_the_user_is_told_once(arguments, whole, tmp_path):
     """Guards a line per process, ranks that wait for one that has given up, torchrun's report without the reason."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -418,7 +416,6 @@ def test_an_error_of_the_user_is_told_once(arguments, whole, tmp_path):
     assert "traceback : --run-dir" in done.stderr.splitlines()[-2]
 
 
-@pytest.mark.slow
 def test_a_silent_process_is_not_waited_for_without_end(tmp_path):
     """Guards collectives without a limit: a process that hangs ends the others with one line, not never."""
     code = (

@@ -261,6 +261,7 @@ def test_ask_returns_what_became_of_the_call_from_any_thread():
     assert isinstance(late, ChatError) and "the client was closed" in str(late)
 
 
+@pytest.mark.slow
 def test_server_that_dies_and_comes_back():
     """Guards: a restart of the simulator loses the dialogues that wait for it."""
     good = scripted(http_reply(completion("back")))
@@ -330,6 +331,7 @@ def test_transient_statuses_are_retried(status):
         assert reply_of(client, ASK) == "ok" and len(behave.requests) == 2
 
 
+@pytest.mark.slow
 def test_retry_after_is_honoured_and_capped():
     """Guards: the client hammers a server that asked for patience, or sleeps for an hour because it was told to."""
     for wait in (lambda: "1", lambda: formatdate(time.time() + 3, usegmt=True)):  # a date has whole seconds

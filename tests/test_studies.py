@@ -27,6 +27,8 @@ from studies.__main__ import (
     train_all,
 )
 
+pytestmark = pytest.mark.slow
+
 TINY = ROOT / "tiny"
 
 
