@@ -64,13 +64,10 @@ OPENING = "(The chat begins. Write your first message.)"  # chat templates want 
 _OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
-def role_prompt(persona: Persona) -> str:
-    """Write the system message that makes a chat model play the persona; the facts come last, one "- " line each."""
-    return "\n".join([ROLE_RULES, "", PROFILE_HEADING, *(f"- {fact}" for fact in persona.facts)])
-
-
 def simulator_messages(persona: Persona, history: Sequence[tuple[str, str]]) -> list[Message]:
-    """Write the messages that ask the simulated user for its next line.
+    """Write the messages that ask the simulated user for its next line: the role prompt, then the dialogue.
+
+    The role prompt is the system message. It ends with the persona's facts, one "- " line each.
 
     history: ("user" | "assistant", text), oldest first, where "user" is the simulated human and "assistant" the policy
     (its visible response only, never its profile block). From the human's side the roles are the other way round: its
@@ -84,7 +81,8 @@ def simulator_messages(persona: Persona, history: Sequence[tuple[str, str]]) -> 
     if roles and roles[-1] != "assistant":
         raise ValueError("history ends with the user's own line; the assistant must speak before the user does again")
     opening = [("assistant", OPENING)] if not roles or roles[0] == "user" else []
-    return [{"role": "system", "content": role_prompt(persona)}] + [
+    role_prompt = "\n".join([ROLE_RULES, "", PROFILE_HEADING, *(f"- {fact}" for fact in persona.facts)])
+    return [{"role": "system", "content": role_prompt}] + [
         {"role": _OTHER_SIDE[role], "content": text} for role, text in (*opening, *history)
     ]
 

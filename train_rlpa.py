@@ -219,13 +219,12 @@ def rollout(
 
     Raises Stopped on every rank if a signal has come to any: what was played is discarded, and no weight has changed.
     """
-
-    def play_all() -> None:
+    outcome = None
+    if dialogues:  # there may be more ranks than dialogues
         speaker = Speaker(policy, chat, play, config, env, len(dialogues))
-        Scheduler(speaker.sampler, config, env).run(play_dialogue(dialogue, speaker) for dialogue in dialogues)
+        players = [play_dialogue(dialogue, speaker) for dialogue in dialogues]
+        outcome = processes.attempt(lambda: Scheduler(speaker.sampler, config, env).run(players))
         env.counts.update(speaker.sampler.counts)
-
-    outcome = processes.attempt(play_all) if dialogues else None  # none: there are more ranks than dialogues
     processes.wait_for_ranks(config.outage_budget + config.collective_timeout, env.signals)
     processes.agree(outcome)
     if number := max(processes.gather(max(env.signals, default=0))):

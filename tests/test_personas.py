@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simulator import OPENING, parse_simulator_messages, role_prompt, simulator_messages
+from simulator import OPENING, parse_simulator_messages, simulator_messages
 from worlds import first, ledger
 from worlds.personas import Persona, load_personas, split_sentences, usable_facts
 
@@ -204,7 +204,7 @@ def test_load_never_raises_anything_but_value_error(load, content):
 # --------------------------------------------------------------------------------------------- role prompt and messages
 def test_role_prompt_states_the_rules_of_the_paper():
     """Guards: a rule of RLPA appendix C.4 is dropped when the prompt is edited."""
-    prompt = role_prompt(Persona("a", ("Age: 34", "likes tea")))
+    prompt = simulator_messages(Persona("a", ("Age: 34", "likes tea")), [])[0]["content"]
     for rule in ("no personal information", "15 %", "three sentences", "answer what was asked", "cold at first",
                  "Do not open topics", "asked or said again, say so", "Never break the role",
                  "never say that you are an AI"):
