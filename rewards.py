@@ -119,12 +119,7 @@ def score_candidate(candidate: Candidate, dialogue: Dialogue, config: Config, ju
     found = {name: 0.0 if failed else part(candidate, dialogue, config, judge) for name, part in REWARD_PARTS.items()}
     candidate.judged = None not in found.values()
     candidate.parts = {name: value or 0.0 for name, value in found.items()}
-    candidate.reward = sum(part_weight(name, config) * value for name, value in candidate.parts.items())
-
-
-def part_weight(name: str, config: Config) -> float:
-    """Return the weight of a reward part, --NAME-weight."""
-    return getattr(config, f"{name}_weight")
+    candidate.reward = sum(getattr(config, f"{name}_weight") * value for name, value in candidate.parts.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ from records.log import RunLog, claim_folder
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
 from records.state import State, go_on_after_restart, newest_checkpoint, save_checkpoint, setup
-from rewards import Judge, part_weight, read_candidate, score_candidate
+from rewards import Judge, read_candidate, score_candidate
 from sampler import Draw, make_sampler
 from scheduler import Ask, Sample, Scheduler, Waits
 from simulator import Environment, open_environment, simulator_messages
@@ -397,7 +397,8 @@ def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
         placed = (-(config.kl_coef * KL_ESTIMATORS["k1"](gap))).tolist()
     for name, value in span.candidate.parts.items():  # a format failure has earned 0 of each
         at_profile = name == "profile" and config.reward_at == "segment"
-        placed[span.candidate.profile_tokens - 1 if at_profile else -1] += part_weight(name, config) * value
+        place = span.candidate.profile_tokens - 1 if at_profile else -1
+        placed[place] += getattr(config, f"{name}_weight") * value
     return placed
 
 

@@ -145,7 +145,7 @@ def check_turns(episode: dict, config: Config, check: Callable[[str, bool], None
             check("profile scores", c["judged"] and c["ledger"] == ledger)
             earned = ledger[rewards.PROFILE_TARGETS[config.profile_target]] if c["failure"] is None else 0
             check("profile rewards", c["parts"]["profile"] == earned)
-            parts = sum(rewards.part_weight(name, config) * value for name, value in c["parts"].items())
+            parts = sum(getattr(config, f"{name}_weight") * value for name, value in c["parts"].items())
             check("rewards", math.isclose(c["reward"], parts, abs_tol=1e-9))
         history.append(("assistant", turn["candidates"][turn["chosen"]]["response"]))
 

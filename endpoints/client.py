@@ -116,8 +116,18 @@ class ChatClient:
             lost = self._closed.is_set() or getattr(call.reply, "reason", "") == "outage"
             if self.tape and not lost:  # these fail calls that the endpoint would have answered
                 call = self.tape.keep(self.name, request, call)
-        self._count_call(messages, call)
-        return call.reply
+        reply, failed = call
+        answered = isinstance(reply, ChatReply)
+        counts = Counter(f"errors {reason}" for reason in failed)
+        counts.update(requests=1, retries=len(failed) - (not answered))
+        if answered:  # where the endpoint tells no tokens, words stand in for them
+            prompt, said = reply.prompt_tokens, reply.tokens
+            counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
+            counts["completion_tokens"] = len(reply.split()) if said is None else said
+            counts["without_usage"] = int(prompt is None or said is None)
+        with self._lock:
+            self._tally.update(counts)
+        return reply
 
     def _call(self, request: dict[str, Any]) -> Call:
         """Ask until there is a reply, or no further attempt is allowed or of use."""
@@ -245,20 +255,6 @@ class ChatClient:
         if time.monotonic() >= deadline:  # cut off: the end of the data is not the end of the reply
             raise TimeoutError
         return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
-
-    def _count_call(self, messages: list[Message], call: Call) -> None:
-        """Count a call, made or replayed; where the endpoint told no tokens, words stand in for them."""
-        reply, failed = call
-        lost = isinstance(reply, ChatError)
-        counts = Counter(f"errors {reason}" for reason in failed)
-        counts.update(requests=1, retries=len(failed) - lost)
-        if not lost:
-            prompt, said = reply.prompt_tokens, reply.tokens
-            counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
-            counts["completion_tokens"] = len(reply.split()) if said is None else said
-            counts["without_usage"] = int(prompt is None or said is None)
-        with self._lock:
-            self._tally.update(counts)
 
     @property
     def counts(self) -> dict[str, Any]:
