@@ -48,14 +48,16 @@ from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
 from records.log import RunLog
 from records.outages import Unavailable
 from records.state import State, save_texts, setup
+from rewards import REWARD_PARTS
 from simulator import Environment, open_environment
 from train_rlpa import Play, lr_share, optimizer_step
 
 METHODS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
+WEIGHTS = [f"{name}_weight" for name in REWARD_PARTS]
 COLLECTED = (  # settings that decide what the dialogues are and earn; with --data they are those of its collection
     "ckpt", "personas", "num_personas", "num_iterations", "rollout_batch_size", "max_turns", "num_candidates",
-    "max_new_tokens", "max_user_tokens", "temperature", "first_user_message", "history_profile", "profile_weight",
-    "response_weight", "profile_target", "profile_judge",
+    "max_new_tokens", "max_user_tokens", "temperature", "first_user_message", "history_profile", "profile_target",
+    "profile_judge", *WEIGHTS,
 )  # fmt: skip
 ENDPOINTS = (
     "simulator_url", "simulator_model", "judge_url", "judge_model", "api_key_env", "request_timeout", "max_retries",
@@ -95,11 +97,10 @@ class Offline(Config):
             raise ValueError(f"--beta {self.beta} needs --method dpo")
         if self.beta <= 0:
             raise ValueError(f"--beta is {self.beta}; it must be above 0")
-        if self.min_reward > self.profile_weight + self.response_weight:
-            raise ValueError(
-                f"--min-reward is {self.min_reward}; a turn earns at most --profile-weight + --response-weight,"
-                f" {self.profile_weight + self.response_weight}"
-            )
+        most = sum(getattr(self, name) for name in WEIGHTS)
+        if self.min_reward > most:
+            weights = " + ".join(map(flag, WEIGHTS))
+            raise ValueError(f"--min-reward is {self.min_reward}; a turn earns at most {weights}, {most}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Offline:
