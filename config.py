@@ -1,6 +1,7 @@
 """All settings of a run. A field's type holds its limits, and its comment is its `--help`.
 
-Defaults are the published ones (arXiv 2505.15456). A checkpoint may bring its own (`rlpa.json`). Flags override both.
+Defaults are the published ones (arXiv 2505.15456), except --history-profile. A checkpoint may bring its own in
+`rlpa.json`. Flags override both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Config:
     eval_personas: str = ""  # JSONL file for evaluation; empty: every tenth of --personas, or synthetic held-out ones
     num_personas: Count = 4096  # how many synthetic training personas to make when --personas is not given
     simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user, or several: URL,URL; empty: the embedded
-    simulator_model: str = "rule-user"  # model name to ask it for
+    simulator_model: str = "rule-user"  # model name to ask it for; without a URL the embedded user: rule-user, rule-user-2
     judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
     profile_judge: Literal["rule", "http"] = "rule"  # who counts matching profile lines: a rule, or the judge endpoint
@@ -69,8 +70,8 @@ class Config:
     history_profile: Literal["all", "latest"] = "all"  # <profile> blocks that stay in the history; latest is published
 
     # --- rewards
-    profile_weight: Amount = 1.0  # weight of the Profile Reward; 0 switches it off
-    response_weight: Amount = 1.0  # weight of the Response Reward; 0 switches it off
+    profile_weight: Amount = 1.0  # weight of the Profile Reward; 0: it is measured, but earns nothing
+    response_weight: Amount = 1.0  # weight of the Response Reward; 0: it is measured, but earns nothing
     profile_target: ProfileTarget = "persona"  # F1 against persona (published), evidence (once disclosed) or ledger
     reward_at: Literal["turn", "segment"] = "turn"  # turn: on its last token (published); segment: at </profile>
 
@@ -101,7 +102,7 @@ class Config:
     critic: Literal["separate", "shared"] = "separate"  # its own trunk (published), or a head on the policy's trunk
     value_coef: Amount = 0.5  # weight of the value loss in the gradient of a shared trunk
     critic_warmup: Natural = 0  # first iterations that train the critic alone
-    old_logprobs: Literal["auto", "sampler", "trainer"] = "auto"  # whose are used; auto: sampler's in fp32 on a CPU
+    old_logprobs: Literal["auto", "sampler", "trainer"] = "auto"  # whose are used; auto: sampler's in fp32, no Triton
 
     # --- machine
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, beside fp32 masters; auto: bfloat16 on CUDA

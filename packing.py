@@ -1,8 +1,8 @@
 """From dialogues to tensors: one dialogue is one tree of tokens, and several trees lie in one row without padding.
 
     pack            a dialogue's turns and candidates become a tree: each distinct token is stored and computed once
-    microbatches    dialogues are shared out to forwards of about --microbatch-tokens
-    collate         the trees of a micro-batch are laid one after another
+    make_batches    dialogues are shared out to forwards of about --microbatch-tokens,
+                    and the trees of a micro-batch are laid one after another
 
 Attention follows the tree: a token sees its ancestors and itself. So gradients equal those of one row per candidate.
 Letters: T tree tokens of a micro-batch, N action tokens (sampled ids), D hidden.
@@ -49,7 +49,7 @@ class Packed:
     minibatch: int  # which optimizer step of an epoch it belongs to
     token_ids: Tensor  # (T,) long, in the order of the tree's layout
     position_ids: Tensor  # (T,) long
-    enter: Tensor  # (T,) long: who sees whom, `kernels/tree_attention.py`
+    enter: Tensor  # (T,) long: number in depth-first order; with `leave` it gives the attention mask
     leave: Tensor  # (T,) long
     blocks: list[Block]  # how the attention is cut
     predict: Tensor  # (N,) long: place of the token before each action token, whose hidden state predicts it
@@ -57,7 +57,7 @@ class Packed:
     sampler_logprobs: Tensor  # (N,) fp32, nats
     spans: list[Span]
     row_tokens: int  # tokens of the same samples as separate rows, each with its whole history
-    old_logprobs: Tensor | None = None  # (N,) under the policy that sampled, by the trainer
+    old_logprobs: Tensor | None = None  # (N,) log π_old: by the trainer, or the sampler's own (--old-logprobs)
     ref_logprobs: Tensor | None = None  # (N,) under the frozen reference
     ref_hidden: Tensor | None = None  # (N, D) of the reference, with --kl-estimator exact
     values: Tensor | None = None  # (N,) critic before each action token
@@ -78,7 +78,7 @@ def pack(dialogue: Dialogue, config: Config) -> Packed | None:
             nodes = tree.insert(turn.prompt_ids + candidate.token_ids)
             first = len(turn.prompt_ids)
             spans.append(Span(t, candidate, c == turn.chosen, len(targets), len(targets) + len(candidate.token_ids)))
-            predict += nodes[first - 1 : -1]
+            predict += nodes[first - 1 : -1]  # logits at a token predict the next: from the prompt's last token on
             targets += candidate.token_ids
             sampled += candidate.logprobs
     if dialogue.dropped is not None or not targets:
@@ -167,18 +167,20 @@ class TokenTree:
             enter[waiting[-1]] = len(depth_first)
             depth_first.append(waiting.pop())
             waiting += children[depth_first[-1]]
+        # The trunk: walk up from the deepest node.
         order, node = [], max(range(count), key=self.positions.__getitem__)
         while node >= 0:
             order.append(node)
             node = self.parents[node]
         order.reverse()
+        # Then the branches, in the order in which they leave the trunk.
         blocks: list[tuple[int, int | None]] = [(len(order), None)]
         for depth, node in enumerate([-1, *order]):
             for branch in children[node]:
                 if depth < blocks[0][0] and branch == order[depth]:
                     continue
                 if len(blocks) == 1 or blocks[-1][0] + size[branch] > block:
-                    blocks.append((0, 0))
+                    blocks.append((0, 0))  # the open block is full
                 blocks[-1] = (blocks[-1][0] + size[branch], depth)
                 order += depth_first[enter[branch] : enter[branch] + size[branch]]
         return Layout(order, [enter[node] for node in order], [enter[node] + size[node] for node in order], blocks)

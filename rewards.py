@@ -69,7 +69,7 @@ class Judge(NamedTuple):
 def read_candidate(
     token_ids: list[int], logprobs: list[float], stop_reason: str, dialogue: Dialogue, chat: ChatTokenizer
 ) -> Candidate:
-    """Decode and parse a sampled turn, and hold its profile against persona and ledger."""
+    """Decode and parse a sampled turn, and score its profile."""
     text = chat.visible(token_ids)
     parsed = parse_turn(text, stop_reason)
     return Candidate(
@@ -106,20 +106,23 @@ def response_reward(candidate: Candidate, dialogue: Dialogue, config: Config, ju
     return None if verdicts is None else float(all(verdicts.values()))
 
 
-# Each gives a number, or None if the judge failed for good. The dialogue ends with the message that is answered.
+# Each part takes a turn that could be parsed, in a dialogue that ends with the user's message. It gives a number in
+# [0, 1], which is earned on the turn's last token, or None if the judge failed for good.
 REWARD_PARTS = {"profile": profile_reward, "response": response_reward}
 
 
 def score_candidate(candidate: Candidate, dialogue: Dialogue, config: Config, judge: Judge) -> None:
     """Fill in a candidate's reward parts and its reward, the weighted sum of them.
 
-    A turn that could not be parsed earns nothing. One whose judge failed is marked as not judged, never scored 0.
+    A turn that could not be parsed earns nothing. If the judge of a part that counts failed, the turn is marked as not
+    judged; it is never scored 0.
     """
     failed = candidate.failure is not None
     found = {name: 0.0 if failed else part(candidate, dialogue, config, judge) for name, part in REWARD_PARTS.items()}
-    candidate.judged = None not in found.values()
+    weights = {name: getattr(config, f"{name}_weight") for name in found}
+    candidate.judged = all(value is not None or not weights[name] for name, value in found.items())
     candidate.parts = {name: value or 0.0 for name, value in found.items()}
-    candidate.reward = sum(getattr(config, f"{name}_weight") * value for name, value in candidate.parts.items())
+    candidate.reward = sum(weights[name] * value for name, value in candidate.parts.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from config import Config
 from sampler import Draw, Sampler
 from simulator import Environment
 
-JOIN_EVERY = 8  # decode steps between prefills: one for several dialogues costs little more than one for one
+JOIN_EVERY = 8  # decode steps between two prefills: several prompts in one cost little more than one prompt
 LOOK_EVERY = 0.2  # seconds between two looks at the signals, while nothing can be done but wait
 
 
 class Ask(NamedTuple):
-    """A dialogue waits for what `call` returns. `call` runs in a thread, and errors that it knows are returned."""
+    """A dialogue waits for what `call` returns. `call` runs in a thread, and returns the errors that it expects."""
 
     call: Callable[[], object]
 
@@ -50,10 +50,10 @@ class Scheduler:
 
     Args:
         sampler: decodes the candidates; None where every dialogue only asks.
-        config: --max-concurrency calls are made at once. A reply is used --reply-steps decode steps after its request,
-            neither earlier nor later, in the order of the requests: the result is the same to the last bit whatever the
-            latencies. With 0 a reply is used as soon as it has come: better where replies are slow and uneven, and
-            equal up to rounding. -1: 16, or 0 with live endpoints.
+        config: --max-concurrency calls are made at once. A reply is used exactly --reply-steps decode steps after its
+            request, in the order of the requests. So latencies do not change the result, to the last bit. 0: a reply is
+            used when it arrives. That is faster with slow endpoints, and equal up to rounding. -1: 16, or 0 with live
+            endpoints.
         env: its signals end the play; its timers take the time of sampling, scoring and waiting.
     """
 

@@ -8,8 +8,8 @@ without a network or a key.
 In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the
 environment that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
 
-Two differences from the published code: the roles in the user's history are not swapped, and a call that fails is an
-error that the trainer masks and counts, never a made-up reply.
+Two differences from the published code. The messages carry the roles as the user sees them (see `simulator_messages`).
+A failed call is an error that the trainer masks and counts, never a made-up reply.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def simulator_messages(persona: Persona, history: Sequence[tuple[str, str]]) -> 
 
     history: ("user" | "assistant", text), oldest first, where "user" is the simulated human and "assistant" the policy
     (its visible response only, never its profile block). From the human's side the roles are the other way round: its
-    own lines are "assistant" and the policy's are "user". (The published code gave the model each other's labels.)
+    own lines are "assistant" and the policy's are "user". (The published code labels these lines the wrong way round.)
 
     Raises ValueError unless the roles take turns and the last line is the policy's.
     """
@@ -211,7 +211,7 @@ class Timers:
 
 @dataclass
 class Environment:
-    """What the policy meets: the endpoints of user and judge, and counts of what went wrong there."""
+    """What the policy meets: the endpoints of user and judge, and counts of what happened there."""
 
     user: ChatClient
     judge: ChatClient | None  # None: by rule
@@ -246,6 +246,9 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
 
     Without --simulator-url the embedded user is started for this process, unless its replies are replayed.
     """
+    if not (config.simulator_url or config.replay) and config.simulator_model not in EMBEDDED_USERS:
+        users = " or ".join(EMBEDDED_USERS)
+        raise ValueError(f"--simulator-model is {config.simulator_model!r}; without --simulator-url it takes {users}")
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
     if tape and rank == 0:

@@ -5,13 +5,19 @@
 
 Read it from top to bottom: each function stands below the one that calls it first.
 
-    main → train → run → run_iteration     one iteration:
+    main → launch → train → run → run_iteration     one iteration:
       play_batch        the user speaks (HTTP), the policy answers n times, each answer is scored, the best one goes on
       pack              each dialogue becomes a tree of tokens, and each token is computed once (packing.py)
-      add_statistics    old and reference log-probs and values, under the weights that sampled
+      add_statistics    log π_old, log π_ref and V, all computed before the first optimizer step
       add_advantages    rewards on tokens → GAE; or, without a critic, each candidate against the others of its turn
       update            clipped PPO loss for the policy, clipped value loss for the critic, divided by global counts
     run_evaluation                          held-out personas, sampled and greedily
+
+What differs from textbook PPO:
+  1. Whole dialogues are played first, so log π_old, log π_ref and V are computed once, before any step.
+  2. Every turn has n candidates from one prompt. All are trained on, and the best one continues the dialogue.
+  3. Advantages are whitened over all action tokens of the global batch, not per mini-batch.
+  4. Losses are divided by the global count of action tokens. Mini-batches keep their dialogues in all epochs.
 
 Beside it: dialogue.py (ids), scheduler.py (many dialogues at once), sampler.py, rewards.py, model.py, kernels/.
 What differs from the published code: docs/differences.md. Metrics: docs/metrics.md. Exit codes: docs/failures.md.
@@ -95,8 +101,8 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
 def train(config: Config, env: Environment) -> int:
     """Run the whole training, fresh or from a checkpoint on; returns the exit code.
 
-    A signal, or a user and a judge that stay away, discard the rollout under way; an update that has begun is finished.
-    Then the state is saved.
+    A signal or an unreachable endpoint discards the current rollout. An update that has begun is finished. Then the
+    state is saved.
     """
     folder = processes.on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
     mesh = sharding.make_mesh() if config.shard else None
@@ -112,14 +118,11 @@ def train(config: Config, env: Environment) -> int:
 
 
 def run(state: State, log: RunLog | None) -> tuple[dict, dict]:
-    """Run iterations up to the last one; returns the evaluations before the first and after it.
-
-    A checkpoint can be taken at the head of the loop, and between an iteration and its evaluation.
-    """
+    """Run all iterations; returns the dialogues of the first evaluation ({} if resumed) and of the last."""
     before, played = {}, {}
-    total, done = state.num_iterations, state.iteration
-    with tqdm(total=total, initial=done, desc="iterations", disable=processes.rank() != 0, unit="it") as bar:
-        while True:
+    shown = {"desc": "iterations", "unit": "it", "disable": processes.rank() != 0}
+    with tqdm(total=state.num_iterations, initial=state.iteration, **shown) as bar:
+        while True:  # a run can be resumed here, and between an iteration and its evaluation
             if not state.evaluated:
                 played = conclude_iteration(state, log)
                 before = before if state.iteration else played
@@ -143,9 +146,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     dialogues = play_batch(policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
     with env.timers("statistics"), processes.computing():
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
-        batches = make_batches(packed, config)
-        models = policy.model, state.ref_policy, critic and critic.model
-        add_statistics(batches, *models, config, policy.sampled)
+        batches = make_batches(packed, config)  # they hold the same Packed objects, which are filled in below
+        add_statistics(batches, policy.model, state.ref_policy, critic and critic.model, config, policy.sampled)
         for p in packed:
             add_advantages(p, config) if critic else add_group_advantages(p, config)
         scale = whiten_advantages(packed, config.advantage)
@@ -183,7 +185,7 @@ def play_batch(
     """
     for trial in range(config.quorum_retries + 1):
         dialogues = batch()
-        stream = (*play.stream, "again", trial) if trial else play.stream  # else replies on tape fail once more
+        stream = (*play.stream, "again", trial) if trial else play.stream  # new seeds, else --replay fails again
         rollout(policy, chat, dialogues, replace(play, stream=stream), config, env)
         complaint = check_batch(dialogues, config, env)
         if not complaint:
@@ -198,7 +200,7 @@ def persona_batch(state: State) -> list[Dialogue]:
     Dialogue i of the global batch goes to rank i mod world size, so the batch does not depend on the number of ranks.
     """
     config, count = state.config, len(state.personas)
-    first = state.iteration * config.rollout_batch_size  # this batch's place in the endless row of shuffled passes
+    first = state.iteration * config.rollout_batch_size  # position in the sequence of shuffled passes
     size = config.rollout_batch_size if config.num_iterations else min(config.rollout_batch_size, count - first)
     orders: dict[int, list[int]] = {}  # by pass
     for number in range(first // count, (first + size - 1) // count + 1):
@@ -220,7 +222,7 @@ def rollout(
     Raises Stopped on every rank if a signal has come to any: what was played is discarded, and no weight has changed.
     """
     outcome = None
-    if dialogues:  # there may be more ranks than dialogues
+    if dialogues:  # a rank may have none
         speaker = Speaker(policy, chat, play, config, env, len(dialogues))
         players = [play_dialogue(dialogue, speaker) for dialogue in dialogues]
         outcome = processes.attempt(lambda: Scheduler(speaker.sampler, config, env).run(players))
@@ -281,10 +283,10 @@ class Speaker:
         ids = self.chat.encode(said)
         if len(ids) > config.max_user_tokens:
             env.counts["user_messages_cut"] += 1
-            said = self.chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd")  # not within a character
+            said = self.chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd")  # the cut may split a character
         turn = open_turn(dialogue, said, self.chat, config.history_profile)
         if len(dialogue.turns) > 1 and not self.sampler.fits(len(turn.prompt_ids)):
-            dialogue.turns.pop()  # the turns so far count; a first turn that does not fit is an error of the sampler's
+            dialogue.turns.pop()  # the turns so far are trained on; if the first does not fit, sampler.start raises
             env.counts["dialogues_ended_early"] += 1
             return []
         place, n = (dialogue.index, len(dialogue.turns)), self.play.num_candidates
@@ -297,8 +299,9 @@ class Speaker:
             ask = env.judge and env.judge.ask
             judge = Judge(ask, env.rule_verdicts, stream_seed(*stream, "judge", *place, draw.candidate))
             scoring = partial(score_candidate, candidate, dialogue, config, judge)
-            return Ask(scoring) if ask and candidate.failure is None else scoring()  # only an endpoint takes time
+            return Ask(scoring) if ask and candidate.failure is None else scoring()  # a thread waits for an endpoint
 
+        # The scheduler calls score(draw) for each candidate as it ends, and resumes here once all are scored.
         yield Sample(dialogue.index, turn.prompt_ids, seeds, score)
         return candidates
 
@@ -313,7 +316,8 @@ def add_statistics(
 ) -> None:  # fmt: skip
     """Fill in old log-probs, reference log-probs and values, each computed once.
 
-    sampled: the whole copy of a sharded policy, which sampled; else the policy did.
+    It sets old_logprobs, ref_logprobs, values and ref_hidden of each dialogue. sampled: the model that sampled; with
+    --shard a whole copy of the policy, otherwise the policy itself.
     """
     sampled = sampled or policy
     exact = sampler_is_exact(sampled, config)
@@ -326,7 +330,7 @@ def add_statistics(
 
 
 def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
-    """Say whether the sampler's log-probs serve as old ones: same weights and temperature, so only kernels may differ.
+    """Say whether log π_old is taken from the sampler. Weights and temperature are the same; only kernels may differ.
 
     In fp32 by torch they agree to 1e-6. In bf16 sampler and trainer round differently, and the ratio would not be 1.
     """
@@ -341,20 +345,20 @@ def statistics_of(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return a micro-batch's statistics by their names in `Packed`, (N,) each; ref_hidden is (N, D).
 
-    by_sampler: old log-probs are those that the sampler noted. No trunk runs whose output is not read.
+    by_sampler: take log π_old from the sampler; then the policy's trunk runs only for a shared critic.
     """
     hidden = None if by_sampler and not isinstance(critic, ValueHead) else policy_hidden(policy, batch)
     if by_sampler:
         old_logprobs = batch.column("sampler_logprobs")
     else:
         old_logprobs = linear_logprob(hidden, policy.head_weight, batch.targets, config.temperature)[0]
-    found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs}
+    found = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs}  # without a reference the gap is 0
     if critic:
         found["values"] = critic_values(critic, batch, hidden)
     if ref_policy:
         ref_hidden, head = policy_hidden(ref_policy, batch), ref_policy.head_weight
         found["ref_logprobs"] = linear_logprob(ref_hidden, head, batch.targets, config.temperature)[0]
-        if config.kl_estimator == "exact":  # all that the update needs of the reference's trunk: it runs once
+        if config.kl_estimator == "exact":  # the update needs only this, so the reference runs once per rollout
             found["ref_hidden"] = ref_hidden
     return found
 
@@ -365,8 +369,8 @@ def statistics_of(
 def add_advantages(p: Packed, config: Config) -> None:
     """Fill in advantages and returns of one dialogue by GAE, last turn first; `add_group_advantages` needs no critic.
 
-    With credit "turn" a turn's last token is an end. With "dialogue" the chosen candidate's last token is followed by
-    the first token of the next turn's chosen candidate: user tokens are skipped, γ_turn is the discount across.
+    With credit "turn", GAE ends at a turn's last token. With "dialogue", it continues at the first token of the next
+    turn's chosen candidate. User tokens are skipped; γ_turn is the discount between turns.
     """
     gamma_turn = config.gamma_turn if config.credit == "dialogue" else 0.0
     values = p.values.tolist()
@@ -375,10 +379,11 @@ def add_advantages(p: Packed, config: Config) -> None:
     for t in sorted({span.turn for span in p.spans}, reverse=True):  # each turn needs what comes after it
         first_of_chosen = 0
         for span in (s for s in p.spans if s.turn == t):
-            # Candidates that were not chosen have no next turn. They get the same next value: an end there would
-            # punish them for not being chosen. The next advantage belongs to the chosen one alone.
+            # Other candidates have no next turn. They bootstrap from the same next value, because a 0 would punish
+            # them for not being chosen. Only the chosen one continues the sum of advantages.
             rewards, own_values = token_rewards(span, p, config), values[span.start : span.stop]
-            ahead = gamma_turn * next_value, gamma_turn * next_advantage if span.chosen else 0.0
+            ahead_advantage = gamma_turn * next_advantage if span.chosen else 0.0
+            ahead = gamma_turn * next_value, ahead_advantage
             advantages[span.start : span.stop] = gae(rewards, own_values, *ahead, config.gamma, config.gae_lambda)
             first_of_chosen = span.start if span.chosen else first_of_chosen
         next_value, next_advantage = values[first_of_chosen], advantages[first_of_chosen]
@@ -393,8 +398,8 @@ def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
     """
     placed = [0.0] * (span.stop - span.start)
     if config.kl_estimator == "k1":
-        gap = (p.old_logprobs - p.ref_logprobs)[span.start : span.stop]  # old: rewards stay fixed during the update
-        placed = (-(config.kl_coef * KL_ESTIMATORS["k1"](gap))).tolist()
+        k1 = (p.old_logprobs - p.ref_logprobs)[span.start : span.stop]  # old: rewards stay fixed during the update
+        placed = (-config.kl_coef * k1).tolist()
     for name, value in span.candidate.parts.items():  # a format failure has earned 0 of each
         at_profile = name == "profile" and config.reward_at == "segment"
         place = span.candidate.profile_tokens - 1 if at_profile else -1
@@ -421,20 +426,20 @@ def gae(
     for t in reversed(range(len(values))):
         delta = token_reward[t] + ahead_value - values[t]
         advantages[t] = delta + ahead_advantage
-        ahead_value, ahead_advantage = gamma * values[t], gamma * lam * advantages[t]  # as token t − 1 sees them
+        ahead_value, ahead_advantage = gamma * values[t], gamma * lam * advantages[t]  # discounted for token t − 1
     return advantages
 
 
 def add_group_advantages(p: Packed, config: Config) -> None:
     """Fill in advantages of one dialogue without a critic: a turn's candidates are each other's baseline.
 
-    R is a candidate's reward, K = Σ_t (log π − log π_ref) over its tokens with k1 (other KLs are in the loss). All
-    tokens of candidate c share
+    R is a candidate's reward. K = Σ_t (log π_old − log π_ref) over its tokens with k1, else 0. All tokens of candidate
+    c get the same advantage
 
-        rloo   A_c = (R_c − β K_c) − mean over the other candidates       (arXiv 2402.14740)
+        rloo   A_c = (R_c − β K_c) − mean of R − β K over the others       (arXiv 2402.14740)
         grpo   A_c = (R_c − mean R) / (std R + 1e-4) − β (K_c − mean K over the others)       (arXiv 2402.03300)
     """
-    kl = config.kl_coef * (p.old_logprobs - p.ref_logprobs) * (config.kl_estimator == "k1")
+    kl = (config.kl_coef if config.kl_estimator == "k1" else 0.0) * (p.old_logprobs - p.ref_logprobs)
     p.advantages = torch.zeros(len(p.targets))
     for _, turn in itertools.groupby(p.spans, key=lambda span: span.turn):
         spans = list(turn)
@@ -442,7 +447,7 @@ def add_group_advantages(p: Packed, config: Config) -> None:
         penalty = against_others(torch.stack([kl[span.start : span.stop].double().sum() for span in spans]))
         if config.advantage == "rloo":
             reward = against_others(reward)
-        else:  # The KL stays outside the division: among equal rewards its smallest difference would count like one.
+        else:  # The KL stays outside: with equal rewards the std is tiny and would blow up any difference.
             reward = (reward - reward.mean()) / (reward.std(correction=0) + 1e-4)
         for span, advantage in zip(spans, reward - penalty, strict=True):
             p.advantages[span.start : span.stop] = advantage
@@ -460,17 +465,17 @@ def against_others(x: Tensor) -> Tensor:
 def whiten_advantages(packed: list[Packed], advantage: str = "gae") -> dict[str, float]:
     """Give all action tokens of the global batch mean 0 and standard deviation 1; returns what these were before.
 
-    rloo keeps its zero, so that a turn whose candidates earned the same teaches nothing, and takes the scale alone;
-    grpo has been scaled turn by turn, and is only measured.
+    One learning rate then fits any scale of rewards. rloo is only scaled: subtracting a mean would give an advantage to
+    a turn whose candidates earned the same. grpo is already scaled per turn, so it is only measured.
     """
     flat = torch.cat([p.advantages for p in packed]).double() if packed else torch.zeros(0, dtype=torch.double)
     sums = torch.stack([torch.tensor(float(len(flat))).double(), flat.sum(), (flat**2).sum()])
     count, total, squares = processes.all_sum(sums).tolist()  # of all ranks, so that their number does not matter
     mean = total / max(1, count)
     std = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
-    zero, unit = mean if advantage == "gae" else 0.0, 1.0 if advantage == "grpo" else std + 1e-8
+    shift, scale = (mean if advantage == "gae" else 0.0), (1.0 if advantage == "grpo" else std + 1e-8)
     for p in packed:
-        p.advantages = (p.advantages - zero) / unit
+        p.advantages = (p.advantages - shift) / scale
     return {"advantage_mean": mean, "advantage_std": std}
 
 
@@ -485,15 +490,14 @@ def update(
     totals: Counter = Counter()
     first: dict[str, float] = {}
     ratios: list[float] = []
-    done, num_updates = progress
     for epoch in range(config.num_epochs):
         for m, minibatch in enumerate(batches):
-            # The loss is divided by the count of all ranks' action tokens, not averaged per micro-batch or per rank:
-            # so neither micro-batch size nor number of ranks changes the gradient.
+            # The sum of losses is divided once, by the action tokens of all ranks. A mean per micro-batch or rank would
+            # make the gradient depend on their sizes.
             count = processes.all_sum(torch.tensor(float(sum(len(batch.targets) for batch in minibatch)))).item()
-            if not count:  # a last, partial batch, or all its dialogues were dropped
+            if not count:  # no dialogue is in it: the batch is partial, or all were dropped
                 continue
-            share = lr_share(done + epoch * len(batches) + m, num_updates, config)
+            share = lr_share(progress[0] + epoch * len(batches) + m, progress[1], config)
             sums = minibatch_update(policy, critic, minibatch, count, share, config, train_policy, ref_policy)
             ratios += [sums.pop("ratio_min"), sums.pop("ratio_max")]
             totals.update(sums)
@@ -504,7 +508,6 @@ def update(
         sharding.refresh(policy.sampled, policy.masters)
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
-    # Sums over tokens become means over tokens; norms are means over steps.
     tokens, steps = max(1.0, totals.pop("tokens", 0.0)), max(1.0, totals.pop("steps", 0.0))
     per = {"policy_grad_norm": steps, "critic_grad_norm": steps, "updates_skipped": 1}
     return first | {name: value / per.get(name, tokens) for name, value in totals.items()}
@@ -532,7 +535,8 @@ def minibatch_update(
         learner.optimizer.zero_grad()
     losses = ("policy_loss", "value_loss") if critic else ("policy_loss",)
     names = (*losses, "approx_kl", "clip_frac", "entropy", "ratio_dev")
-    sums = dict.fromkeys((*names, "kl_exact") if config.kl_estimator == "exact" else names, 0.0)
+    exact_kl = config.kl_estimator == "exact" and config.kl_coef > 0
+    sums = dict.fromkeys((*names, "kl_exact") if exact_kl else names, 0.0)
     low, high = math.inf, -math.inf
     for batch in minibatch:
         batch = batch.to(policy.sampled.head_weight)  # attention masks exist for one micro-batch at a time
@@ -546,10 +550,12 @@ def minibatch_update(
     result = dict(zip(sums, totals, strict=True))
     lows, highs = zip(*processes.gather((low, high)), strict=True)
     result |= {"ratio_min": min(lows), "ratio_max": max(highs), "tokens": count, "steps": 1, "updates_skipped": 0}
-    finite = all(math.isfinite(result[name]) for name in losses)  # sums of all ranks: they all decide alike
+    finite = all(math.isfinite(result[name]) for name in losses)  # one bad loss skips both steps, on all ranks
     for name, learner in (("critic", critic), ("policy", policy)):
         trained = learner and (name == "critic" or train_policy)
-        norm, taken = optimizer_step(learner, share, config.max_grad_norm) if trained and finite else (0.0, not trained)
+        norm, taken = 0.0, not trained  # where nothing is to be stepped, nothing is skipped
+        if trained and finite:
+            norm, taken = optimizer_step(learner, share, config.max_grad_norm)
         if learner:
             result[f"{name}_grad_norm"] = norm
             result["updates_skipped"] += not taken
@@ -562,10 +568,10 @@ def add_gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Add a micro-batch's gradients of (policy loss, value loss) ÷ count; returns its sums and extreme ratios.
 
-    A trunk that is shared has one backward, of policy loss + value_coef · value loss. Two trunks have one each, so that
-    only one's activations exist at a time.
+    A shared trunk has one backward, of policy loss + value_coef · value loss. Separate trunks have one backward each,
+    so that the activations of only one exist at a time.
     """
-    with torch.set_grad_enabled(train_policy):  # else the critic learns alone, and a shared trunk stands still
+    with torch.set_grad_enabled(train_policy):  # critic warm-up: policy and shared trunk stand still
         hidden = policy_hidden(policy, batch)
         loss, statistics = policy_loss(hidden, policy.head_weight, ref_policy, batch, config)
     if not isinstance(critic, ValueHead) and train_policy:  # frees the policy's activations before the critic's
@@ -586,15 +592,15 @@ def policy_loss(
     hidden: (N, D), by `policy_hidden`; head: the policy's head weight (V, D). The logits (N, V) never exist as a whole:
     `ppo_head` computes them chunk by chunk, calls `token_losses` on each chunk, and has the gradients ready.
     """
-    exact = config.kl_estimator == "exact" and config.kl_coef
+    exact_kl = config.kl_estimator == "exact" and config.kl_coef > 0
     per_token = tuple(batch.column(name) for name in ("old_logprobs", "advantages", "ref_logprobs"))
     loss, statistics = ppo_head(
         hidden, head, batch.targets, partial(token_losses, config=config), per_token,
-        reference=(batch.column("ref_hidden"), ref_policy.head_weight) if exact else None,
+        reference=(batch.column("ref_hidden"), ref_policy.head_weight) if exact_kl else None,
         temperature=config.temperature, entropy_coef=config.entropy_coef, kl_coef=config.kl_coef,
     )  # fmt: skip
     ratio = statistics.pop("ratio")  # only its extremes are kept
-    sums = {"kl_exact": torch.zeros(())} | {name: values.sum() for name, values in statistics.items()}
+    sums = {name: values.sum() for name, values in statistics.items()}
     return loss, sums | ({"ratio_min": ratio.min(), "ratio_max": ratio.max()} if len(ratio) else {})
 
 
@@ -610,11 +616,11 @@ def token_losses(
     >>> losses, statistics["clip_frac"]
     (tensor([-1.0000, -1.2000]), tensor([0., 1.]))
     """
-    log_ratio = (new_logprobs - old_logprobs).clamp(-20, 20)  # a token of exp(20) would be the whole batch's loss
+    log_ratio = (new_logprobs - old_logprobs).clamp(-20, 20)  # no overflow; beyond ±20 there is no gradient
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)  # where the minimum takes it, the gradient is 0
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)  # where min picks it, the gradient is 0
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
-    if config.kl_estimator not in ("k1", "exact"):  # k1 is in the reward, the exact KL is the head's
+    if config.kl_estimator in KL_ESTIMATORS:  # k1 was subtracted from the reward; ppo_head adds the exact KL
         gap = (new_logprobs - ref_logprobs).clamp(-20, 20)
         losses = losses + config.kl_coef * KL_ESTIMATORS[config.kl_estimator](gap)
     deviation = (ratio - 1).abs()
@@ -626,14 +632,11 @@ def token_losses(
     }
 
 
-# Estimators of KL(policy ‖ reference) at a sampled token y, of the gap log π(y) − log π_ref(y) (J. Schulman, 2020):
-#   k1  gap                  Unbiased, but noisy. Its gradient has mean 0, so as a loss it is pure noise: k1 belongs in
-#                            the reward, which is not differentiated.
-#   k2  gap² / 2             Biased. In the loss its gradient has the mean of ∇KL(policy ‖ reference).
+# KL(policy ‖ reference) at a sampled token, from the gap log π(y) − log π_ref(y) (J. Schulman, 2020):
+#   k1  gap                  Unbiased, noisy. As a loss its gradient has mean 0, so k1 is in the reward (token_rewards).
 #   k3  exp(−gap) − 1 + gap  Unbiased, never negative. In the loss its gradient has the mean of ∇KL(reference ‖ policy).
-# All but k1 are added to the loss. tests/test_head_kernels.py shows these means.
+# Those of the loss stand here; the exact KL is ppo_head's. tests/test_head_kernels.py shows these means.
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": lambda gap: gap,
     "k3": lambda gap: torch.expm1(-gap) + gap,
 }
 
@@ -641,6 +644,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 def value_loss(new_values: Tensor, batch: Batch, config: Config) -> Tensor:
     """Return the summed clipped value loss, ½ max((V − R)², (clip(V) − R)²), of a micro-batch's action tokens."""
     old_values, returns = batch.column("values"), batch.column("returns")
+    # The clip keeps V near the values that gave the advantages; max takes the worse of the two.
     clipped = old_values + (new_values - old_values).clamp(-config.value_clip, config.value_clip)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2).sum()
 
@@ -650,7 +654,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
 
     Returns the gradient norm before clipping and whether the step was taken.
     """
-    masters = learner.masters.values()
+    masters = learner.masters.values()  # a hook has added a bf16 parameter's gradients to its master (learner.py)
     processes.all_sum_gradients(m for m in masters if not isinstance(m, DTensor))  # sharded ones are sums already
     norm = torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -670,7 +674,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
 
 
 def conclude_iteration(state: State, log: RunLog | None) -> dict[str, list[Dialogue]]:
-    """Evaluate and save, if that is due after an iteration or before the first; returns what a run's ends play."""
+    """Evaluate and save where due; returns the dialogues of the run's first and last evaluation, else {}."""
     i, config = state.iteration, state.config
     last, ends = i == state.num_iterations, i in (0, state.num_iterations)
     played, state.reward = {}, math.nan
@@ -685,7 +689,7 @@ def conclude_iteration(state: State, log: RunLog | None) -> dict[str, list[Dialo
 
 
 def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, list[Dialogue]]:
-    """Evaluate on the held-out set, at temperature 1 and greedily; at both `ends` of a run on every set."""
+    """Evaluate the held-out set, sampled and greedily. At the `ends` of a run, evaluate every set."""
     played, retained = {}, retention(state) if log else {}
     for name, personas in state.eval_sets.items():
         if name != "heldout" and not ends:
@@ -702,16 +706,14 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
 
 def play_heldout(state: State, personas: list[Persona], temperature: float) -> tuple[dict, list[Dialogue]]:
     """Play held-out personas, one candidate per turn; returns metrics over all ranks and this rank's dialogues."""
-    config, env, chosen = state.config, state.env, personas[: state.config.eval_dialogues]
-
-    def batch() -> list[Dialogue]:
-        own = range(processes.rank(), len(chosen), processes.world_size())
-        return [Dialogue(i, chosen[i].persona_id, chosen[i].facts) for i in own]
-
+    config, env, meter = state.config, state.env, IterationMeter(state.env)
+    own = list(enumerate(personas[: config.eval_dialogues]))[processes.rank() :: processes.world_size()]
     play = Play(1, temperature, (config.seed, "eval", state.iteration, temperature))
-    before = env.calls()
-    dialogues = play_batch(state.policy.sampled, state.chat, batch, play, config, env)
-    return play_metrics(dialogues, env, before, config), dialogues
+    dialogues = play_batch(
+        state.policy.sampled, state.chat, lambda: [Dialogue(i, p.persona_id, p.facts) for i, p in own],
+        play, config, env,
+    )  # fmt: skip
+    return play_metrics(dialogues, env, meter.calls, config), dialogues
 
 
 if __name__ == "__main__":

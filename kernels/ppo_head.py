@@ -116,7 +116,8 @@ class PPOHead(torch.autograd.Function):
         most, parts = len(spaces[0]) // V, []
         if N and most < 1:
             raise ValueError(f"workspace_bytes is {workspace_bytes}; one token's logits need {V * spaces[0].itemsize}")
-        size = -(-N // -(-N // most)) if N else 1  # equal chunks: a small last one would add to all of (V, D) as well
+        chunks = max(1, -(-N // most)) if N else 1
+        size = max(1, -(-N // chunks))  # equal chunks: a small last one would cost a whole pass over (V, D), too
         wide = spaces[0].dtype  # fp32: rounding each chunk's part to bf16 would bias the sums
         empty = torch.empty_like if N else torch.zeros_like  # without tokens no product writes to them
         d_hidden, d_weight = empty(hidden, dtype=wide), empty(weight) if weight.requires_grad else None

@@ -24,8 +24,8 @@ class Learner:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     peak_lr: float
-    masters: dict[str, Tensor]  # by name; in fp32, and of a sharded model, its parameters themselves
-    sampled: nn.Module  # samples: the model itself, or of a sharded policy a whole copy in the dtype of products
+    masters: dict[str, Tensor]  # fp32 weights by name; the parameters themselves if the model is fp32 or sharded
+    sampled: nn.Module  # the model that samples: `model` itself or, if it is sharded, a whole copy of it
 
 
 def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:

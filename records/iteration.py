@@ -34,8 +34,8 @@ class IterationMeter:
     ) -> dict[str, float]:
         """Return the metrics of an iteration that is over, over all ranks (docs/metrics.md), without the update's."""
         config, env = state.config, self.env
-        metrics = play_metrics(dialogues, env, self.calls, config) | batch_statistics(packed, bool(state.critic))
-        metrics |= +sum_counters(gather(env.counts))  # +: without zeros
+        models = bool(state.critic), bool(state.ref_policy)
+        metrics = play_metrics(dialogues, env, self.calls, config) | batch_statistics(packed, *models)
         pairs = sum(int((p.position_ids + 1).sum()) for p in packed)  # a token attends to its ancestors and itself
         sizes = [sum(len(p.token_ids) for p in packed), sum(p.row_tokens for p in packed), pairs]
         tree_tokens, row_tokens, pairs = all_sum(torch.tensor(sizes, dtype=torch.double)).tolist()
@@ -51,16 +51,16 @@ class IterationMeter:
 
 
 def play_metrics(dialogues: list[Dialogue], env: Environment, before: Counter, config: Config) -> dict[str, float]:
-    """Return the metrics of dialogues and of the calls made since `before`, over all ranks."""
-    calls = sum_counters(gather(env.calls() - before))
-    return rates(sum_counters(gather(tally(dialogues)))) | calls | cost(calls, config)
+    """Return the metrics of dialogues, with what was counted and the calls made since `before`, over all ranks."""
+    calls, counts = sum_counters(gather(env.calls() - before)), +sum_counters(gather(env.counts))  # +: without zeros
+    return rates(sum_counters(gather(tally(dialogues)))) | counts | calls | cost(calls, config)
 
 
-def batch_statistics(packed: list[Packed], critic: bool) -> dict[str, float]:
+def batch_statistics(packed: list[Packed], critic: bool, reference: bool) -> dict[str, float]:
     """Return statistics of a batch's action tokens over all ranks.
 
-    action_tokens: their number; kl_ref: mean log π − log π_ref; sampler_trainer_logprob_gap: mean |old − sampler's|;
-    explained_variance, with a critic: 1 − Var(R − V) / Var(R).
+    action_tokens: their number; sampler_trainer_logprob_gap: mean |log π_old − sampler's|; kl_ref, with a reference:
+    mean log π_old − log π_ref; explained_variance, with a critic: 1 − Var(R − V) / Var(R).
     """
     sums = torch.zeros(7, dtype=torch.double)
     for p in packed:
@@ -72,7 +72,8 @@ def batch_statistics(packed: list[Packed], critic: bool) -> dict[str, float]:
         sums[: len(parts)] += torch.tensor([part.item() for part in parts], dtype=torch.double)
     count, kl, gap, *moments = all_sum(sums).tolist()
     n = count or math.nan
-    found = {"kl_ref": kl / n, "sampler_trainer_logprob_gap": gap / n, "action_tokens": count}
+    found = {"sampler_trainer_logprob_gap": gap / n, "action_tokens": count}
+    found |= {"kl_ref": kl / n} if reference else {}
     if critic:
         error, error2, returns, returns2 = (moment / n for moment in moments)
         variance = returns2 - returns**2

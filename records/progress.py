@@ -36,11 +36,12 @@ def progress_line(state: State, m: dict[str, float]) -> str:
     kept, prefilled = m.get("tokens_kept", 0), m.get("tokens_prefilled", 0)  # absent: none
     reused = kept / max(1, kept + prefilled)
     mfu = f" mfu {m['mfu']:.2f}" if "mfu" in m else ""
+    kl = f" kl {m['kl_ref']:.3f}" if "kl_ref" in m else ""
     ev = f" ev {m['explained_variance']:.2f}" if "explained_variance" in m else ""
     return (
         f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
         f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
-        f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} | kl {m['kl_ref']:.3f}"
+        f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} |{kl}"
         f" clip {m.get('clip_frac', 0):.3f}{ev} | {m['seconds']:.1f}s ({split})"
         f" {m['sampled_tokens_per_second']:.0f} tok/s, saved by tree"
         f" x{m['tree_saving']:.1f}, KV {reused:.0%}{mfu}{lost_note(m)}"
@@ -98,7 +99,7 @@ def announce(state: State) -> None:
         f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, {critic})",
         f"{world_size()} process(es), {torch.get_num_threads()} thread(s) each",
         f"{len(state.personas)} training personas, {sets}",
-        f"user {config.simulator_url or 'embedded'}, judge {config.judge_url or 'by rule'}",
+        f"user {config.simulator_url or 'embedded'} ({config.simulator_model}), judge {config.judge_url or 'by rule'}",
         f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )
     print("\n      ".join(lines), flush=True)

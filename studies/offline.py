@@ -115,10 +115,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     if given.get("ckpt"):
         given["ckpt"] = str(resolve_checkpoint(given["ckpt"]).resolve())
     saved = read_collection(given["data"])["settings"] if given.get("data") else {}
-    for name in saved.keys() & given.keys():
-        if saved[name] != given[name]:
+    for name in given.keys() & set(COLLECTED) if saved else ():
+        if (before := saved.get(name, getattr(Config, name))) != given[name]:  # absent: the setting is newer
             raise ValueError(
-                f"{flag(name)} {given[name]} differs from {saved[name]}, with which --data {given['data']} was"
+                f"{flag(name)} {given[name]} differs from {before}, with which --data {given['data']} was"
                 f" collected; drop it, or collect anew"
             )
     chosen = {**saved, **given}

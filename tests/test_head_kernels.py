@@ -51,7 +51,7 @@ def test_kl_gradcheck():
 
 def ppo_loss(kl: str = "none", kl_coef: float = 0.0):
     """The trainer's loss of a token, with this estimator of the KL; "none" and "exact" have no KL there."""
-    config = Config(ckpt="x", kl_estimator="k3" if kl == "k3" else "k1", kl_coef=kl_coef)
+    config = Config(ckpt="x", kl_estimator="k1" if kl == "none" else kl, kl_coef=kl_coef)
     return functools.partial(token_losses, config=config)
 
 
@@ -167,7 +167,7 @@ def test_what_the_kl_estimators_estimate():
     logprobs = reference_logprob(hidden.expand(V, D), weight, every)[0]
     ref = reference_logprob(ref_hidden.expand(V, D), ref_weight, every)[0]
     p = logprobs.detach().exp()
-    k1, k2, k3 = (k(logprobs - ref) for k in (KL_ESTIMATORS["k1"], lambda gap: gap**2 / 2, KL_ESTIMATORS["k3"]))
+    k1, k2, k3 = (k(logprobs - ref) for k in (lambda gap: gap, lambda gap: gap**2 / 2, KL_ESTIMATORS["k3"]))
     forward = linear_kl(hidden, weight, ref_hidden, ref_weight, every[:1])[0]
     reverse = (ref.exp() * (ref - logprobs)).sum()
     assert (p @ k1).item() == pytest.approx((p @ k3).item()) == pytest.approx(forward.item())

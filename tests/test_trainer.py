@@ -112,7 +112,7 @@ def refused(capsys, monkeypatch) -> Callable[..., str]:
 @pytest.mark.parametrize(
     "bad",
     [
-        ("--credit", "token"), ("--kl-estimator", "k2"), ("--reward-at", "start"), ("--history-profile", "none"),
+        ("--credit", "token"), ("--kl-estimator", "k9"), ("--reward-at", "start"), ("--history-profile", "none"),
         ("--profile-target", "x"), ("--profile-judge", "llm"), ("--lr", "-0.001"), ("--lr", "fast"), ("--lr", "nan"),
         ("--lr", "inf"), ("--num-candidates", "0"), ("--max-turns", "-1"), ("--max-turns", "2.5"),
         ("--temperature", "0"), ("--gamma", "1.5"), ("--gae-lambda", "-0.1"), ("--clip-eps", "0"), ("--seed", "-1"),
