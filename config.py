@@ -35,7 +35,7 @@ class Config:
     eval_personas: str = ""  # JSONL file for evaluation; empty: every tenth of --personas, or synthetic held-out ones
     num_personas: Count = 4096  # how many synthetic training personas to make when --personas is not given
     simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user, or several: URL,URL; empty: the embedded
-    simulator_model: str = "rule-user"  # model name to ask it for; without a URL the embedded user: rule-user, rule-user-2
+    simulator_model: str = "rule-user"  # model name to ask it for; without a URL: rule-user or rule-user-2
     judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
     profile_judge: Literal["rule", "http"] = "rule"  # who counts matching profile lines: a rule, or the judge endpoint

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from dialogue import SYSTEM_PROMPT
+from config import Config
+from dialogue import SYSTEM_PROMPT, Candidate, Dialogue, Turn
 from rewards import VERDICTS, line_matches_fact, match_lines, parse_turn, rule_verdicts, score_profile
 from worlds import first, ledger
 
@@ -362,3 +363,15 @@ def test_the_number_of_tries_is_a_limit():
     request = [{"role": "user", "content": "judge this"}]
     assert rewards.ask_judge(judge.ask, request, rewards.parse_covered, 7, n_tries=2) is None
     assert judge.seeds == [7, 8]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_part_without_weight_costs_no_candidate(weight):
+    """Guards --response-weight 0: a judge that fails must not throw away what a reward of weight 0 would earn."""
+    ledger = {"f1": 0.5}
+    candidate = Candidate(token_ids=[1], logprobs=[0.0], stop_reason="stop", response="Hi!", ledger=ledger)
+    judge = rewards.Judge(lambda messages, seed: ConnectionError("away"), rule_verdicts, 0)
+    config = Config(ckpt="x", response_weight=weight, profile_weight=2.0)
+    rewards.score_candidate(candidate, Dialogue(0, "p", ("Age: 34",), [Turn("Hello", [])]), config, judge)
+    assert candidate.judged == (weight == 0.0)
+    assert (candidate.reward, candidate.parts) == (1.0, {"profile": 0.5, "response": 0.0})

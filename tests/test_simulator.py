@@ -32,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simulator
+from config import Config
 from endpoints import server as endpoint_server
 from endpoints.client import ChatClient
 from endpoints.wire import ChatError, RequestError, completions_url, parse_reply, parse_retry_after
@@ -900,3 +901,10 @@ def test_our_client_talks_to_transformers_serve(tmp_path):
                 assert caught.value.reason in {"http_4xx", "http_5xx"} and len(str(caught.value)) > 40
         finally:
             server.kill()
+
+
+def test_a_misspelt_embedded_user_is_refused():
+    """Guards a run against another user than the one that was asked for: the server answers any name as the first."""
+    with pytest.raises(ValueError, match="'rule-usr'; without --simulator-url it takes rule-user or rule-user-2"):
+        with simulator.open_environment(Config(ckpt="x", simulator_model="rule-usr")):
+            pass

@@ -518,6 +518,7 @@ def test_a_long_user_message_is_cut_and_counted(ckpt, tmp_path):
            "--eval-every", 0)  # fmt: skip
     (train,) = records(run, "train")
     assert train["user_messages_cut"] == 4 and train["dialogues_dropped"] == 0
+    assert [r["user_messages_cut"] for r in records(run, "heldout/greedy")] == [2, 2]  # and of an evaluation, too
     chat = ChatTokenizer.from_folder(ckpt)
     assert all(len(chat.encode(e["turns"][1]["user_text"])) <= 9 for e in records(run, "train", "episodes.jsonl"))
 
