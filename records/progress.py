@@ -17,6 +17,7 @@ from records import checkpoints
 from records.log import FINISHED, RunLog, episode_record, show_transcripts
 from records.metrics import sum_counters
 from records.state import State
+from rewards import REWARD_PARTS
 
 
 def lost_note(m: dict[str, float]) -> str:
@@ -33,15 +34,16 @@ def progress_line(state: State, m: dict[str, float]) -> str:
     split = " ".join(
         f"{k} {m.get(f'seconds_{k}', 0):.1f}" for k in ("sampling", "waiting", "rewards", "statistics", "update")
     )
+    parts = " ".join(f"{name} {m[f'{name}_reward']:.3f}" for name in REWARD_PARTS)
     kept, prefilled = m.get("tokens_kept", 0), m.get("tokens_prefilled", 0)  # absent: none
     reused = kept / max(1, kept + prefilled)
     mfu = f" mfu {m['mfu']:.2f}" if "mfu" in m else ""
     kl = f" kl {m['kl_ref']:.3f}" if "kl_ref" in m else ""
     ev = f" ev {m['explained_variance']:.2f}" if "explained_variance" in m else ""
     return (
-        f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} (profile {m['profile_reward']:.3f}"
-        f" response {m['response_reward']:.3f}) recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f}"
-        f" unsupported {m['unsupported_lines']:.2f} valid {m['format_valid']:.2f} |{kl}"
+        f"{state.iteration:4d}/{state.num_iterations} reward {m['reward']:.3f} ({parts})"
+        f" recall {m['recall']:.2f} f1/max {m['f1_over_max']:.2f} unsupported {m['unsupported_lines']:.2f}"
+        f" valid {m['format_valid']:.2f} |{kl}"
         f" clip {m.get('clip_frac', 0):.3f}{ev} | {m['seconds']:.1f}s ({split})"
         f" {m['sampled_tokens_per_second']:.0f} tok/s, saved by tree"
         f" x{m['tree_saving']:.1f}, KV {reused:.0%}{mfu}{lost_note(m)}"

@@ -575,7 +575,7 @@ def test_tokens_get_the_whole_reward(chat, monkeypatch, reward_at, kl_estimator)
     turn.candidates = candidates
     p = with_values(pack(dialogue, config))
     for span in p.spans:
-        profile, response, brevity = span.candidate.parts.values()
+        profile, response, brevity = (span.candidate.parts[name] for name in ("profile", "response", "brevity"))
         expected = 3 * profile + 0.25 * response + 2 * brevity
         assert span.candidate.reward == pytest.approx(expected, abs=1e-12)
         placed = token_rewards(span, p, config)

@@ -374,4 +374,4 @@ def test_a_part_without_weight_costs_no_candidate(weight):
     config = Config(ckpt="x", response_weight=weight, profile_weight=2.0)
     rewards.score_candidate(candidate, Dialogue(0, "p", ("Age: 34",), [Turn("Hello", [])]), config, judge)
     assert candidate.judged == (weight == 0.0)
-    assert (candidate.reward, candidate.parts) == (1.0, {"profile": 0.5, "response": 0.0})
+    assert (candidate.reward, candidate.parts["profile"], candidate.parts["response"]) == (1.0, 0.5, 0.0)
