@@ -119,6 +119,7 @@ def test_half_a_billion_widths_match_transformers():
     torch.testing.assert_close(logits_of(policy, token_ids), expected, atol=1e-5 * expected.std().item(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CONFIG_05B.is_file(), reason="../shared/qwen2.5 is not on this machine")
 def test_true_half_a_billion_config_matches_transformers():
     """Guards the published config.json and vocabulary, whole (random weights, short sequence)."""

@@ -236,6 +236,7 @@ def test_dialogues_survive_the_file():
         assert offline.dialogue_of(json.loads(json.dumps(asdict(dialogue)))) == dialogue
 
 
+@pytest.mark.slow
 def test_the_dialogues_are_those_of_rlpas_first_iteration(collected, tmp_path):
     """Guards the comparison: same seed, same personas, same samples as long as RLPA has not learned."""
     names = {**SMALL, "num-iterations": 1, "episodes-every": 1, "eval-every": 0}
@@ -250,6 +251,7 @@ def test_the_dialogues_are_those_of_rlpas_first_iteration(collected, tmp_path):
         assert texts == [[c.text for c in turn.candidates] for turn in other.turns]
 
 
+@pytest.mark.slow
 def test_dpo_reuses_a_collection(collected, tmp_path, capsys):
     """Guards a second collection in secret: the same budget is said and recorded, and nothing else is played."""
     run, flags = tmp_path / "dpo", {name: SMALL[name] for name in LEARNING}

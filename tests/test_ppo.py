@@ -1096,6 +1096,7 @@ def play_with_varied_rewards(policy, chat, config) -> list:
     return dialogues
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
 def test_twenty_updates_with_all_logits_at_once(chat, monkeypatch, estimator):
     """Guards the kernels inside training: the shipped checkpoint, 20 updates, losses as with eager logits to 1e-5."""

@@ -213,6 +213,7 @@ def test_bad_resumes_are_one_line(ckpt, tmp_path, refused):
     assert "config.json" in refused("--resume", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_the_program(ckpt):
     """Guards `sys.exit(main())`: a shell sees 2 and one line, no traceback and no usage text."""
     command = [sys.executable, "train_rlpa.py", "--ckpt", str(ckpt), "--credit", "token"]
@@ -329,6 +330,7 @@ class Killed(Exception):
     """Stands in for a power cut."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -477,6 +479,7 @@ def start_user(port: int) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_user_that_dies_and_comes_back(ckpt, tmp_path, monkeypatch):
     """Guards crashes and lost dialogues: killed between two iterations and down for two seconds, nothing is dropped."""
     port, run_iteration, retries = free_port(), train_rlpa.run_iteration, []
