@@ -41,10 +41,11 @@ def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
         raise ValueError(f"--run-dir {folder} cannot be made a folder: {error.strerror}") from None
     lock = os.open(folder, os.O_RDONLY)  # the kernel opens the lock when this process ends, killed or not
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--run-dir {folder} is in use: another process is writing there") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # the folder is another run's, which may not have written anything yet: it stays
+        os.close(lock)
+        raise ValueError(f"--run-dir {folder} is in use: another process is writing there") from None
+    try:
         if not resume:
             clear_folder(folder, overwrite)
         yield

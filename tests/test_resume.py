@@ -436,3 +436,13 @@ def test_a_silent_process_is_not_waited_for_without_end(tmp_path):
     assert "another process is lost, or has not answered in time" in patient.communicate()[0]
     silent.kill()
     silent.communicate()
+
+
+def test_who_comes_second_leaves_the_folder_alone(tmp_path):
+    """Guards a run that has written nothing yet: the one that is refused must not remove its empty folder."""
+    with claim_folder(str(tmp_path / "run"), False, False):
+        with pytest.raises(ValueError, match="is in use"):
+            with claim_folder(str(tmp_path / "run"), False, False):
+                pass
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
