@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_type_hints
+
+from untrusted.files import check_value
 
 MANY, HERE = 10**9, "here"  # HERE: what a bare --dry-run plans for
 Natural, Count, Small = Annotated[int, (0, MANY)], Annotated[int, (1, MANY)], Annotated[int, (1, 10_000)]
@@ -123,7 +125,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            check_value(name, getattr(self, name), hint)
+            check_value(getattr(self, name), hint, flag(name))
         if self.rollout_batch_size % self.minibatch_size:
             raise ValueError(
                 f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of"
@@ -146,19 +148,6 @@ class Config:
                 f"--profile-target {self.profile_target} needs --profile-judge rule:"
                 " an LLM's count does not say which lines match"
             )
-
-
-def check_value(name: str, value: object, hint: type) -> None:
-    """Raise ValueError unless a setting has the type of its field and lies within the limits that the type names."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{flag(name)} is {value!r}; it takes {' or '.join(get_args(hint))}")
-        return
-    kind, limits = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
-    if type(value) is not kind and (kind, type(value)) != (float, int):
-        raise ValueError(f"{flag(name)} is {value!r}; it takes {kind.__name__}")
-    if limits and not limits[0] <= value <= limits[1]:
-        raise ValueError(f"{flag(name)} is {value}; it must lie in [{limits[0]:g}, {limits[1]:g}]")
 
 
 def refuse_critic_flags(config: Config) -> None:

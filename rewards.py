@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue
-from endpoints.plain_text import indented
+from untrusted.plain_text import indented
 from worlds.first import COMPLAINTS, value_pattern
 from worlds.ledger import (
     History,

@@ -35,11 +35,11 @@ from tqdm import tqdm
 import rewards
 from config import Config
 from endpoints.client import ChatClient
-from endpoints.plain_text import shorten
 from endpoints.server import make_server
 from endpoints.tape import Tape
 from endpoints.throttle import Quota
 from endpoints.wire import Message, RequestError, parse_request
+from untrusted.plain_text import shorten
 from worlds import first, second
 from worlds.ledger import History
 from worlds.personas import Persona, usable_facts

@@ -16,11 +16,11 @@ from threading import Thread
 
 from config import Config
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, render_turn, stream_seed
-from endpoints.plain_text import clean_text, json_type
 from endpoints.wire import Message, RequestError, parse_request
 from model import Qwen2ForCausalLM
 from rewards import read_candidate
 from sampler import Draw, Sampler, kv_budget, make_sampler
+from untrusted.plain_text import clean_text, json_type
 
 MAX_SAMPLERS = 4  # temperatures that are served at once; a fifth takes the place of one that is idle
 MAX_WAITING = 256  # requests that may wait for a place; more are sent away

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from endpoints.plain_text import clean_text
+from untrusted.plain_text import clean_text
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:

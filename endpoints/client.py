@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
-from endpoints.plain_text import shorten
 from endpoints.sockets import CuttableAdapter
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
@@ -38,6 +37,7 @@ from endpoints.wire import (
     parse_retry_after,
     servers_words,
 )
+from untrusted.plain_text import shorten
 
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
 OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive

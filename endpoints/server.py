@@ -16,8 +16,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from endpoints.plain_text import shorten
 from endpoints.wire import RequestError, is_loopback
+from untrusted.plain_text import shorten
 
 MAX_REQUEST_BYTES = 1 << 20
 _PATHS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}

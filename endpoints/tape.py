@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from endpoints.plain_text import shorten
 from endpoints.wire import Call, ChatError, ChatReply
+from untrusted.plain_text import shorten
 
 
 class Tape:

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from endpoints.plain_text import json_type, plain_text, shorten, why_not_json
+from untrusted.plain_text import json_type, plain_text, shorten, why_not_json
 
 Message = dict[str, str]  # {"role": ..., "content": ...}, as in the OpenAI chat format
 URL_FLAGS = {"simulator": "--simulator-url", "judge": "--judge-url"}  # by the name of the client

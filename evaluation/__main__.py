@@ -29,7 +29,6 @@ from config import Config, flag
 from dialogue import Dialogue
 from endpoints.calls import calls_note, cost
 from endpoints.client import ChatClient
-from endpoints.plain_text import clean_text
 from endpoints.tape import Tape
 from evaluation import subjects
 from evaluation.drawing import draw
@@ -52,6 +51,7 @@ from records.perplexity import Text, read_texts, text_scores
 from rewards import VERDICTS
 from simulator import Environment, open_environment
 from train_rlpa import Play
+from untrusted.plain_text import clean_text
 from worlds import second
 from worlds.personas import Persona
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
-from endpoints.plain_text import indented
+from untrusted.plain_text import indented
 from worlds import ledger
 
 Message = dict[str, str]  # {"role": ..., "content": ...}

@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dialogue import Dialogue
-from endpoints.plain_text import clean_text
 from records.checkpoints import fsync, unborn
 from records.plots import plot_curve
+from untrusted.plain_text import clean_text
 
 RECORDS = ("metrics.jsonl", "episodes.jsonl")
 FINISHED = "finished"  # an empty file, written last of all: a run without it was stopped or killed

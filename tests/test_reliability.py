@@ -31,12 +31,13 @@ import train_rlpa
 from benchmarks import chaos, fuzz_text
 from dialogue import ChatTokenizer
 from endpoints import client as endpoint_client
-from endpoints import plain_text, wire
+from endpoints import wire
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
 from records import log
 from report import __main__ as report
+from untrusted import plain_text
 from worlds import personas
 
 pytestmark = pytest.mark.slow

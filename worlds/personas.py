@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endpoints.plain_text import clean_text, json_type, shorten, why_not_json
+from untrusted.plain_text import clean_text, json_type, shorten, why_not_json
 from worlds.ledger import SLOTS, split_fact
 
 
