@@ -98,7 +98,7 @@ def make_server(chaos: Chaos, port: int = 0) -> ThreadingHTTPServer:
 
 def wrong(run: Path) -> Counter[str]:
     """Count what was checked in a run's training iterations and, with "wrong" before it, what is not as it must be."""
-    config = Config(**json.loads((run / "config.json").read_text()))
+    config = Config(**json.loads((run / "config.json").read_text(encoding="utf-8")))
     found: Counter[str] = Counter()
 
     def check(name: str, is_right: bool) -> None:
@@ -106,10 +106,10 @@ def wrong(run: Path) -> Counter[str]:
         found[f"wrong {name}"] += not is_right
 
     episodes: dict[int, list[dict]] = {}
-    for line in (run / "episodes.jsonl").read_text().splitlines():
+    for line in (run / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
         if (episode := json.loads(line))["kind"] == "train":
             episodes.setdefault(episode["iteration"], []).append(episode)
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["kind"] != "train" or record["iteration"] not in episodes:
             continue

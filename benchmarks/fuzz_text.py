@@ -94,7 +94,7 @@ def make_personas(texts: Sequence[str], folder: Path) -> list[Persona]:
     """Read a persona file whose facts and ids are the texts, TURNS at a time."""
     groups = [texts[i : i + TURNS] for i in range(0, len(texts), TURNS)]
     lines = [json.dumps({"id": f"{i} {group[0]}", "facts": ["Age: 34", *group]}) for i, group in enumerate(groups)]
-    (folder / "personas.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "personas.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return load_personas(folder / "personas.jsonl")
 
 

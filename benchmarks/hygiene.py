@@ -29,7 +29,7 @@ Holding = dict[str, int]
 def holding(pid: int) -> Holding:
     """Return what a process holds now: bytes of memory, threads, open files, and those of them that are sockets."""
     process = Path(f"/proc/{pid}")
-    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in (process / "status").read_text(encoding="utf-8").splitlines())
     files = []
     for entry in os.listdir(process / "fd"):
         with suppress(FileNotFoundError):  # closed since it was listed
@@ -44,13 +44,13 @@ def children(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            found += map(int, (task / "children").read_text().split())
+            found += map(int, (task / "children").read_text(encoding="utf-8").split())
     return found
 
 
 def iterations(metrics: Path) -> int:
     """Return the iterations that a run has written down."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     return sum('"kind": "train"' in line for line in lines)
 
 
@@ -83,7 +83,7 @@ def main(num_iterations: int) -> int:
     with tempfile.TemporaryDirectory(prefix="hygiene-") as root:
         command = [sys.executable, "train_rlpa.py", "--ckpt", "--run-dir", f"{root}/run"]
         command += ["--num-iterations", str(num_iterations), *SMALL.split()]
-        with open(f"{root}/log", "w+") as log:
+        with open(f"{root}/log", "w+", encoding="utf-8") as log:
             start = time.monotonic()
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)

@@ -80,14 +80,15 @@ class Trial:
         begun = any((self.folder / "checkpoints").glob("iteration_*"))
         argv = ["--resume", str(self.folder)] if begun else [*self.start, "--overwrite"]
         code = self.launch(argv).wait()
-        already = "iterations are done" in (self.folder.parent / f"{self.folder.name}.log").read_text()
+        already = "iterations are done" in (self.folder.parent / f"{self.folder.name}.log").read_text(encoding="utf-8")
         return code == 0 or already
 
     def result(self) -> tuple:
         """Return all that must be equal."""
         from safetensors.torch import load_file
 
-        metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
         clock = [{k: v for k, v in r.items() if not k.startswith("seconds") and "per_second" not in k} for r in metrics]
         last = max((self.folder / "checkpoints").glob("iteration_*"))
         tensors = {
@@ -101,7 +102,7 @@ class Trial:
 def workers(pid: int) -> list[int]:
     """List the trainer's processes below a launcher, without the embedded users, which end with them."""
     found = []
-    for process in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    for process in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split():
         command = Path(f"/proc/{process}/cmdline").read_bytes()
         found += [int(process)] if b"--run-dir" in command or b"--resume" in command else []
     return found
@@ -136,7 +137,7 @@ def main() -> int:
     if whole.launch(whole.start, 0).wait():
         raise SystemExit(f"the undisturbed run failed: see {root}/whole.log")
     seconds, expected = time.monotonic() - begin, whole.result()
-    steps = int((root / "whole.log").read_text().rpartition(f"{STEP} ")[2].split()[0])
+    steps = int((root / "whole.log").read_text(encoding="utf-8").rpartition(f"{STEP} ")[2].split()[0])
     print(f"undisturbed: {seconds:.1f} s, {steps} steps on disk, {args.ranks} process(es)", flush=True)
     equal = 0
     for i in range(args.kills):

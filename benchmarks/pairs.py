@@ -50,7 +50,7 @@ def run(checkout: Path, iterations: int, run_dir: str) -> dict[str, float]:
     command = [sys.executable, "train_rlpa.py", *FLAGS, "--num-iterations", str(iterations + 1), "--run-dir", run_dir]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True, timeout=900)
-    records = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     timed = [record for record in records if record["kind"] == "train" and record["iteration"] > 1]
     return {part: sum(record[part] for record in timed) for part in PARTS}
 

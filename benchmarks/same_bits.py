@@ -41,7 +41,7 @@ def train(checkout: Path, flags: list[str], processes: int, run_dir: Path) -> No
 
 def metrics(run_dir: Path, without: list[str]) -> list[dict]:
     """Return a run's metrics, without times and the names that are left out."""
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [
         {name: value for name, value in record.items() if not name.startswith(TIMES) and name not in without}
         for record in records

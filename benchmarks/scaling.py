@@ -33,7 +33,7 @@ CASE = {"microbatch_tokens": 1, "rollout_batch_size": 4, "num_epochs": 2}
 
 def resident(key: str) -> int:
     """Return a figure of this process's memory in bytes: VmRSS now, VmHWM at its fullest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
@@ -55,7 +55,7 @@ def long_dialogue(index: int) -> Dialogue:
 
 def measured(config: Config, owned: Iterable[int]) -> dict:
     """Run a case, and give every process's growth at its fullest, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # the fullest so far is what there is now
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the fullest so far is what there is now
     before = resident("VmRSS")
     invariance.run_update(config, [long_dialogue(i) for i in owned])
     grown = processes.gather(resident("VmHWM") - before)

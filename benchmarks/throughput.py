@@ -107,13 +107,13 @@ def memory_status(field: str) -> float:
 
     Not `ru_maxrss`: that of a fresh process begins at its parent's.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def forget_peak() -> None:
     """Let VmHWM begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ def main() -> None:
             print(f"\n{before} (after: {os.getloadavg()[0]:.1f})\n{render(rows)}", flush=True)
             records += [row._asdict() | {"met": row.met(), "machine": before} for row in rows]
     if options.json:
-        Path(options.json).write_text(json.dumps(records, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,4 +53,4 @@ def tell(program: str, error: str) -> None:
     print(f"{program}: {error}", file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         shown = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
-        Path(path).write_text(json.dumps({"message": shown}))
+        Path(path).write_text(json.dumps({"message": shown}), encoding="utf-8")

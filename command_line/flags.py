@@ -84,7 +84,7 @@ def field_comments(settings: type) -> dict[str, tuple[str, str]]:
     """
     found: dict[str, tuple[str, str]] = {}
     for cls in reversed(settings.__mro__[:-1]):  # a subclass's comment counts
-        module, heading = Path(inspect.getfile(cls)).read_text(), cls.__name__.lower()
+        module, heading = Path(inspect.getfile(cls)).read_text(encoding="utf-8"), cls.__name__.lower()
         source = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", module, re.MULTILINE | re.DOTALL)[0]
         for group, name, comment in re.findall(r"^    (?:# --- (.*)|(\w+): .*?  # (.*))$", source, re.MULTILINE):
             heading = group or heading
@@ -102,7 +102,7 @@ def checkpoint_defaults(folder: Path) -> dict:
 def read_settings(path: Path) -> dict:
     """Read settings from a JSON file; ValueError that names the file if it holds anything else."""
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):

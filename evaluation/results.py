@@ -135,13 +135,13 @@ def write_results(
         },
         "differences": {name: summary_record(summary) for name, summary in compared.items()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("subject", "personas", "metric", "turn", "value", "low", "high"))
         for name, summary in {**{p.name: p.summary for p in played}, **compared}.items():
             writer.writerows((name, summary.personas, *row) for row in csv_rows(summary))
-    with (folder / "episodes.jsonl").open("w") as file:
+    with (folder / "episodes.jsonl").open("w", encoding="utf-8") as file:
         for p in played:
             for dialogue in p.dialogues:
                 file.write(json.dumps({"kind": p.name, **evaluated_record(dialogue)}) + "\n")

@@ -84,7 +84,7 @@ class TreeTokens(Structure):
 def processor() -> str:
     """Name the instructions of this machine: a cache folder may be shared with others that lack them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine() + platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
@@ -95,7 +95,7 @@ def compile_library(compiler: str) -> Path:
 
     Its SHA-256 stands beside it: a library that was cut short, as on a full disk, would end the process when loaded.
     """
-    texts = [file.read_text() for file in (HEADER, *SOURCES)]
+    texts = [file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES)]
     key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, processor()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlpa"
     library, checksum = folder / f"cpu-{key}.so", folder / f"cpu-{key}.sha256"
@@ -105,7 +105,7 @@ def compile_library(compiler: str) -> Path:
             built, digest = Path(scratch) / library.name, Path(scratch) / checksum.name
             command = [*shlex.split(compiler), *FLAGS, *map(str, SOURCES), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
-            digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+            digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest(), encoding="utf-8")
             built.replace(library)
             digest.replace(checksum)
     return library
@@ -115,7 +115,7 @@ def is_whole(library: Path, checksum: Path) -> bool:
     """Say whether a library is there as it was built."""
     if not (library.is_file() and checksum.is_file()):
         return False
-    return checksum.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    return checksum.read_text(encoding="utf-8") == hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 @cache

@@ -48,7 +48,7 @@ def publish(temporary: Path, folder: Path) -> None:
     for file in (f for f in sorted(temporary.rglob("*")) if f.is_file()):
         lines.append(f"{sha256(file)}  {file.relative_to(temporary).as_posix()}\n")
         fsync(file)
-    (temporary / SUMS).write_text("".join(lines))
+    (temporary / SUMS).write_text("".join(lines), encoding="utf-8")
     for path in (temporary / SUMS, *(d for d in temporary.rglob("*") if d.is_dir()), temporary):
         fsync(path)
     if folder.exists():
@@ -138,7 +138,7 @@ def fsync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or as it was before, wherever one is killed."""
     temporary = unborn(path)
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)

@@ -116,7 +116,7 @@ class RunLog:
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
         finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
         if self.writer:
             for name, value in values.items():
@@ -124,7 +124,7 @@ class RunLog:
 
     def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
         """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
-        with (self.folder / "episodes.jsonl").open("a") as file:
+        with (self.folder / "episodes.jsonl").open("a", encoding="utf-8") as file:
             for dialogue in dialogues:
                 file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
 

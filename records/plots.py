@@ -35,7 +35,8 @@ def plot_curve(path: Path, *runs: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    texts = [(run / "metrics.jsonl").read_text(encoding="utf-8") for run in runs]
+    records = [[json.loads(line) for line in text.splitlines()] for text in texts]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, CURVES, strict=True):
         for i, run in enumerate(records):

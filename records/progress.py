@@ -77,7 +77,7 @@ def finish(
     show_transcripts(before, after)
     policy = log.folder / "checkpoints" / state.saved / "policy"
     print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {policy}")
-    records = map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
     print(f"calls of the run: {calls_note(calls, state.config)}")
 

@@ -78,7 +78,7 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     chat = ChatTokenizer.from_folder(config.ckpt, policy.model.config.vocab_size)
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
     if folder:
-        progress = json.loads((folder / "trainer.json").read_text())
+        progress = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         state = replace(state, saved=folder.name, **{name: progress[name] for name in PROGRESS})
         if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
             raise ValueError(
@@ -134,7 +134,7 @@ def write_checkpoint(state: State, folder: Path) -> None:
             save_file(optimizer_tensors(learner), folder / f"{name}_optimizer.safetensors")
     save_texts(state, folder / "policy")
     progress = {name: getattr(state, name) for name in PROGRESS}
-    (folder / "trainer.json").write_text(json.dumps(progress) + "\n")
+    (folder / "trainer.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
 
 
 def write_shards(state: State, folder: Path) -> None:

@@ -123,7 +123,7 @@ def is_made(run: str, seed: int, args: argparse.Namespace) -> bool:
     made = folder.with_suffix(".json")
     if not (made.is_file() and folder.is_dir()):
         return False
-    if json.loads(made.read_text()) != command_of(run, seed, args)[1:]:
+    if json.loads(made.read_text(encoding="utf-8")) != command_of(run, seed, args)[1:]:
         raise ValueError(f"{folder} was made with other settings ({made}); choose another --runs")
     return True
 
@@ -144,7 +144,7 @@ def begin(run: str, seed: int, args: argparse.Namespace) -> Making:
     folder, start = folder_of(run, seed, args), time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("w") as log:
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command_of(run, seed, args), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     return Making(run, seed, folder, process, start)
@@ -155,7 +155,7 @@ def finish(made: Making, args: argparse.Namespace) -> str:
     if code := made.process.returncode:
         return f"{made.run}, seed {made.seed}, ended with exit code {code}; see {made.folder.with_suffix('.log')}"
     command = command_of(made.run, made.seed, args)[1:]
-    made.folder.with_suffix(".json").write_text(json.dumps(command) + "\n")
+    made.folder.with_suffix(".json").write_text(json.dumps(command) + "\n", encoding="utf-8")
     print(f"{made.run}, seed {made.seed}: {time.perf_counter() - made.start:.0f} s", flush=True)
     return ""
 
@@ -211,7 +211,7 @@ def personas_file(args: argparse.Namespace) -> Path:
     path = args.runs / "personas.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     personas = generate_personas(200, 0, "heldout")[100:]
-    path.write_text("".join(json.dumps({"facts": facts}) + "\n" for facts in personas))
+    path.write_text("".join(json.dumps({"facts": facts}) + "\n" for facts in personas), encoding="utf-8")
     return path
 
 
@@ -231,7 +231,7 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *flags_of(name, args)]
         print(f"{name}: evaluating {row}", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with out.with_suffix(".log").open("w") as log, redirect_stdout(log):  # its own tables
+        with out.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log):  # its own tables
             chosen = [*subjects, "--method", PROMPTED.get(row, "rlpa"), *flags]
             found[row] = evaluate(evaluation_args(chosen))
     return found
@@ -351,10 +351,10 @@ def run_study(name: str, args: argparse.Namespace) -> None:
         f"![curves]({name}.png)", table(rows), curves_table(rows, turns),
     ]  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.md").write_text("\n\n".join(text) + "\n")
+    (args.out / f"{name}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
     record = {row.name: summary_record(row.summary) | {"AVG of seeds": row.seeds} for row in rows}
-    (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\n{text[0]}\n\n{table(rows)}\n\n{args.out / name}.md", flush=True)
 
 

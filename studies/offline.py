@@ -142,7 +142,7 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     """Play RLPA's dialogues with the starting policy; returns them and what they cost, and writes both down."""
     config, env, collected = state.config, state.env, []
     start, calls_before = time.perf_counter(), env.calls()
-    with (folder / "dialogues.jsonl").open("w") as file:
+    with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as file:
         for i in tqdm(range(state.num_iterations), desc="collecting", unit="it"):
             batch = partial(train_rlpa.persona_batch, replace(state, iteration=i))
             play = Play(config.num_candidates, config.temperature, (config.seed, "train", i))
@@ -152,7 +152,8 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     budget = budget_of(collected) | (env.calls() - calls_before)
     budget["seconds"] = round(time.perf_counter() - start, 1)
     collection = {"settings": {name: getattr(config, name) for name in COLLECTED}, "budget": budget}
-    (folder / "collection.json").write_text(json.dumps(collection, indent=1) + "\n")  # last: the dialogues are whole
+    # Last of all: where it stands, the dialogues are whole.
+    (folder / "collection.json").write_text(json.dumps(collection, indent=1) + "\n", encoding="utf-8")
     return collected, budget
 
 
@@ -174,13 +175,13 @@ def read_collection(folder: str) -> dict:
     path = Path(folder) / "collection.json"
     if not path.is_file():
         raise ValueError(f"--data {folder}: {path.name} does not exist; give the run folder that collected dialogues")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_dialogues(folder: str) -> list[Dialogue]:
     """Read the dialogues of a collection; ValueError that names the line if one is not whole."""
     dialogues, path = [], Path(folder) / "dialogues.jsonl"
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             dialogues.append(dialogue_of(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
@@ -307,7 +308,7 @@ def learn(config: Offline, env: Environment) -> None:
     dialogues = load_dialogues(config.data) if config.data else []
     state = setup(config, env)
     log = RunLog(config.run_dir, {}, tensorboard=False)
-    (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
     print(f"{config.method}: policy {config.ckpt} -> {config.run_dir}")
     if config.data:
         budget = read_collection(config.data)["budget"]

@@ -39,7 +39,7 @@ def read_records(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give run folders of train_rlpa.py")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for record in records:
         turns = [value for name, value in record.items() if name.startswith("f1_over_max_turn")]
         record |= {"worst_turn": min(turns)} if turns else {}

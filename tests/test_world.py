@@ -20,8 +20,8 @@ from worlds.personas import load_personas
 ROOT = Path(__file__).parents[1]
 ALOE = ROOT.parent / "shared" / "aloe" / "profile.jsonl"
 MODULES = ["worlds.ledger", "worlds.first", "worlds.personas", "untrusted.plain_text", "untrusted.files",
-           "endpoints.wire", "rewards", "dialogue", "packing", "model", "endpoints.calls", "learners.loading", "report.__main__",
-           "studies.summary"]  # fmt: skip
+           "endpoints.wire", "rewards", "dialogue", "packing", "model", "endpoints.calls", "learners.loading",
+           "report.__main__", "studies.summary"]  # fmt: skip
 VALUES = {slot: [value for part in parts for value in part] for slot, parts in first.VALUES.items()}
 FACTS = [f"{slot}: {value}" for slot, values in VALUES.items() for value in values]
 SEVERAL = {"Interests", "Personality Traits", "Others"}  # slots of which a persona may have two facts

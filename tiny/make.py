@@ -391,7 +391,7 @@ def main() -> None:
     if rank() == 0:
         save_pretrained(policy, args.out)
         chat.tokenizer.save(str(args.out / "tokenizer.json"))
-        (args.out / HELDOUT_FILE).write_text("".join(heldout_lines(args.seed, 32, args.max_turns)))
+        (args.out / HELDOUT_FILE).write_text("".join(heldout_lines(args.seed, 32, args.max_turns)), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
 
