@@ -24,6 +24,7 @@ NUMBERS = (
     "1000000000", "2147483648", "4294967296", "-9223372036854775809", "-1", "0", "-0.0", "0.1", "1E+2",
 )  # fmt: skip
 CONSTANTS = ("NaN", "Infinity", "-Infinity", "nan", "undefined")
+NEW_KEYS = ("x", "", "__class__", "a\nb", "\x1b[31m", "k" * 1000)
 DEEP = ("[" * 100_000, "[" * 50_000 + "]" * 50_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "[" * 60 + "]" * 60)
 
 
@@ -100,7 +101,7 @@ def add_key(raw: bytes, rng: random.Random) -> bytes:
     value = json.loads(raw)
     objects = [value, *(parent[key] for parent, key in places(value))]
     if objects := [item for item in objects if isinstance(item, dict)]:
-        rng.choice(objects)[rng.choice(("x", "", "__class__", "a\nb", "\x1b[31m", "k" * 1000))] = rng.choice(OTHER_TYPES)
+        rng.choice(objects)[rng.choice(NEW_KEYS)] = rng.choice(OTHER_TYPES)
     return json.dumps(value).encode("utf-8", "replace")
 
 
