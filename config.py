@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_type_hints
 from untrusted.files import check_value
 
 MANY, HERE = 10**9, "here"  # HERE: what a bare --dry-run plans for
+RUN_FORMAT = "rlpa run 1"  # "format" in a run's config.json: the mark by which a folder is a run, and so ours to remove
 Natural, Count, Small = Annotated[int, (0, MANY)], Annotated[int, (1, MANY)], Annotated[int, (1, 10_000)]
 OrMinusOne, Threads = Annotated[int, (-1, MANY)], Annotated[int, (0, 1024)]
 Amount, Positive, Share = Annotated[float, (0, MANY)], Annotated[float, (1e-6, MANY)], Annotated[float, (0, 1)]

@@ -30,8 +30,6 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import rewards
 from config import Config
 from endpoints.client import ChatClient
@@ -39,7 +37,7 @@ from endpoints.server import make_server
 from endpoints.tape import Tape
 from endpoints.throttle import Quota
 from endpoints.wire import Message, RequestError, parse_request
-from untrusted.plain_text import shorten
+from untrusted.plain_text import clean_text, say, shorten
 from worlds import first, second
 from worlds.ledger import History
 from worlds.personas import Persona, usable_facts
@@ -252,7 +250,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
     if tape and rank == 0:
-        print(tape.note, file=sys.stderr)
+        say(tape.note, sys.stderr)
     quota = Quota(config.requests_per_minute / processes, config.tokens_per_minute / processes)
 
     def client(url: str, model: str, name: str) -> ChatClient:
@@ -268,7 +266,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
             outage_budget=config.outage_budget,
             breaker_failures=config.breaker_failures,
             quota=quota,
-            notify=lambda line: tqdm.write(f"warning: {line}", file=sys.stderr),
+            notify=lambda line: say(f"warning: {clean_text(line)}", sys.stderr),
         )
 
     server = None
@@ -299,7 +297,7 @@ def main(argv: Sequence[str] | None = None, answer: Callable[[bytes], dict[str, 
         server = make_user_server(options.host, options.port, answer)
     except ValueError as error:
         parser.error(str(error))
-    print(f"simulated user at http://{server.server_address[0]}:{server.server_address[1]}/v1", flush=True)
+    say(f"simulated user at http://{server.server_address[0]}:{server.server_address[1]}/v1")
     if options.until_stdin_closes:
         threading.Thread(target=_shutdown_at_end_of_stdin, args=[server], daemon=True).start()
     with suppress(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from untrusted.plain_text import clean_text
+from untrusted.plain_text import clean_text, say
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:
@@ -25,10 +25,10 @@ def run(program: str, work: Callable[[], int | None]) -> int:
         finally:
             sys.stdout.flush()  # here, and not at exit, where a pipe without a reader would end in a traceback
     except ValueError as error:
-        print(f"{program}: {clean_text(str(error))}", file=sys.stderr)
+        say(f"{program}: {clean_text(str(error))}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        say(f"{program}: stopped by Ctrl-C", sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
@@ -50,7 +50,8 @@ def check_prices(price_in: float | None, price_out: float | None) -> None:
 
 def tell(program: str, error: str) -> None:
     """Print an error as one line, and leave it for the report that torchrun ends with."""
-    print(f"{program}: {error}", file=sys.stderr)
+    error = clean_text(error)
+    say(f"{program}: {error}", sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         shown = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
         Path(path).write_text(json.dumps({"message": shown}), encoding="utf-8")

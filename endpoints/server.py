@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from endpoints.wire import RequestError, is_loopback
-from untrusted.plain_text import shorten
+from untrusted.plain_text import say, shorten
 
 MAX_REQUEST_BYTES = 1 << 20
 _PATHS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             raise  # the client has gone: nobody is left to answer
         except Exception as error:  # a bug of ours must not look like a dead server
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
             self._refuse(500, f"internal error ({type(error).__name__})")
 
     do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_POST

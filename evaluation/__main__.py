@@ -51,7 +51,7 @@ from records.perplexity import Text, read_texts, text_scores
 from rewards import VERDICTS
 from simulator import Environment, open_environment
 from train_rlpa import Play
-from untrusted.plain_text import clean_text
+from untrusted.plain_text import clean_text, say
 from worlds import second
 from worlds.personas import Persona
 
@@ -61,7 +61,7 @@ PASSED = (  # flags that go to the rollout as they are; their help stands in con
     "history_profile", "decode_batch_size", "kv_gib", "reply_steps", "record", "replay", "price_in", "price_out",
     "dtype", "kernels", "threads", "seed",
 )  # fmt: skip
-OWN_FILES = ("results.json", "metrics.jsonl", "episodes.jsonl")  # a folder that holds one is not written to
+OWN_FILES = ("results.json", "results.csv", "episodes.jsonl", "curves.png", "metrics.jsonl")  # not written over
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Playing and measuring
@@ -272,8 +272,8 @@ def check_args(args: argparse.Namespace) -> None:
     names = [name for name, _ in map(split_subject, args.subjects)]
     if repeated := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"subject name {repeated[0]!r} is used more than once")
-    if taken := next((name for name in OWN_FILES if (args.out / name).exists()), None):
-        raise ValueError(f"--out {args.out} holds {taken} of an earlier run already; choose another folder")
+    if taken := next((name for name in OWN_FILES if os.path.lexists(args.out / name)), None):
+        raise ValueError(f"--out {args.out} holds {taken} already, of an earlier run or another; choose another folder")
 
 
 def split_subject(text: str) -> tuple[str, str]:
@@ -337,7 +337,7 @@ def run(argv: Sequence[str] | None) -> int:
         if "outage)" not in causes:
             raise ValueError(f"no dialogue was left of {causes}; check the endpoints' URLs, models and keys")
         again = "evaluate again, with another --out, when they answer; what --record has kept is not asked again"
-        print(f"evaluation: no dialogue was left of {causes}; {again}", file=sys.stderr)
+        say(f"evaluation: {clean_text(f'no dialogue was left of {causes}; {again}')}", sys.stderr)
         return os.EX_TEMPFAIL
     return 0
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import signal
 from collections import Counter
 
+from command_line.flags import ASKED, resume_command
 from config import Config, flag
 from dialogue import Dialogue
 from learners.processes import gather
 from records.log import RunLog
 from records.metrics import sum_counters
-from records.state import State, checkpoint_name, resume_command, save_checkpoint
+from records.state import State, checkpoint_name, save_checkpoint
 from simulator import Environment
+from untrusted.plain_text import say
 
 
 class Stopped(Exception):
@@ -45,9 +47,10 @@ def save_and_stop(end: Stopped | Unavailable, state: State, log: RunLog | None) 
         save_checkpoint(state)
     if log:
         log.close()
-    hint = f"saved after iteration {state.iteration}; go on with: {resume_command(state.config)}"
+    asked = {name: value for name in ASKED if (value := getattr(state.config, name))}
+    hint = f"saved after iteration {state.iteration}; go on with: {resume_command(state.config.run_dir, asked)}"
     if isinstance(end, Unavailable):
         raise Unavailable(f"{end}; {hint}") from None
     if log:
-        print(hint)
+        say(hint)
     return 0 if end.args[0] == signal.SIGTERM else 128 + end.args[0]

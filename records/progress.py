@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from config import has_own_trunk
+from config import RUN_FORMAT, has_own_trunk
 from dialogue import Dialogue
 from endpoints.calls import ENDPOINTS, calls_note
 from learners.processes import gather, world_size
@@ -18,6 +18,7 @@ from records.log import FINISHED, RunLog, episode_record, show_transcripts
 from records.metrics import sum_counters
 from records.state import State
 from rewards import REWARD_PARTS
+from untrusted.plain_text import clean_text, say
 
 
 def lost_note(m: dict[str, float]) -> str:
@@ -62,7 +63,8 @@ def evaluation_line(name: str, m: dict[str, float]) -> str:
 def start_log(state: State) -> RunLog:
     """Say what is about to run, write its settings, and open its records."""
     announce(state)
-    settings = asdict(replace(state.config, resume="", overwrite=False))  # as if it had never been interrupted
+    uninterrupted = replace(state.config, resume="", overwrite=False)
+    settings = {"format": RUN_FORMAT} | asdict(uninterrupted)
     (Path(state.config.run_dir) / FINISHED).unlink(missing_ok=True)
     checkpoints.write_text(Path(state.config.run_dir) / "config.json", json.dumps(settings, indent=1) + "\n")
     return RunLog(state.config.run_dir, state.logs, state.config.tensorboard)
@@ -76,10 +78,10 @@ def finish(
     log.draw()
     show_transcripts(before, after)
     policy = log.folder / "checkpoints" / state.saved / "policy"
-    print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {policy}")
+    say(clean_text(f"run folder: {log.folder}; curve: {log.folder / 'curve.png'}; policy: {policy}"))
     records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
-    print(f"calls of the run: {calls_note(calls, state.config)}")
+    say(f"calls of the run: {calls_note(calls, state.config)}")
 
 
 def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
@@ -104,4 +106,4 @@ def announce(state: State) -> None:
         f"user {config.simulator_url or 'embedded'} ({config.simulator_model}), judge {config.judge_url or 'by rule'}",
         f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )
-    print("\n      ".join(lines), flush=True)
+    say("\n      ".join(map(clean_text, lines)))

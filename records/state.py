@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 
-from config import Config
+from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners import sharding
@@ -31,9 +30,13 @@ from records import checkpoints
 from records.log import FINISHED, RunLog
 from records.perplexity import HELDOUT_FILE
 from simulator import Environment
+from untrusted.files import read_json
+from untrusted.plain_text import clean_text, say
 from worlds.personas import Persona
 
 PROGRESS = ("iteration", "updates", "evaluated", "best", "logs")  # what trainer.json holds of a State
+READ = ("ckpt", "critic_ckpt", "personas", "eval_personas")  # files that a run's own config.json may name
+Size = Annotated[int, (0, 2**62)]  # bytes of a file
 
 
 @dataclass
@@ -48,12 +51,12 @@ class State:
     personas: list[Persona]
     eval_sets: dict[str, list[Persona]]
     env: Environment
-    iteration: int = 0  # iterations done
-    updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+    iteration: Natural = 0  # iterations done
+    updates: Natural = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
     evaluated: bool = False  # what is due after the last iteration done has been evaluated
     reward: float = math.nan  # held-out reward of this iteration's policy, if it has been measured
     best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
-    logs: dict[str, int] = field(default_factory=dict)  # sizes of the run's records at this point
+    logs: dict[str, Size] = field(default_factory=dict)  # sizes of the run's records at this point
     saved: str = ""  # name of the checkpoint that this process loaded or wrote last
 
     def mark(self, log: RunLog | None, evaluated: bool) -> None:
@@ -78,8 +81,9 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     chat = ChatTokenizer.from_folder(config.ckpt, policy.model.config.vocab_size)
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
     if folder:
-        progress = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        state = replace(state, saved=folder.name, **{name: progress[name] for name in PROGRESS})
+        hints = get_type_hints(State, include_extras=True)
+        progress = read_json(folder / "trainer.json", {name: hints[name] for name in PROGRESS})
+        state = replace(state, saved=folder.name, **progress)
         if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
@@ -166,7 +170,7 @@ def newest_checkpoint(run_dir: str) -> Path:
     """Return a run's newest whole checkpoint, warning of damaged ones in one line each; ValueError if there is none."""
 
     def warn(line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr)
+        say(f"warning: {clean_text(line)}", sys.stderr)
 
     try:
         return checkpoints.newest(Path(run_dir) / "checkpoints", warn)
@@ -174,11 +178,13 @@ def newest_checkpoint(run_dir: str) -> Path:
         raise ValueError(f"--resume {run_dir}: {error}; start the run anew with --run-dir and --overwrite") from None
 
 
-def resume_command(config: Config) -> str:
-    """Write the command that goes on with a run."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    several = ["--nproc-per-node", str(processes)] if processes > 1 else []
-    return shlex.join(["torchrun", *several, sys.argv[0], "--resume", config.run_dir])
+def resume_point(config: Config) -> Path:
+    """Return the checkpoint that a resumed run goes on from, and say so, with the files that are read beside it."""
+    folder = newest_checkpoint(config.run_dir)
+    named = [(name, getattr(config, name)) for name in READ]
+    files = ", ".join(f"{flag(name)} {clean_text(path)}" for name, path in named if path)
+    say(f"going on from {clean_text(str(folder))}; read, as the run's config.json names them: {files}")
+    return folder
 
 
 def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:

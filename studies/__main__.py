@@ -36,6 +36,8 @@ from evaluation.figures import LEVEL, Array, Estimate, Summary, compare, shown, 
 from evaluation.results import LABELS, Played, summary_record
 from records.metrics import GUARDS
 from studies.summary import print_summary
+from untrusted.files import read_json
+from untrusted.plain_text import clean_text, say
 from worlds.first import generate_personas
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +125,7 @@ def is_made(run: str, seed: int, args: argparse.Namespace) -> bool:
     made = folder.with_suffix(".json")
     if not (made.is_file() and folder.is_dir()):
         return False
-    if json.loads(made.read_text(encoding="utf-8")) != command_of(run, seed, args)[1:]:
+    if read_json(made, list[str]) != command_of(run, seed, args)[1:]:
         raise ValueError(f"{folder} was made with other settings ({made}); choose another --runs")
     return True
 
@@ -156,7 +158,7 @@ def finish(made: Making, args: argparse.Namespace) -> str:
         return f"{made.run}, seed {made.seed}, ended with exit code {code}; see {made.folder.with_suffix('.log')}"
     command = command_of(made.run, made.seed, args)[1:]
     made.folder.with_suffix(".json").write_text(json.dumps(command) + "\n", encoding="utf-8")
-    print(f"{made.run}, seed {made.seed}: {time.perf_counter() - made.start:.0f} s", flush=True)
+    say(f"{made.run}, seed {made.seed}: {time.perf_counter() - made.start:.0f} s")
     return ""
 
 
@@ -229,7 +231,7 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         out = args.runs / "evaluated" / name / row.replace(" ", "_")
         shutil.rmtree(out, ignore_errors=True)
         flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *flags_of(name, args)]
-        print(f"{name}: evaluating {row}", flush=True)
+        say(f"{name}: evaluating {row}")
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log):  # its own tables
             chosen = [*subjects, "--method", PROMPTED.get(row, "rlpa"), *flags]
@@ -355,7 +357,7 @@ def run_study(name: str, args: argparse.Namespace) -> None:
     draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
     record = {row.name: summary_record(row.summary) | {"AVG of seeds": row.seeds} for row in rows}
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{text[0]}\n\n{table(rows)}\n\n{args.out / name}.md", flush=True)
+    say(f"\n{text[0]}\n\n{table(rows)}\n\n{clean_text(str(args.out / name))}.md")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
