@@ -59,6 +59,7 @@ your profile you would rather not say.
 9. People change. If your profile contradicts what you said before, say that it has changed; the profile holds."""
 PROFILE_HEADING = "Your profile:"
 OPENING = "(The chat begins. Write your first message.)"  # chat templates want a "user" message before any reply
+MAX_MESSAGES, MAX_FACTS = 1000, 500  # of one request to the embedded users, whose work grows with facts x messages
 _OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
@@ -119,10 +120,14 @@ def complete(raw: bytes) -> dict[str, Any]:
     """
     request = parse_request(raw)
     messages, seed = request["messages"], request.get("seed")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(422, f"there are {len(messages)} messages; this server takes {MAX_MESSAGES}")
     try:
         facts, history = parse_simulator_messages(messages)
     except ValueError as error:
         raise RequestError(422, str(error)) from None
+    if len(facts) > MAX_FACTS:
+        raise RequestError(422, f"the role prompt has {len(facts)} facts; this server takes {MAX_FACTS}")
     model = request.get("model")
     if not isinstance(model, str) or model not in EMBEDDED_USERS:
         model = next(iter(EMBEDDED_USERS))

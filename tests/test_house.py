@@ -19,7 +19,7 @@ PROGRAMS = {  # a program may import these other programs, and every room
     "tiny": "",
 }
 ROOMS = {  # a room may import these rooms, all of which stand below it
-    "records": "dry_run packing simulator rewards dialogue learners model kernels worlds endpoints config",
+    "records": "command_line dry_run packing simulator rewards dialogue learners model kernels worlds endpoints config",
     "command_line": "learners config",
     "dry_run": "learners model kernels config",
     "scheduler": "sampler simulator config",

@@ -21,6 +21,7 @@ from learners.learner import make_learner
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from studies import offline
 from studies.offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
+from untrusted.files import from_json
 
 SHAPE = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -233,7 +234,7 @@ def test_a_run_leaves_dialogues_budget_metrics_and_a_checkpoint(collected):
 def test_dialogues_survive_the_file():
     """Guards ids, rewards and verdicts on their way through JSON: what is read is what was written."""
     for dialogue in some_dialogues():
-        assert offline.dialogue_of(json.loads(json.dumps(asdict(dialogue)))) == dialogue
+        assert from_json(json.loads(json.dumps(asdict(dialogue))), Dialogue, "it") == dialogue
 
 
 @pytest.mark.slow

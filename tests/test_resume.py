@@ -127,7 +127,7 @@ def test_a_run_without_a_whole_checkpoint_is_one_error(copy, capsys):
     for folder in checkpoints.published(copy / "checkpoints"):
         corrupt.flip(folder / "trainer.json")
     before = (copy / "metrics.jsonl").read_bytes()
-    assert train_rlpa.main(["--resume", str(copy)]) == 2
+    assert train_rlpa.main(["--resume", str(copy), *arguments[2:]]) == 2
     *warnings, error = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and "none of 3 checkpoints" in error and "--overwrite" in error
     assert (copy / "metrics.jsonl").read_bytes() == before
@@ -150,7 +150,7 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
         with (copy / name).open("a") as file:
             file.write('{"iteration": 3, "kind": "tr')  # a kill cut it short
     (copy / "tensorboard" / "events.out.tfevents.9").write_bytes(b"of a process that saved nothing")
-    assert train_rlpa.main(["--resume", str(copy)]) == 0
+    assert train_rlpa.main(["--resume", str(copy), *arguments[2:]]) == 0
     assert_identical(copy, whole)
     assert len(events(whole)) > 100 and events(copy) == events(whole)
     ours, theirs = (json.loads((run / "config.json").read_text()) for run in (copy, whole))
@@ -276,7 +276,7 @@ def test_a_signal_saves_and_the_run_goes_on(arguments, whole, tmp_path, monkeypa
     assert signal.getsignal(number) == before
     said = capfd.readouterr()
     assert f"--resume {run}" in said.out.splitlines()[-1] and "Traceback" not in said.err
-    assert train_rlpa.main(["--resume", str(run)]) == 0
+    assert train_rlpa.main(["--resume", str(run), *arguments[2:]]) == 0
     assert_identical(run, whole)
 
 
@@ -324,7 +324,7 @@ def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
     assert train_rlpa.main([*one, "--run-dir", str(run), "--personas", "absent.jsonl"]) == 2
     assert not run.exists()  # a run that did not begin does not take the folder
     run.mkdir()
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps({"format": "rlpa run 1"}))
     other.mkdir()
     (other / ".config.json.tmp").write_text("{")  # killed before its first file had its name: nothing is lost
     assert train_rlpa.main([*one, "--run-dir", str(other)]) == 0
@@ -337,7 +337,7 @@ def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
     assert train_rlpa.main([*one, "--run-dir", str(other), "--overwrite"]) == 2
     assert "holds no run" in capsys.readouterr().err and (other / "thesis.tex").read_text() == "years"
     with claim_folder(str(run), resume=True, overwrite=False):
-        assert train_rlpa.main(["--resume", str(run), "--num-iterations", "2"]) == 2
+        assert train_rlpa.main(["--resume", str(run), *arguments[2:], "--num-iterations", "2"]) == 2
     assert "in use" in capsys.readouterr().err
 
 
@@ -390,7 +390,7 @@ def test_one_process_gets_sigterm_and_one_process_goes_on(arguments, whole, tmp_
     done = torchrun(tmp_path, signal.SIGTERM, *arguments, "--run-dir", str(run))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "saved after iteration 1" in done.stdout and "--nproc-per-node 2" in done.stdout
-    assert train_rlpa.main(["--resume", str(run)]) == 0
+    assert train_rlpa.main(["--resume", str(run), *arguments[2:]]) == 0
     assert_close(run, whole)
 
 
@@ -400,7 +400,7 @@ def test_two_processes_go_on_with_what_one_began(arguments, whole, tmp_path, mon
     with monkeypatch.context() as patch:
         send_in(patch, "rollout", signal.SIGTERM)
         assert train_rlpa.main([*arguments, "--run-dir", str(run)]) == 0
-    done = torchrun(tmp_path, 0, "--resume", str(run))
+    done = torchrun(tmp_path, 0, "--resume", str(run), *arguments[2:])
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close(run, whole)
 
