@@ -273,7 +273,7 @@ def check_args(args: argparse.Namespace) -> None:
     if repeated := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"subject name {repeated[0]!r} is used more than once")
     if taken := next((name for name in OWN_FILES if os.path.lexists(args.out / name)), None):
-        raise ValueError(f"--out {args.out} holds {taken} already, of an earlier run or another; choose another folder")
+        raise ValueError(f"--out {args.out} holds {taken} already; choose another folder")
 
 
 def split_subject(text: str) -> tuple[str, str]:

@@ -81,14 +81,18 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     chat = ChatTokenizer.from_folder(config.ckpt, policy.model.config.vocab_size)
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
     if folder:
-        hints = get_type_hints(State, include_extras=True)
-        progress = read_json(folder / "trainer.json", {name: hints[name] for name in PROGRESS})
-        state = replace(state, saved=folder.name, **progress)
+        state = replace(state, saved=folder.name, **read_progress(folder))
         if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
     return state
+
+
+def read_progress(folder: Path) -> dict:
+    """Return what a checkpoint's trainer.json holds of a State; ValueError if it holds anything else."""
+    hints = get_type_hints(State, include_extras=True)
+    return read_json(folder / "trainer.json", {name: hints[name] for name in PROGRESS})
 
 
 def save_checkpoint(state: State) -> None:

@@ -480,7 +480,7 @@ def test_results_are_not_overwritten(tmp_path, capsys, name):
     """Guards an hour's results from the next command, and a training run's dialogues."""
     (tmp_path / name).write_text("{}")
     assert evaluation.main([f"x={TINY}", "--out", str(tmp_path)]) == 2
-    assert "of an earlier run already" in capsys.readouterr().err
+    assert f"holds {name} already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [figures, prompting, scenarios])

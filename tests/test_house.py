@@ -10,7 +10,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # a program may import these other programs, and every room
-    "benchmarks": "report train_rlpa",
+    "benchmarks": "studies report train_rlpa",
     "studies": "evaluation train_rlpa",
     "chat": "evaluation train_rlpa",
     "evaluation": "train_rlpa",
@@ -107,6 +107,17 @@ def test_the_house_stays_small():
     most = {"train_rlpa.py": 800, "README.md": 140}
     assert {name: n for name, limit in most.items() if (n := len((ROOT / name).read_text().splitlines())) > limit} == {}
     assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_one_place_prints():
+    """Guards a line that a stranger's name, text or message gets onto a terminal as it came: all is said by `say`."""
+    found = []
+    for module in (name for name in MODULES if room_of(name) not in ("benchmarks", "untrusted")):
+        for node in (x.func for x in ast.walk(MODULES[module]) if isinstance(x, ast.Call)):
+            name = ast.unparse(node)
+            if name in ("print", "tqdm.write", "traceback.print_exc", "sys.stdout.write", "sys.stderr.write"):
+                found.append(f"{module}, line {node.lineno}: {name}")
+    assert found == []
 
 
 def test_what_is_public_is_described():

@@ -122,7 +122,7 @@ def test_pickles_are_refused_by_name(copy, name, capsys):
     assert "not listed" in checkpoints.damage(newest) or "missing" in checkpoints.damage(newest)
 
 
-def test_a_run_without_a_whole_checkpoint_is_one_error(copy, capsys):
+def test_a_run_without_a_whole_checkpoint_is_one_error(arguments, copy, capsys):
     """Guards a silent new start over a damaged run: it says that none is whole, and what can be done."""
     for folder in checkpoints.published(copy / "checkpoints"):
         corrupt.flip(folder / "trainer.json")
@@ -141,7 +141,7 @@ def events(run: Path) -> list[tuple]:
     return [v for v in values if "seconds" not in v[1] and "per_second" not in v[1]]
 
 
-def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
+def test_a_damaged_run_goes_on_from_the_checkpoint_before(arguments, copy, whole):
     """Guards records that stay behind the weights: all that came after the older checkpoint is cut off, and is made
     again bit for bit, in TensorBoard's files too; the damaged folder is replaced."""
     corrupt.cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
