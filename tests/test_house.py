@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # a program may import these other programs, and every room
@@ -118,6 +122,17 @@ def test_one_place_prints():
             if name in ("print", "tqdm.write", "traceback.print_exc", "sys.stdout.write", "sys.stderr.write"):
                 found.append(f"{module}, line {node.lineno}: {name}")
     assert found == []
+
+
+@pytest.mark.parametrize("module", [m for m, tree in MODULES.items() if m.startswith("benchmarks.")
+                                    and "__main__" in ast.unparse(tree)])  # fmt: skip
+def test_every_benchmark_explains_itself(module, monkeypatch, capsys):
+    """Guards --help that is a traceback, or that starts an hour's run."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
 
 
 def test_what_is_public_is_described():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import chat_server
 from torch import Tensor
 
 import train_rlpa
@@ -281,6 +282,19 @@ def test_evaluate_takes_the_checkpoint(collected, tmp_path):
     assert evaluation.main([*subjects, *out]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["subjects"]) == {"base", "sft"}
+
+
+def test_a_collection_is_recorded_and_replayed(tmp_path, monkeypatch):
+    """Guards --replay that asks, and pays, the real endpoint while it says that nothing was asked; and no recording."""
+    monkeypatch.chdir(tmp_path)
+    asked, common = [], ["--method", "sft", "--ckpt", *arguments({**SMALL, "num-iterations": 1, "num-epochs": 1})]
+    with chat_server(lambda request: asked.append(1) or f"I am {len(asked)}.") as url:
+        common += ["--simulator-url", url]
+        assert offline.main([*common, "--record", "tape", "--run-dir", "live"]) == 0
+        calls = len(asked)
+        assert offline.main([*common, "--replay", "tape", "--run-dir", "again"]) == 0
+    assert len(asked) == calls > 0 and Path("tape").read_bytes().count(b"\n") == calls
+    assert Path("again/dialogues.jsonl").read_text() == Path("live/dialogues.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("given", "named"), [

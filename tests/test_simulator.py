@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import select
 import signal
 import socket
 import socketserver
@@ -22,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -791,6 +792,57 @@ def test_a_body_that_never_comes_is_a_408(monkeypatch):
         connection.putheader("Content-Length", "10")
         connection.endheaders(b"{")
         assert connection.getresponse().status == 408
+
+
+def test_a_body_that_drips_is_a_408(monkeypatch):
+    """Guards a thread that is held for ever by one byte now and then: each byte would begin a time-out anew."""
+    monkeypatch.setattr(endpoint_server.Handler, "timeout", 0.3)
+    with in_process(make_user_server(port=0)) as connection:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Length", "1000000")
+        connection.endheaders()
+        sent = 0
+        while sent < 500 and not select.select([connection.sock], [], [], 0.02)[0]:
+            connection.send(b"x")
+            sent += 1
+        assert 1 < sent < 500 and connection.getresponse().status == 408
+
+
+def test_connections_beyond_the_bound_are_sent_away_and_places_come_back():
+    """Guards a thread, and a body in memory, for everybody who opens a connection and says nothing."""
+    server = make_user_server(port=0)
+    server.places = threading.BoundedSemaphore(2)
+    with in_process(server) as connection:
+        open_ones = [http.client.HTTPConnection(*server.server_address, timeout=30) for _ in range(2)]
+        for one in open_ones:
+            assert exchange(one, "GET", "/health")[0].status == 200
+        with suppress(ConnectionError):  # nothing was read of it, so that the reply may be lost
+            assert exchange(connection, "GET", "/health")[0].status == 503
+        connection.close()
+        open_ones[0].close()
+        assert server.places.acquire(timeout=30)  # free again
+        server.places.release()
+        assert exchange(connection, "GET", "/health")[0].status == 200
+
+
+def test_the_key_is_checked_before_the_body_is_waited_for():
+    """Guards 1 MiB of memory, and a wait, for each request of a client without a key."""
+    with in_process(endpoint_server.make_server(port=0, answer=lambda raw: {}, key="right")) as connection:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Authorization", "Bearer wrong")
+        connection.putheader("Content-Length", "1000000")  # and no byte of it
+        connection.endheaders()
+        assert connection.getresponse().status == 401
+
+
+@pytest.mark.parametrize(("facts", "turns", "limit"), [(501, 1, "500"), (1, 501, "1000"), (1000, 3000, "1000")])
+def test_more_facts_and_turns_than_a_server_has_time_for(facts, turns, limit):
+    """Guards a request of 400 KB that costs 45 s of CPU: the work grows with facts x turns."""
+    persona = Persona("x", tuple(f"Interests: thing {i}" for i in range(facts)))
+    history = [line for i in range(turns) for line in (("user", f"I like thing {i}."), ("assistant", "And now?"))]
+    with pytest.raises(RequestError, match=f"takes {limit}") as refusal:
+        simulator.complete(json.dumps({"messages": simulator_messages(persona, history)}).encode())
+    assert refusal.value.status == 422
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "::", "::1", "example.com", ""])
