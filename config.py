@@ -1,7 +1,7 @@
 """All settings of a run. A field's type holds its limits, and its comment is its `--help`.
 
 Defaults are the published ones (arXiv 2505.15456), except --history-profile. A checkpoint may bring its own in
-`rlpa.json`. Flags override both.
+`rlpa.json`, as far as they say how it is trained. Flags override both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Config:
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
     run_dir: str = ""  # where everything is written; empty: runs/<date-time>
     overwrite: bool = False  # remove the run that --run-dir holds already
-    resume: str = ""  # a run folder to go on with from its newest whole checkpoint; all other settings come from it
+    resume: str = ""  # a run folder to go on with from its newest checkpoint; addresses, key and --record are given again
     seed: Natural = 0  # every random stream is derived from it and from what the stream is for
 
     # --- personas, user and judge

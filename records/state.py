@@ -86,13 +86,21 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
+        if state.iteration > state.num_iterations:  # it would never end
+            raise ValueError(
+                f"--resume {config.run_dir}: {folder.name} lies beyond its {state.num_iterations} iterations; give a"
+                " larger --num-iterations"
+            )
     return state
 
 
 def read_progress(folder: Path) -> dict:
     """Return what a checkpoint's trainer.json holds of a State; ValueError if it holds anything else."""
     hints = get_type_hints(State, include_extras=True)
-    return read_json(folder / "trainer.json", {name: hints[name] for name in PROGRESS})
+    progress = read_json(folder / "trainer.json", {name: hints[name] for name in PROGRESS})
+    if len(progress["best"]) > 1:
+        raise ValueError(f"{folder / 'trainer.json'}, 'best' names {len(progress['best'])} checkpoints; it names one")
+    return progress
 
 
 def save_checkpoint(state: State) -> None:

@@ -373,6 +373,8 @@ def test_resume_equals_the_uninterrupted_run(ckpt, user_url, tmp_path, monkeypat
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert records(broken, name=name) == records(whole, name=name)
     assert "--num-iterations" in refused("--resume", broken, "--simulator-url", user_url)  # it is complete now
+    (broken / "finished").unlink()
+    assert "beyond its 3 iterations" in refused("--resume", broken, "--num-iterations", 3, "--simulator-url", user_url)
     go("--resume", broken, "--num-iterations", 5, "--simulator-url", user_url)
     assert [r["iteration"] for r in records(broken, "train")] == [1, 2, 3, 4, 5]
 
