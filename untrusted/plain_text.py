@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import unicodedata
 from typing import Any
 
@@ -49,7 +50,11 @@ def indented(text: str) -> str:
 def json_type(value: Any) -> str:
     """Name what JSON calls a value, and show it: what was found where something else was wanted."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return f"{names.get(type(value), 'null')} ({shorten(json.dumps(value))})" if value is not None else "null"
+    try:
+        shown = shorten(json.dumps(value))
+    except RecursionError:
+        shown = "nested too deeply"
+    return f"{names.get(type(value), 'null')} ({shown})" if value is not None else "null"
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -60,6 +65,11 @@ def shorten(text: str, limit: int = 80) -> str:
     """
     text = clean_text(text)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def warn(text: str) -> None:
+    """Print a warning on one line of stderr."""
+    print(f"warning: {clean_text(text)}", file=sys.stderr)
 
 
 def why_not_json(error: Exception) -> str:
