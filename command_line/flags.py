@@ -23,8 +23,8 @@ TINY_CHECKPOINT = Path(__file__).parent.parent / "tiny"
 BARE = {"ckpt": str(TINY_CHECKPOINT), "dry_run": HERE}  # what these flags mean without a value
 PATHS = ("critic_ckpt", "personas", "eval_personas", "record", "replay")  # kept absolute: --resume from anywhere
 RESUMED = (  # flags that leave the result alone, and so may be given beside --resume
-    "num_iterations", "threads", "eval_every", "save_every", "episodes_every", "keep_last", "collective_timeout",
-    "simulator_url", "judge_url", "outage_budget", "requests_per_minute", "tokens_per_minute",
+    "num_iterations", "schedule_iterations", "threads", "eval_every", "save_every", "episodes_every", "keep_last",
+    "collective_timeout", "simulator_url", "judge_url", "outage_budget", "requests_per_minute", "tokens_per_minute",
     "shard",  # equal up to rounding
 )  # fmt: skip
 

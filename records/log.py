@@ -115,7 +115,7 @@ class RunLog:
 
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
-        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
+        finite = {k: rounded(float(v)) for k, v in values.items() if math.isfinite(v)}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
         if self.writer:
@@ -137,6 +137,15 @@ class RunLog:
         """Draw the learning curve; then, last of all, mark the run as finished."""
         plot_curve(self.folder / "curve.png", self.folder)
         (self.folder / FINISHED).touch()
+
+
+def rounded(value: float) -> float:
+    """Round to 6 decimals, and what is small to 6 digits: learning rates are.
+
+    >>> rounded(12345.67890123), rounded(5.123456789e-7)
+    (12345.678901, 5.12346e-07)
+    """
+    return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.6g}")
 
 
 def episode_record(dialogue: Dialogue) -> dict:

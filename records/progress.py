@@ -62,7 +62,8 @@ def evaluation_line(name: str, m: dict[str, float]) -> str:
 def start_log(state: State) -> RunLog:
     """Say what is about to run, write its settings, and open its records."""
     announce(state)
-    settings = asdict(replace(state.config, resume="", overwrite=False))  # as if it had never been interrupted
+    kept = {"schedule_iterations": state.schedule_iterations}  # a larger --num-iterations shall not stretch it
+    settings = asdict(replace(state.config, resume="", overwrite=False, **kept))  # as if never interrupted
     (Path(state.config.run_dir) / FINISHED).unlink(missing_ok=True)
     checkpoints.write_text(Path(state.config.run_dir) / "config.json", json.dumps(settings, indent=1) + "\n")
     return RunLog(state.config.run_dir, state.logs, state.config.tensorboard)
@@ -104,4 +105,7 @@ def announce(state: State) -> None:
         f"user {config.simulator_url or 'embedded'} ({config.simulator_model}), judge {config.judge_url or 'by rule'}",
         f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )
+    if (ends := state.schedule_iterations) < state.num_iterations:
+        lowest = f"from iteration {ends + 1} on, learning rates stay at {config.min_lr_share:g} of their peaks"
+        lines += (f"{lowest}; --schedule-iterations 0 stretches their fall over all {state.num_iterations}",)
     print("\n      ".join(lines), flush=True)

@@ -67,6 +67,11 @@ class State:
         """Iterations of the whole run: as asked for, or one pass over the personas, a last partial batch included."""
         return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
 
+    @property
+    def schedule_iterations(self) -> int:
+        """Iterations over which the learning rates rise and fall; later ones train at the lowest."""
+        return self.config.schedule_iterations or self.num_iterations
+
 
 def setup(config: Config, env: Environment, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
     """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
