@@ -170,13 +170,13 @@ class EmbeddedServer:
         self.process.stdout.close()
 
 
-def start_embedded_server(timeout: float = 60.0) -> EmbeddedServer:
+def start_embedded_server(timeout: float = 600.0) -> EmbeddedServer:
     """Start the embedded server on a free loopback port; raise RuntimeError if it is not up in `timeout` seconds."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "--port", "0", "--until-stdin-closes"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,  # Ctrl-C is for the trainer, which still needs the server while it saves
     )
     deadline = threading.Timer(timeout, process.kill)

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from command_line.exits import tell
+from command_line.exits import lasting_output, tell
 from command_line.flags import parse_args
 from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, stream_seed
@@ -65,6 +65,7 @@ from simulator import Environment, open_environment, simulator_messages
 from worlds.personas import Persona
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code (docs/failures.md); an error is one line on stderr."""
     signals: list[int] = []
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with processes.catch_signals(signals), processes.joined_processes(parsed) as store:
             return launch(processes.together(lambda: parsed), store, signals)
-    except (ValueError, processes.LostProcess, Unavailable) as error:
+    except (ValueError, OSError, processes.LostProcess, Unavailable) as error:
         if not isinstance(error, processes.AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
             tell("train_rlpa.py", str(error))
         return {processes.LostProcess: 1, Unavailable: os.EX_TEMPFAIL}.get(type(error), 2)

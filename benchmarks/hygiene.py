@@ -16,6 +16,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from command_line.exits import lasting_output
+
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 50  # iterations
 SMALL = (
@@ -78,6 +80,7 @@ def grown(early: Holding, late: Holding) -> list[str]:
     return [name for name in HELD if late[name] > early[name] * (1.02 if name == "memory" else 1)]
 
 
+@lasting_output()
 def main(num_iterations: int) -> int:
     """Run, print a table, and say what has grown."""
     with tempfile.TemporaryDirectory(prefix="hygiene-") as root:

@@ -316,7 +316,8 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
     first = played[0]
     compared = {f"{p.name} - {first.name}": difference(p, first, args.seed) for p in played[1:]}
     write_results(args.out, args, played, compared)
-    draw(args.out / "curves.png", played, args)
+    with exits.decorative(str(args.out / "curves.png")):
+        draw(args.out / "curves.png", played, args)
     report(played, compared, args)  # last: a reader that goes away (… | head) costs no result
     return played
 

@@ -12,11 +12,13 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from command_line.exits import decorative
 from dialogue import Dialogue
 from records.checkpoints import fsync, unborn
 from records.plots import plot_curve
@@ -101,14 +103,22 @@ class RunLog:
         self.writer = None
         cut_back(self.folder, position)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+            with decorative("TensorBoard (--no-tensorboard)"):
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+                self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def show(self, action: Callable[[Any], None]) -> None:
+        """Call `action` with TensorBoard's writer, if there is one and as long as it works."""
+        if writer := self.writer:
+            self.writer = None
+            with decorative("TensorBoard (--no-tensorboard)"):
+                action(writer)
+                self.writer = writer
 
     def position(self) -> dict[str, int]:
         """Return the size in bytes of each file of records, once all of them are on disk."""
-        if self.writer:
-            self.writer.flush()
+        self.show(lambda writer: writer.flush())
         for file in log_files(self.folder):
             fsync(file)
         return {str(file.relative_to(self.folder)): file.stat().st_size for file in log_files(self.folder)}
@@ -116,26 +126,30 @@ class RunLog:
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
         finite = {k: rounded(float(v)) for k, v in values.items() if math.isfinite(v)}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
+        self.append("metrics.jsonl", [{"iteration": iteration, "kind": kind, **finite}])
+        for name, value in values.items():
+            self.show(lambda writer, name=name, value=value: writer.add_scalar(f"{kind}/{name}", value, iteration))
 
     def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
         """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
-        with (self.folder / "episodes.jsonl").open("a", encoding="utf-8") as file:
-            for dialogue in dialogues:
-                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
+        self.append("episodes.jsonl", [{"iteration": iteration, "kind": kind, **dialogue} for dialogue in dialogues])
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Append records to one of the files; ValueError if they cannot be written: they are the run's result."""
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        except OSError as error:
+            raise ValueError(f"{self.folder / name} cannot be written: {error.strerror}; --resume goes on") from None
 
     def close(self) -> None:
         """Close the event file."""
-        if self.writer:
-            self.writer.close()
+        self.show(lambda writer: writer.close())
 
     def draw(self) -> None:
         """Draw the learning curve; then, last of all, mark the run as finished."""
-        plot_curve(self.folder / "curve.png", self.folder)
+        with decorative(str(self.folder / "curve.png")):
+            plot_curve(self.folder / "curve.png", self.folder)
         (self.folder / FINISHED).touch()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from command_line.exits import decorative
 from config import has_own_trunk
 from dialogue import Dialogue
 from endpoints.calls import ENDPOINTS, calls_note
@@ -78,9 +79,10 @@ def finish(
     show_transcripts(before, after)
     policy = log.folder / "checkpoints" / state.saved / "policy"
     print(f"run folder: {log.folder}   curve: {log.folder / 'curve.png'}   policy: {policy}")
-    records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
-    print(f"calls of the run: {calls_note(calls, state.config)}")
+    with decorative("the sum of all calls"):  # older records of the run may be damaged
+        records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
+        print(f"calls of the run: {calls_note(calls, state.config)}")
 
 
 def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:

@@ -77,4 +77,7 @@ def print_summary(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     print(table([read_records(run) for run in args.runs]), end="")
     if args.curve:
-        plot_curve(args.curve, *args.runs)
+        try:
+            plot_curve(args.curve, *args.runs)
+        except ImportError as error:  # here the picture is what was asked for
+            raise ValueError(f"--curve {args.curve} cannot be drawn: {error}") from None
