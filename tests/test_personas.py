@@ -14,7 +14,7 @@ from worlds import first, ledger
 from worlds.personas import Persona, load_personas, split_sentences, usable_facts
 
 ALOE = Path(__file__).parents[1].parent / "shared" / "aloe"
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200, deadline=None, suppress_health_check=HealthCheck)
 
 
 @pytest.fixture
