@@ -221,6 +221,14 @@ class Environment:
     counts: Counter = field(default_factory=Counter)
     timers: Timers = field(default_factory=Timers)
     signals: list[int] = field(default_factory=list)  # those that have asked this process to stop
+    rank: int = 0  # of this process; the first one warns for all
+    warned: set[str] = field(default_factory=set)  # what of
+
+    def warn_once(self, topic: str, line: str) -> None:
+        """Print a warning, unless there was one on this topic before."""
+        if self.rank == 0 and topic not in self.warned:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
+        self.warned.add(topic)
 
     def calls(self) -> Counter:
         """Return this process's calls so far, their tokens, retries and failures, under the names of metrics.jsonl."""
@@ -276,7 +284,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
         judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
         server = None if config.simulator_url or config.replay else start_embedded_server()
         url = config.simulator_url or (server.url if server else REPLAYED)
-        env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape)
+        env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape, rank=rank)
         try:
             yield env
         finally:

@@ -45,7 +45,7 @@ from evaluation.figures import (
 from evaluation.results import Played, report, write_results
 from evaluation.scenarios import SCENARIOS, choose_personas, make_dialogues
 from evaluation.subjects import METHODS, RLPA
-from learners.weights import resolve_checkpoint
+from learners.folder import resolve_checkpoint
 from records.metrics import DISTINCT, GUARDS, PROFILE_GUARDS, guards, rates, tally
 from records.perplexity import Text, read_texts, text_scores
 from rewards import VERDICTS
