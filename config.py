@@ -98,6 +98,7 @@ class Config:
     adam_beta2: Share = 0.95  # AdamW
     warmup_share: Share = 0.03  # share of all updates with a rising learning rate
     min_lr_share: Share = 0.1  # the cosine ends at this share of the peak
+    schedule_iterations: Natural = 0  # iterations until the cosine ends; 0: all; a resumed run keeps what it began with
     max_grad_norm: Positive = 1.0  # global norm that gradients are clipped to
     clip_eps: Positive = 0.2  # ratio clip of the policy loss
     value_clip: Positive = 0.2  # clip of the value's move away from the old value

@@ -7,6 +7,9 @@ user text is tokenised:
     <profile>…</response><|im_end|>                                                                sampled: action
     \\n<|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n                                       context, turn 2
 
+A checkpoint may declare other tokens that end a turn. They are actions, too, and the `<|im_end|>` behind such a turn is
+context, as it is behind a turn that was cut at its limit.
+
 A turn holds n sampled candidates. The best one continues the dialogue, and all of them are trained on. So a dialogue is
 a tree of tokens; `packing.py` stores each token of it once.
 """
@@ -14,11 +17,15 @@ a tree of tokens; `packing.py` stores each token of it once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer
+
+from untrusted.files import check_value, parse_json, read_bytes, read_json
+from untrusted.plain_text import shorten
 
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
 then reply:
@@ -30,6 +37,13 @@ then reply:
 your reply
 </response>"""
 HISTORY_PROFILES = ("all", "latest")
+# What `ChatTokenizer.message` does, for programs that render text: Jinja, as `transformers` and vLLM read it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def stream_seed(*key: object) -> int:
@@ -57,11 +71,12 @@ class ChatTokenizer:
 
     Args:
         tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>`, `<|im_end|>` and `<|endoftext|>`.
+        stop_ids: ids that end a turn, beside that of `<|im_end|>`.
     Raises:
         ValueError: the tokenizer lacks one of those three.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = ()):
         for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
             if tokenizer.token_to_id(name) is None:
                 raise ValueError(f"the tokenizer has no {name}; --ckpt needs a Qwen-2.5 (ChatML) tokenizer.json")
@@ -75,31 +90,32 @@ class ChatTokenizer:
         self.plain.encode_special_tokens = True
         self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
         self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.stop_ids = frozenset({self.im_end, *stop_ids})
         self.newline = self.encode("\n")
         self.generation_header = [self.im_start, *self.encode("assistant\n")]  # ids after which the policy speaks
-        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:
-        """Load `tokenizer.json` from a checkpoint folder.
+        """Load `tokenizer.json` from a checkpoint folder, and which ids end a turn.
 
         Raises ValueError if it is absent or unreadable, or has more ids than the model's embedding, `vocab_size`.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(
                 f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
             )
+        raw = read_bytes(path)
         try:
-            chat = cls(Tokenizer.from_file(str(path)))
-        except ValueError:
-            raise
+            chat = cls(Tokenizer.from_buffer(raw))
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
-            raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+            raise ValueError(f"{path} is refused: {shorten(str(error), 200)}") from None
         if vocab_size is not None and chat.vocab_size > vocab_size:
             raise ValueError(
                 f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}"
             )
+        chat.stop_ids |= declared_stops(Path(folder), vocab_size or chat.vocab_size)
         return chat
 
     def encode(self, text: str) -> list[int]:
@@ -119,9 +135,9 @@ class ChatTokenizer:
         return [self.im_start, *self.encode(f"{role}\n{text}"), self.im_end, *self.newline]
 
     def visible(self, token_ids: Sequence[int]) -> str:
-        """Decode a sampled turn without its closing `<|im_end|>`."""
+        """Decode a sampled turn without the token that ended it."""
         ids = list(token_ids)
-        return self.decode(ids[:-1] if ids and ids[-1] == self.im_end else ids)
+        return self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
 
     def tokens_until(self, token_ids: Sequence[int], text: str) -> int:
         """Count the ids needed until the decoded text contains `text`; all of them if it never does."""
@@ -131,14 +147,57 @@ class ChatTokenizer:
             low, high = (low, middle) if text in self.decode(token_ids[:middle]) else (middle + 1, high)
         return high
 
+    def chat_files(self, given: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Complete a checkpoint's files so that other programs chat with it as we do, and stop where a turn ends.
+
+        What is given stays as it is, byte for byte; but generation_config.json ends turns at all `stop_ids`.
+        """
+        tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        files = {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": _json(tokens)}
+        files |= given
+        if "chat_template.jinja" not in files and not _parsed(files, "tokenizer_config.json").get("chat_template"):
+            files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+        generation = {"pad_token_id": self.pad} | _parsed(files, "generation_config.json")
+        if not self.stop_ids <= _ids(generation.get("eos_token_id")):
+            stops = [self.im_end, *sorted(self.stop_ids - {self.im_end})]
+            files["generation_config.json"] = _json(generation | {"eos_token_id": stops})
+        return files
+
+
+def declared_stops(folder: Path, vocab_size: int) -> set[int]:
+    """Return the ids that a checkpoint's configs declare to end a turn; ValueError for one outside the vocabulary."""
+    found = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        declared = read_json(path).get("eos_token_id") if path.exists() else None
+        check_value(declared, int | list[int] | None, f"{path}, eos_token_id")
+        for token_id in _ids(declared):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"{path}: eos_token_id {token_id} is outside the model's vocabulary of {vocab_size}")
+        found |= _ids(declared)
+    return found
+
+
+def _ids(declared: int | list[int] | None) -> set[int]:
+    return set() if declared is None else set(declared) if isinstance(declared, list) else {declared}
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _parsed(files: Mapping[str, bytes], name: str) -> dict:
+    value = parse_json(files.get(name, b"{}"), name)
+    check_value(value, dict, name)
+    return value
+
 
 @dataclass(kw_only=True)
 class Candidate:
     """One sampled turn of the policy: ids as sampled, and everything that was found out about it."""
 
-    token_ids: list[int]  # as sampled, the closing <|im_end|> included
+    token_ids: list[int]  # as sampled, the closing <|im_end|> or other stop id included
     logprobs: list[float]  # the sampler's, nats, one per id
-    stop_reason: str  # "stop" (sampled <|im_end|>) or "length"
+    stop_reason: str  # "stop" (sampled <|im_end|> or another stop id) or "length"
     text: str = ""
     profile: list[str] = field(default_factory=list)
     response: str = ""  # what the user sees, even of a turn that could not be parsed
@@ -205,7 +264,7 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
     if dialogue.turns:
         last = dialogue.turns[-1]
         reply = list(last.winner.token_ids)  # as sampled; the "\n" behind it is context, not action
-        if reply[-1:] != [tokenizer.im_end]:  # the sampler ran out of tokens
+        if reply[-1:] != [tokenizer.im_end]:  # the sampler ran out of tokens, or another stop id ended the turn
             reply.append(tokenizer.im_end)
         reply += tokenizer.newline
     if dialogue.turns and history_profile == "all":

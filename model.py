@@ -14,11 +14,10 @@ H query heads, Hkv key and value heads, Dh width of a head, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,8 @@ from kernels.rope import rope, rope_into_cache
 from kernels.rows import Rows
 from kernels.swiglu import swiglu
 from kernels.tree_attention import Tree, tree_attention
+from untrusted.files import check_value, read_json
+from untrusted.plain_text import shorten
 
 try:  # an optional extra for CUDA machines, never required
     from flash_attn import flash_attn_func
@@ -41,36 +42,40 @@ except ImportError:
 # ----------------------------------------------------------------------------------------------------------- config
 
 IMPLEMENTED = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
+# Far above any real model, and low enough that a stranger's config.json neither hangs nor fills the memory before the
+# shapes of the weights are compared with it.
+Width, Heads, Layers = Annotated[int, (1, 10**7)], Annotated[int, (1, 10_000)], Annotated[int, (1, 1000)]
+Positions, Theta = Annotated[int, (1, 2 * 10**6)], Annotated[float, (1, 10**12)]
+Epsilon, Deviation = Annotated[float, (1e-20, 1)], Annotated[float, (1e-10, 100)]
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """Hold the fields of a Qwen-2.5 `config.json`, under their Hugging Face names.
+    """Hold the fields of a Qwen-2.5 `config.json`, under their Hugging Face names; ValueError for one that cannot be.
 
     >>> Qwen2Config(1280, 96, 256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1).head_dim
     32
     """
 
-    vocab_size: int  # V
-    hidden_size: int  # D
-    intermediate_size: int  # width of the MLP
-    num_hidden_layers: int
-    num_attention_heads: int  # H
-    num_key_value_heads: int  # Hkv; each serves H / Hkv query heads
-    max_position_embeddings: int = 32768  # tokens
-    rope_theta: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
+    vocab_size: Width  # V
+    hidden_size: Width  # D
+    intermediate_size: Width  # width of the MLP
+    num_hidden_layers: Layers
+    num_attention_heads: Heads  # H
+    num_key_value_heads: Heads  # Hkv; each serves H / Hkv query heads
+    max_position_embeddings: Positions = 32768  # tokens
+    rope_theta: Theta = 1_000_000.0
+    rms_norm_eps: Epsilon = 1e-6
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02  # standard deviation of freshly drawn weights
+    initializer_range: Deviation = 0.02  # standard deviation of freshly drawn weights
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            check_value(getattr(self, name), hint, name)
         H, Hkv = self.num_attention_heads, self.num_key_value_heads
-        if min(H, Hkv) < 1 or H % Hkv:
+        if H % Hkv:
             raise ValueError(f"num_attention_heads is {H}; it must be a multiple of num_key_value_heads, {Hkv}")
         if self.hidden_size % (2 * H):
             raise ValueError(f"hidden_size is {self.hidden_size}; it must give {H} heads an even width each")
@@ -82,18 +87,20 @@ class Qwen2Config:
 
     @classmethod
     def from_dict(cls, d: dict) -> Qwen2Config:
-        """Read a parsed `config.json`; raise ValueError for what this file does not implement."""
-        given = {"model_type": None, "rope_theta": 10_000.0}  # what Hugging Face assumes when they are absent
-        given |= (d.get("rope_parameters") or {}) | d  # transformers >= 5 nests rope_theta and rope_type
-        for name, value in {**IMPLEMENTED, "rope_scaling": None, "rope_type": "default"}.items():
-            if given.get(name, value) != value:
-                raise ValueError(f"{name} is {given[name]!r}; only {value!r} is implemented")
-        try:
-            config = cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
-        except TypeError as error:  # a key is absent or not a number
-            raise ValueError(f"not a Qwen-2.5 config.json: {error}") from None
-        if given.get("head_dim") not in (None, config.head_dim):
-            raise ValueError(f"head_dim is {given['head_dim']}; only hidden_size / num_attention_heads is implemented")
+        """Read a parsed `config.json`; raise ValueError for what this file does not implement.
+
+        Keys that do not change what the model computes are ignored, and null counts as absent.
+        """
+        given = {"rope_theta": 10_000.0}  # what Hugging Face assumes when it is absent
+        given |= plain_rope(d) | {name: value for name, value in d.items() if value is not None}
+        refuse_what_is_not_implemented(given)
+        for field in fields(cls):
+            if field.name not in given and field.default is MISSING:
+                raise ValueError(f"{field.name} is missing")
+        config = cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
+        if given.get("head_dim", config.head_dim) != config.head_dim:
+            head_dim = shorten(repr(given["head_dim"]))
+            raise ValueError(f"head_dim is {head_dim}; only hidden_size / num_attention_heads is implemented")
         return config
 
     @classmethod
@@ -101,14 +108,49 @@ class Qwen2Config:
         """Read `config.json` itself or the folder that holds it; raise ValueError naming the file."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; a checkpoint is a folder with it, tokenizer.json and safetensors")
+        content = read_json(path)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict:
         """Return the content of a `config.json` that `transformers` and vLLM load."""
         return {**IMPLEMENTED, **asdict(self)}
+
+
+def plain_rope(d: dict) -> dict:
+    """Return the rope_theta that a parsed config.json nests, if any; ValueError if it asks for scaled positions.
+
+    transformers >= 5 writes `rope_parameters`, with rope_theta inside; before, there was `rope_scaling`.
+    """
+    found = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        check_value(rope := d.get(name) or {}, dict, name)
+        kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
+        if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"{name} is {shorten(repr(rope))}; only positions without scaling are implemented")
+        found |= {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}
+    return found
+
+
+def refuse_what_is_not_implemented(given: dict) -> None:
+    """Raise ValueError if a parsed config.json asks for another model than a Qwen-2.5 in whole numbers."""
+    for name in ("quantization_config", "quantization"):  # the second is MLX's
+        if settings := given.get(name):
+            raise ValueError(
+                f"{name} says that the weights are quantised ({shorten(repr(settings))}); only float32, bfloat16 and"
+                " float16 are read: give the model it was made from, or dequantise it; if that is done, remove the key"
+            )
+    for name, value in {**IMPLEMENTED, "partial_rotary_factor": 1.0}.items():
+        if given.get(name, None if name == "model_type" else value) != value:
+            kind = " (Qwen2, Qwen2.5 and models of their shape)" if name == "model_type" else ""
+            raise ValueError(f"{name} is {shorten(repr(given.get(name)))}; only {value!r} is implemented{kind}")
+    check_value(kinds := given.get("layer_types", []), list, "layer_types")
+    if others := [kind for kind in kinds if kind != "full_attention"]:
+        raise ValueError(f"layer_types names {shorten(repr(others[0]))}; only 'full_attention' is implemented")
 
 
 # ------------------------------------------------------------------------------------------------------------ layers

@@ -20,6 +20,7 @@ prefill (all new tokens of the queued prompts), D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
@@ -391,6 +392,11 @@ class Sampler:
             for draw, token_id, value in zip(draws, token.tolist(), logprob.tolist(), strict=True):
                 if draw.stop_reason:  # it ended in the step before, which the host has read only now
                     continue
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"the policy's logits are not finite at token {len(draw.token_ids) + 1} of a turn: its weights"
+                        " are out of range; go on from an earlier checkpoint, with a lower --lr"
+                    )
                 draw.token_ids.append(token_id)
                 draw.logprobs.append(value)
                 if token_id in self.stop_ids:
@@ -412,12 +418,12 @@ def make_sampler(
     policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, n: int, temperature: float, max_rows: int,
     kv_bytes: int | None = None,
 ) -> Sampler:  # fmt: skip
-    """Make a sampler as the settings say: n candidates for each of max_rows dialogues, until `<|im_end|>`."""
+    """Make a sampler as the settings say: n candidates for each of max_rows dialogues, until a stop id."""
     return Sampler(
         policy,
         n=n,
         max_new_tokens=config.max_new_tokens,
-        stop_ids=[chat.im_end],
+        stop_ids=chat.stop_ids,
         temperature=temperature,
         batch_size=config.decode_batch_size,
         max_rows=max_rows,

@@ -11,7 +11,7 @@ fixed steps, so that the result does not depend on how fast replies come.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from config import Config
 from sampler import Draw, Sampler
 from simulator import Environment
 
+NEARLY_ALL, FEW = 0.9, 8  # share of turns cut at their limit that is worth a warning, and below how many turns none is
 JOIN_EVERY = 8  # decode steps between two prefills: several prompts in one cost little more than one prompt
 LOOK_EVERY = 0.2  # seconds between two looks at the signals, while nothing can be done but wait
 
@@ -66,6 +67,7 @@ class Scheduler:
         self.ready: deque[tuple[Waits, Sample]] = deque()  # their prompts wait for room in the sampler
         self.sampling: dict[int, tuple[Waits, Sample]] = {}  # by key
         self.clock = 0  # decode steps so far
+        self.ends: Counter = Counter()  # of the candidates, by stop reason
 
     def run(self, dialogues: Iterable[Waits]) -> None:
         """Play all dialogues to their end, unless a signal comes."""
@@ -78,6 +80,8 @@ class Scheduler:
                 if self.sampler:
                     self.decode(self.sampler)
             whole = not self.env.signals
+            if self.sampler:
+                self.warn_of_cut_turns(self.sampler)
         finally:
             if not whole:
                 self.env.hang_up()  # else the pool's threads would wait for their replies
@@ -141,12 +145,25 @@ class Scheduler:
             ended = sampler.step()
             self.clock += 1
         with self.env.timers("rewards"):
+            self.ends.update(draw.stop_reason for draw in ended)
             for draw in ended:
                 asked = self.sampling[draw.key][1].score(draw)
                 if asked:
                     self.request(asked, lambda _, key=draw.key: self.note_scored(key))
                 else:
                     self.note_scored(draw.key)
+
+    def warn_of_cut_turns(self, sampler: Sampler) -> None:
+        """Warn once if nearly all turns ran to their limit: the model may end them with a token nobody declared."""
+        cut, turns = self.ends["length"], self.ends.total()
+        if turns >= FEW and cut >= NEARLY_ALL * turns:
+            ids = ", ".join(map(str, sorted(sampler.stop_ids)))
+            self.env.warn_once(
+                "cut turns",
+                f"{cut} of {turns} turns were cut at --max-new-tokens {sampler.max_new_tokens}. Turns end at ids {ids}"
+                " (<|im_end|>, eos_token_id of config.json and generation_config.json); raise the limit, or declare"
+                " the id with which this model ends turns",
+            )
 
     def note_scored(self, key: int) -> None:
         """Resume a dialogue once the last of its candidates is scored."""

@@ -37,7 +37,7 @@ from endpoints.server import make_server
 from endpoints.tape import Tape
 from endpoints.throttle import Quota
 from endpoints.wire import Message, RequestError, parse_request
-from untrusted.plain_text import clean_text, say, shorten
+from untrusted.plain_text import say, shorten, warn
 from worlds import first, second
 from worlds.ledger import History
 from worlds.personas import Persona, usable_facts
@@ -173,13 +173,13 @@ class EmbeddedServer:
         self.process.stdout.close()
 
 
-def start_embedded_server(timeout: float = 60.0) -> EmbeddedServer:
+def start_embedded_server(timeout: float = 600.0) -> EmbeddedServer:
     """Start the embedded server on a free loopback port; raise RuntimeError if it is not up in `timeout` seconds."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "--port", "0", "--until-stdin-closes"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,  # Ctrl-C is for the trainer, which still needs the server while it saves
     )
     deadline = threading.Timer(timeout, process.kill)
@@ -224,6 +224,14 @@ class Environment:
     counts: Counter = field(default_factory=Counter)
     timers: Timers = field(default_factory=Timers)
     signals: list[int] = field(default_factory=list)  # those that have asked this process to stop
+    rank: int = 0  # of this process; the first one warns for all
+    warned: set[str] = field(default_factory=set)  # what of
+
+    def warn_once(self, topic: str, line: str) -> None:
+        """Print a warning, unless there was one on this topic before."""
+        if self.rank == 0 and topic not in self.warned:
+            warn(line)
+        self.warned.add(topic)
 
     def calls(self) -> Counter:
         """Return this process's calls so far, their tokens, retries and failures, under the names of metrics.jsonl."""
@@ -271,7 +279,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
             outage_budget=config.outage_budget,
             breaker_failures=config.breaker_failures,
             quota=quota,
-            notify=lambda line: say(f"warning: {clean_text(line)}", sys.stderr),
+            notify=warn,
         )
 
     server = None
@@ -279,7 +287,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
         judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
         server = None if config.simulator_url or config.replay else start_embedded_server()
         url = config.simulator_url or (server.url if server else REPLAYED)
-        env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape)
+        env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape, rank=rank)
         try:
             yield env
         finally:

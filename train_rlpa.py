@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from command_line.exits import tell
+from command_line.exits import lasting_output, tell
 from command_line.flags import parse_args
 from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, stream_seed
@@ -66,6 +66,7 @@ from untrusted.plain_text import say
 from worlds.personas import Persona
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code (docs/failures.md); an error is one line on stderr."""
     signals: list[int] = []
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with processes.catch_signals(signals), processes.joined_processes(parsed) as store:
             return launch(processes.together(lambda: parsed), store, signals)
-    except (ValueError, processes.LostProcess, Unavailable) as error:
+    except (ValueError, OSError, processes.LostProcess, Unavailable) as error:
         if not isinstance(error, processes.AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
             tell("train_rlpa.py", str(error))
         return {processes.LostProcess: 1, Unavailable: os.EX_TEMPFAIL}.get(type(error), 2)
@@ -155,7 +156,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         scale = whiten_advantages(packed, config.advantage)
     with env.timers("update"), processes.computing():
         per_iteration = config.num_epochs * len(batches)
-        progress = (state.updates, state.num_iterations * per_iteration)
+        progress = (state.updates, state.schedule_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup
         metrics = update(policy, critic, batches, config, progress, train_policy, state.ref_policy)
     state.iteration += 1
@@ -488,7 +489,7 @@ def update(
     policy: Learner, critic: Learner | None, batches: list[list[Batch]], config: Config, progress: tuple[int, int],
     train_policy: bool, ref_policy: Qwen2ForCausalLM | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Run PPO over one rollout batch; `progress` is (updates done so far, updates of the whole run). Gives metrics."""
+    """Run PPO over one rollout batch; `progress` is (updates done so far, those of the schedule). Gives metrics."""
     totals: Counter = Counter()
     first: dict[str, float] = {}
     ratios: list[float] = []
@@ -511,7 +512,7 @@ def update(
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     tokens, steps = max(1.0, totals.pop("tokens", 0.0)), max(1.0, totals.pop("steps", 0.0))
-    per = {"policy_grad_norm": steps, "critic_grad_norm": steps, "updates_skipped": 1}
+    per = dict.fromkeys(("policy_grad_norm", "critic_grad_norm", "lr", "critic_lr"), steps) | {"updates_skipped": 1}
     return first | {name: value / per.get(name, tokens) for name, value in totals.items()}
 
 
@@ -560,6 +561,7 @@ def minibatch_update(
             norm, taken = optimizer_step(learner, share, config.max_grad_norm)
         if learner:
             result[f"{name}_grad_norm"] = norm
+            result |= {"lr" if name == "policy" else "critic_lr": learner.peak_lr * share} if trained else {}
             result["updates_skipped"] += not taken
     return result
 

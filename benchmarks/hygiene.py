@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from command_line.exits import lasting_output
+
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 50  # iterations
 SMALL = (
@@ -79,6 +81,7 @@ def grown(early: Holding, late: Holding) -> list[str]:
     return [name for name in HELD if late[name] > early[name] * (1.02 if name == "memory" else 1)]
 
 
+@lasting_output()
 def main() -> int:
     """Run, print a table, and say what has grown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -26,7 +26,7 @@ from config import Config
 from endpoints.client import read_key
 from endpoints.server import make_server
 from evaluation.subjects import load_checkpoint
-from learners.weights import resolve_checkpoint
+from learners.folder import resolve_checkpoint
 from untrusted.plain_text import say
 from worlds import ledger
 

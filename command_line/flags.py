@@ -34,8 +34,8 @@ OWN = ("resume", "overwrite", "run_dir", "dry_run")  # what a start does, which 
 RESUMED = (  # flags that may be given beside --resume, for they leave the result alone
     *ASKED, "simulator_model", "judge_model", "request_timeout", "max_retries", "max_concurrency",
     "requests_per_minute", "tokens_per_minute", "breaker_failures", "outage_budget", "quorum", "quorum_retries",
-    "price_in", "price_out", "num_iterations", "threads", "eval_every", "save_every", "episodes_every", "keep_last",
-    "collective_timeout",
+    "price_in", "price_out", "num_iterations", "schedule_iterations", "threads", "eval_every", "save_every",
+    "episodes_every", "keep_last", "collective_timeout",
     "shard",  # equal up to rounding
 )  # fmt: skip
 

@@ -45,7 +45,7 @@ from evaluation.figures import (
 from evaluation.results import Played, report, write_results
 from evaluation.scenarios import SCENARIOS, choose_personas, make_dialogues
 from evaluation.subjects import METHODS, RLPA
-from learners.weights import resolve_checkpoint
+from learners.folder import resolve_checkpoint
 from records.metrics import DISTINCT, GUARDS, PROFILE_GUARDS, guards, rates, tally
 from records.perplexity import Text, read_texts, text_scores
 from rewards import VERDICTS
@@ -316,7 +316,8 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
     first = played[0]
     compared = {f"{p.name} - {first.name}": difference(p, first, args.seed) for p in played[1:]}
     write_results(args.out, args, played, compared)
-    draw(args.out / "curves.png", played, args)
+    with exits.decorative(str(args.out / "curves.png")):
+        draw(args.out / "curves.png", played, args)
     report(played, compared, args)  # last: a reader that goes away (… | head) costs no result
     return played
 

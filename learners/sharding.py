@@ -26,8 +26,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from learners.folder import INDEX, SINGLE, resolve_checkpoint
 from learners.processes import collective, rank, world_size
-from learners.weights import INDEX, SINGLE, read_weights, resolve_checkpoint
+from learners.weights import read_weights
 from model import Critic, Qwen2Config, Qwen2ForCausalLM
 
 

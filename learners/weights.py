@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: a folder or a hub id, safetensors only, one file or numbered shards.
+"""A Hugging Face checkpoint's weights in and out: safetensors only, one file or numbered shards (`folder.py`).
 
     load_policy, load_critic, load_value_head      build a model and fill it, without ever holding two sets of weights
     save_pretrained                                write config.json and weights, for `transformers`, vLLM and ourselves
@@ -9,57 +9,30 @@ Nothing is unpickled. What is amiss with a checkpoint is a one-line ValueError t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from learners.folder import CONFIG, INDEX, resolve_checkpoint, weight_files
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead
+from untrusted.files import refuse_pointer
+from untrusted.plain_text import shorten
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
-
-
-def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """Give a checkpoint's folder: a local one as it is, or a hub id's `*.json` and `*.safetensors` after fetching them.
-
-    Raises ValueError for what is neither, or cannot be fetched (offline, unknown, gated).
-    """
-    if Path(path_or_hub_id).is_dir():
-        return Path(path_or_hub_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
-        raise ValueError(f"--ckpt {path_or_hub_id}: no such folder, and not a hub id of the form owner/name")
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:  # the hub client's own errors are of these two kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"--ckpt {path_or_hub_id}: no such folder, and not fetched from the hub ({reason}); "
-            f"give a folder with config.json and {SINGLE}"
-        ) from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """List a checkpoint's safetensors files; raise ValueError when there are none or a shard is absent."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if (file.suffix or file.name) in PICKLES)
-        hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
-        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{folder / INDEX} is not an index of safetensors files") from None
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder / INDEX} names {file.name}, which is not there")
-    return files
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # some savers wrote what rope_theta says already
+# Names by which bitsandbytes, GPTQ, AWQ, fp8, compressed-tensors and MLX store what restores the weights.
+QUANTISED = re.compile(
+    r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|weight_format|qweight|qzeros|scales|biases"
+    r"|g_idx|weight_scale(_inv|_2)?|input_scale|k_scale|v_scale|weight_packed|weight_zero_point|weight_shape)"
+)
 
 
 def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -83,17 +56,31 @@ def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[st
     Raises ValueError for a tensor that `shapes` lacks, of another shape, or not floats.
     """
     try:
+        with file.open("rb") as opened:
+            refuse_pointer(file, opened.read(64))
         for name, tensor in stored_tensors(file):
-            if name not in shapes:
-                raise ValueError(f"{file}: tensor {name} is not part of the model")
-            if tensor.shape != shapes[name]:
-                raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, not {list(shapes[name])}")
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"{file}: {name} is {tensor.dtype}, not float32, bfloat16 or float16")
-            yield name, tensor
+            if not HARMLESS.fullmatch(name):
+                check_tensor(name, tensor, shapes, file)
+                yield name, tensor
             del tensor
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a whole safetensors file: {shorten(str(error), 200)}") from None
+
+
+def check_tensor(name: str, tensor: Tensor, shapes: dict[str, torch.Size], file: Path) -> None:
+    """Raise ValueError, which names tensor and file, unless a tensor is one of these shapes' and floats."""
+    shown = shorten(name, 200)
+    if QUANTISED.fullmatch(name) or name in shapes and tensor.dtype in QUANTISED_DTYPES:
+        raise ValueError(
+            f"{file}: tensor {shown} ({tensor.dtype}) belongs to quantised weights; only float32, bfloat16 and float16"
+            " are read: give the model it was made from, or dequantise it"
+        )
+    if name not in shapes:
+        raise ValueError(f"{file}: tensor {shown} is not part of the model")
+    if tensor.shape != shapes[name]:
+        raise ValueError(f"{file}: {shown} has shape {list(tensor.shape)}, not {list(shapes[name])}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{file}: {shown} is {tensor.dtype}, not float32, bfloat16 or float16")
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -110,10 +97,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Read a model's weights by name, or the `part` of each that is wanted; raise ValueError naming tensor and file."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     allowed = dict(shapes)
     if isinstance(model, Qwen2ForCausalLM):
-        allowed[head] = shapes[embedding]  # some tools write a tied matrix twice
+        allowed[HEAD] = shapes[EMBEDDING]  # some tools write a tied matrix twice, or under this name alone
     files = weight_files(folder)
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -122,13 +108,35 @@ def read_weights(
                 raise ValueError(f"{file}: {name} is also in another file")
             # A copy: what the file's reader gives is a view of the file, which a later save may replace.
             weights[name] = part(tensor).to(device, dtype, copy=True)
+            if weights[name].numel() and not all(map(math.isfinite, weights[name].aminmax())):  # isfinite makes a mask
+                raise ValueError(f"{file}: {name} holds NaN or infinity: the file is damaged, or training diverged")
             del tensor
+    share_head(weights, shapes, files)
     for name in shapes:
         if name not in weights:
             raise ValueError(f"{files[0] if len(files) == 1 else folder / INDEX}: tensor {name} is missing")
-    if head not in shapes and head in weights and not torch.equal(weights.pop(head), weights[embedding]):
-        raise ValueError(f"{folder}: {head} differs from {embedding}, but config.json ties them")
+    if HEAD not in shapes and HEAD in weights and not torch.equal(weights.pop(HEAD), weights[EMBEDDING]):
+        raise ValueError(f"{folder}: {HEAD} differs from {EMBEDDING}, but config.json ties them")
     return weights
+
+
+def share_head(weights: dict[str, Tensor], shapes: dict[str, torch.Size], files: list[Path]) -> None:
+    """Let embedding or head serve as the other, in place, where one is stored for both.
+
+    That is so where config.json ties them, and where a file's metadata notes under which name the other one is kept.
+    """
+    for absent, stored in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if absent in shapes and absent not in weights and stored in weights:
+            if stored not in shapes:
+                weights[absent] = weights.pop(stored)
+            elif any(aliases(file).get(absent) == stored for file in files):
+                weights[absent] = weights[stored].clone()
+
+
+def aliases(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file: its savers note shared tensors there, as absent name → stored name."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def load_model(kind: type[nn.Module], path_or_hub_id: str | Path, dtype: torch.dtype, device: str | torch.device):
@@ -186,4 +194,4 @@ def save_config(model: Qwen2ForCausalLM | Critic | ValueHead, folder: str | Path
     kind = next(kind for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
     precision = str(dtype).removeprefix("torch.")
     config = {"architectures": [kind.__name__], "torch_dtype": precision, **model.config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

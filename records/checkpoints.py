@@ -18,10 +18,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from learners.folder import SUFFIXES
 from untrusted.files import read_lines
 
 SUMS = "SHA256SUMS"
-KINDS = (".json", ".jsonl", ".safetensors")  # all that a checkpoint may hold: none of them can run code when read
 
 
 def unborn(path: Path) -> Path:
@@ -100,8 +100,8 @@ def damage(folder: Path) -> str:
     for name, file in files.items():
         if not file.is_file():
             return f"{name} is no plain file"
-        if file.suffix not in KINDS:
-            return f"{name} is refused: it may be a pickle, and only {', '.join(KINDS)} are ever read"
+        if file.suffix not in SUFFIXES:
+            return f"{name} is refused: it may be a pickle, and a checkpoint holds only {', '.join(SUFFIXES)}"
     try:
         listed = read_sums(folder / SUMS)
         for name in sorted(listed | files):

@@ -13,10 +13,11 @@ from config import Config, has_own_trunk
 from dialogue import Dialogue
 from dry_run.memory import peak_flops, update_flops
 from endpoints.calls import cost
+from learners.folder import HELDOUT_FILE
 from learners.processes import all_sum, gather, world_size
 from packing import Packed
 from records.metrics import rates, sum_counters, tally
-from records.perplexity import HELDOUT_FILE, perplexity, read_texts, text_scores
+from records.perplexity import perplexity, read_texts, text_scores
 from records.state import State
 from simulator import Environment
 

@@ -11,18 +11,19 @@ import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from command_line.exits import decorative
 from config import RUN_FORMAT
 from dialogue import Dialogue
 from records.checkpoints import fsync, unborn
 from records.plots import plot_curve
 from untrusted.files import read_json
-from untrusted.plain_text import clean_text, say
+from untrusted.plain_text import clean_text, say, warn
 
 RECORDS = ("metrics.jsonl", "episodes.jsonl")
 FINISHED = "finished"  # an empty file, written last of all: a run without it was stopped or killed
@@ -104,8 +105,7 @@ def cut_back(folder: Path, position: dict[str, int]) -> None:
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in log_files(folder)}
     for name, size in position.items():
         if sizes.get(name, 0) < size:
-            lost = f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes"
-            say(clean_text(lost), sys.stderr)
+            warn(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes")
     for name, size in sizes.items():
         if name in position:
             os.truncate(folder / name, min(size, position[name]))
@@ -122,42 +122,63 @@ class RunLog:
         self.writer = None
         cut_back(self.folder, position)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+            with decorative("TensorBoard (--no-tensorboard)"):
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+                self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def show(self, action: Callable[[Any], None]) -> None:
+        """Call `action` with TensorBoard's writer, if there is one and as long as it works."""
+        if writer := self.writer:
+            self.writer = None
+            with decorative("TensorBoard (--no-tensorboard)"):
+                action(writer)
+                self.writer = writer
 
     def position(self) -> dict[str, int]:
         """Return the size in bytes of each file of records, once all of them are on disk."""
-        if self.writer:
-            self.writer.flush()
+        self.show(lambda writer: writer.flush())
         for file in log_files(self.folder):
             fsync(file)
         return {str(file.relative_to(self.folder)): file.stat().st_size for file in log_files(self.folder)}
 
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
-        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
+        finite = {k: rounded(float(v)) for k, v in values.items() if math.isfinite(v)}
+        self.append("metrics.jsonl", [{"iteration": iteration, "kind": kind, **finite}])
+        for name, value in values.items():
+            self.show(lambda writer, name=name, value=value: writer.add_scalar(f"{kind}/{name}", value, iteration))
 
     def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
         """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
-        with (self.folder / "episodes.jsonl").open("a", encoding="utf-8") as file:
-            for dialogue in dialogues:
-                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
+        self.append("episodes.jsonl", [{"iteration": iteration, "kind": kind, **dialogue} for dialogue in dialogues])
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Append records to one of the files; ValueError if they cannot be written: they are the run's result."""
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        except OSError as error:
+            raise ValueError(f"{self.folder / name} cannot be written: {error.strerror}; --resume goes on") from None
 
     def close(self) -> None:
         """Close the event file."""
-        if self.writer:
-            self.writer.close()
+        self.show(lambda writer: writer.close())
 
     def draw(self) -> None:
         """Draw the learning curve; then, last of all, mark the run as finished."""
-        plot_curve(self.folder / "curve.png", self.folder)
+        with decorative(str(self.folder / "curve.png")):
+            plot_curve(self.folder / "curve.png", self.folder)
         (self.folder / FINISHED).touch()
+
+
+def rounded(value: float) -> float:
+    """Round to 6 decimals, and what is small to 6 digits: learning rates are.
+
+    >>> rounded(12345.67890123), rounded(5.123456789e-7)
+    (12345.678901, 5.12346e-07)
+    """
+    return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.6g}")
 
 
 def episode_record(dialogue: Dialogue) -> dict:

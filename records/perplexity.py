@@ -24,7 +24,6 @@ from kernels import linear_logprob
 from model import Qwen2ForCausalLM
 from untrusted.files import fits, parse_json, read_bytes
 
-HELDOUT_FILE = "sft_heldout.jsonl"  # in a checkpoint's folder: text of its own fine-tuning that it was not tuned on
 OBJECT_START = re.compile(r"\A\s*[{]|^\s*[{]\s*\"", re.MULTILINE)  # a file that begins with one, or a line with its key
 Text = str | list[dict[str, str]]  # plain text, or the messages of a chat
 

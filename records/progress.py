@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from command_line.exits import decorative
 from config import RUN_FORMAT, has_own_trunk
 from dialogue import Dialogue
 from endpoints.calls import ENDPOINTS, calls_note
@@ -63,7 +64,8 @@ def evaluation_line(name: str, m: dict[str, float]) -> str:
 def start_log(state: State) -> RunLog:
     """Say what is about to run, write its settings, and open its records."""
     announce(state)
-    uninterrupted = replace(state.config, resume="", overwrite=False)
+    kept = {"schedule_iterations": state.schedule_iterations}  # a larger --num-iterations shall not stretch it
+    uninterrupted = replace(state.config, resume="", overwrite=False, **kept)
     settings = {"format": RUN_FORMAT} | asdict(uninterrupted)
     (Path(state.config.run_dir) / FINISHED).unlink(missing_ok=True)
     checkpoints.write_text(Path(state.config.run_dir) / "config.json", json.dumps(settings, indent=1) + "\n")
@@ -79,9 +81,10 @@ def finish(
     show_transcripts(before, after)
     policy = log.folder / "checkpoints" / state.saved / "policy"
     say(clean_text(f"run folder: {log.folder}; curve: {log.folder / 'curve.png'}; policy: {policy}"))
-    records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
-    say(f"calls of the run: {calls_note(calls, state.config)}")
+    with decorative("the sum of all calls"):  # older records of the run may be damaged
+        records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])
+        say(f"calls of the run: {calls_note(calls, state.config)}")
 
 
 def record_episodes(state: State, log: RunLog | None, played: dict[str, list[Dialogue]]) -> None:
@@ -106,4 +109,7 @@ def announce(state: State) -> None:
         f"user {config.simulator_url or 'embedded'} ({config.simulator_model}), judge {config.judge_url or 'by rule'}",
         f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )
+    if (ends := state.schedule_iterations) < state.num_iterations:
+        lowest = f"from iteration {ends + 1} on, learning rates stay at {config.min_lr_share:g} of their peaks"
+        lines += (f"{lowest}; --schedule-iterations 0 stretches their fall over all {state.num_iterations}",)
     say("\n      ".join(map(clean_text, lines)))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,17 +19,17 @@ from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners import sharding
+from learners.folder import SINGLE, carried_files
 from learners.learner import Learner, is_sharded, optimizer_tensors
 from learners.loading import keep_freed_memory, load_all_personas, load_models, load_sharded, set_threads
 from learners.processes import Result, on_rank_0, rank
-from learners.weights import SINGLE, save_config, save_pretrained
+from learners.weights import save_config, save_pretrained
 from model import Qwen2ForCausalLM
 from records import checkpoints
 from records.log import FINISHED, RunLog
-from records.perplexity import HELDOUT_FILE
 from simulator import Environment
 from untrusted.files import read_json
-from untrusted.plain_text import clean_text, say
+from untrusted.plain_text import clean_text, say, warn
 from worlds.personas import Persona
 
 PROGRESS = ("iteration", "updates", "evaluated", "best", "logs")  # what trainer.json holds of a State
@@ -57,6 +55,7 @@ class State:
     reward: float = math.nan  # held-out reward of this iteration's policy, if it has been measured
     best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
     logs: dict[str, Size] = field(default_factory=dict)  # sizes of the run's records at this point
+    files: dict[str, bytes] = field(default_factory=dict)  # what is saved beside the policy's weights, by name
     saved: str = ""  # name of the checkpoint that this process loaded or wrote last
 
     def mark(self, log: RunLog | None, evaluated: bool) -> None:
@@ -70,6 +69,11 @@ class State:
         """Iterations of the whole run: as asked for, or one pass over the personas, a last partial batch included."""
         return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
 
+    @property
+    def schedule_iterations(self) -> int:
+        """Iterations over which the learning rates rise and fall; later ones train at the lowest."""
+        return self.config.schedule_iterations or self.num_iterations
+
 
 def setup(config: Config, env: Environment, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
     """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
@@ -78,8 +82,10 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)
-    chat = ChatTokenizer.from_folder(config.ckpt, policy.model.config.vocab_size)
-    state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env)
+    source = folder / "policy" if folder else Path(config.ckpt)
+    chat = ChatTokenizer.from_folder(source, policy.model.config.vocab_size)
+    files = chat.chat_files(carried_files(source))  # now, since the folder may change or go while the run lasts
+    state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env, files=files)
     if folder:
         state = replace(state, saved=folder.name, **read_progress(folder))
         if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
@@ -171,19 +177,13 @@ def trained(state: State) -> dict[str, Learner]:
 
 
 def save_texts(state: State, folder: Path) -> None:
-    """Write the tokenizer, and the settings and held-out text of this model, if it brought some."""
-    state.chat.tokenizer.save(str(folder / "tokenizer.json"))
-    for name in ("rlpa.json", HELDOUT_FILE):
-        if (Path(state.config.ckpt) / name).is_file():
-            shutil.copy(Path(state.config.ckpt) / name, folder)
+    """Write what makes a saved policy a chat model elsewhere: what the policy's folder brought, and what was missing."""
+    for name, content in state.files.items():
+        (folder / name).write_bytes(content)
 
 
 def newest_checkpoint(run_dir: str) -> Path:
     """Return a run's newest whole checkpoint, warning of damaged ones in one line each; ValueError if there is none."""
-
-    def warn(line: str) -> None:
-        say(f"warning: {clean_text(line)}", sys.stderr)
-
     try:
         return checkpoints.newest(Path(run_dir) / "checkpoints", warn)
     except ValueError as error:

@@ -354,7 +354,8 @@ def run_study(name: str, args: argparse.Namespace) -> None:
     ]  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
+    with exits.decorative(str(args.out / f"{name}.png")):
+        draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
     record = {row.name: summary_record(row.summary) | {"AVG of seeds": row.seeds} for row in rows}
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     say(f"\n{text[0]}\n\n{table(rows)}\n\n{clean_text(str(args.out / name))}.md")

@@ -41,8 +41,9 @@ from config import Amount, Config, Count, Natural, flag
 from dialogue import Candidate, Dialogue, Turn, stream_seed
 from endpoints.calls import calls_note
 from kernels import linear_logprob
+from learners.folder import resolve_checkpoint
 from learners.learner import Learner
-from learners.weights import resolve_checkpoint, save_pretrained
+from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM
 from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
 from records.log import RunLog, claim_folder

@@ -79,4 +79,7 @@ def print_summary(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     say(table([read_records(run) for run in args.runs]).rstrip())
     if args.curve:
-        plot_curve(args.curve, *args.runs)
+        try:
+            plot_curve(args.curve, *args.runs)
+        except ImportError as error:  # here the picture is what was asked for
+            raise ValueError(f"--curve {args.curve} cannot be drawn: {error}") from None

@@ -20,10 +20,11 @@ from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
 from endpoints.client import ChatClient
 from evaluation import __main__ as evaluation
 from evaluation.figures import Estimate, estimate, perplexity_samples
+from learners.folder import HELDOUT_FILE
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from records import metrics, perplexity
-from records.perplexity import HELDOUT_FILE, encode_text, read_texts, text_scores
+from records.perplexity import encode_text, read_texts, text_scores
 from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
 from tiny import make

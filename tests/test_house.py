@@ -41,7 +41,7 @@ ROOMS = {  # a room may import these rooms, all of which stand below it
     "untrusted": "",  # what others wrote is read and cleaned everywhere: every room may import it
 }
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_bytes())
     for room in PROGRAMS | ROOMS
     for path in ((ROOT / f"{room}.py",) if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).glob("*.py")))
 }
@@ -109,7 +109,7 @@ def test_the_house_stays_small():
     lengths = [(x.end_lineno - x.lineno + 1, module, x.name) for module, x in nodes if isinstance(x, ast.FunctionDef)]
     assert median(length for length, *_ in lengths) <= 10 and max(lengths)[0] <= 80, max(lengths)
     most = {"train_rlpa.py": 800, "README.md": 140}
-    assert {name: n for name, limit in most.items() if (n := len((ROOT / name).read_text().splitlines())) > limit} == {}
+    assert {name: n for name, limit in most.items() if (n := (ROOT / name).read_bytes().count(b"\n")) > limit} == {}
     assert len(list(ROOT.glob("*.py"))) <= 12
 
 
@@ -140,3 +140,20 @@ def test_what_is_public_is_described():
     public = list(public_definitions())
     silent = [f"{module}.{node.name}" for module, node in public if ast.get_docstring(node) is None]
     assert len(silent) <= 0.05 * len(public), silent
+
+
+def reads_by_locale(call: ast.Call) -> bool:
+    """Say whether a call opens text, or a program's pipes, in whatever encoding the machine has."""
+    whole, given = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+    name, modes = whole.rpartition(".")[2], [x.value for x in call.args if isinstance(x, ast.Constant)]
+    if "encoding" in given or whole in ("os.open", "checkpoints.write_text"):  # the latter is ours
+        return False
+    binary = any(isinstance(mode, str) and "b" in mode for mode in modes) or "buffering=0" in ast.unparse(call)
+    methods = name in ("read_text", "write_text") and "." in whole
+    return methods or "text" in given and name in ("run", "Popen") or name == "open" and not binary
+
+
+def test_own_files_are_read_alike_in_any_locale():
+    """Guards a program that does not start in zh_CN.GBK, and a run that is written in Latin-1."""
+    calls = [(module, x) for module, tree in MODULES.items() for x in ast.walk(tree) if isinstance(x, ast.Call)]
+    assert [f"{module}:{call.lineno}" for module, call in calls if reads_by_locale(call)] == []

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.throughput import forget_peak, in_child, memory_status
 from kernels.tree_attention import Block, Tree
-from learners import weights as weights_module
-from learners.weights import INDEX, SINGLE, load_critic, load_policy, resolve_checkpoint, save_pretrained
+from learners import folder as folder_module
+from learners.folder import INDEX, SINGLE, resolve_checkpoint
+from learners.weights import load_critic, load_policy, save_pretrained
 from model import Cached, Chunk, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from sampler import generate
 
@@ -489,7 +490,7 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
         asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(weights_module, "snapshot_download", fake_download)
+    monkeypatch.setattr(folder_module, "snapshot_download", fake_download)
     assert resolve_checkpoint("owner/name") == tmp_path
     assert asked == dict(repo_id="owner/name", allow_patterns=["*.json", "*.safetensors"])
 

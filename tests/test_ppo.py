@@ -917,7 +917,7 @@ def test_critic_warm_up_leaves_the_policy_alone(policy, critic):
     before = weights_of(policy), weights_of(critic)
     metrics = update(*learners, make_batches(packed, config), config, (0, 2), False)
     assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
-    assert metrics["updates_skipped"] == 0
+    assert metrics["updates_skipped"] == 0 and metrics["critic_lr"] > 0 and "lr" not in metrics
 
 
 def test_learning_rate_schedule():
@@ -936,7 +936,9 @@ def test_the_schedule_reaches_the_optimizers(policy, critic):
     config = settings(num_epochs=2, warmup_share=0.0, min_lr_share=0.0)
     packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-2, config)
-    update(*learners, make_batches(packed, config), config, (4, 20), True)
+    metrics = update(*learners, make_batches(packed, config), config, (4, 20), True)
+    mean = sum(0.5 * (1 + math.cos(math.pi * u / 19)) for u in (4, 5, 6, 7)) / 4
+    assert (metrics["lr"], metrics["critic_lr"]) == pytest.approx((1e-3 * mean, 1e-2 * mean))
     share = 0.5 * (1 + math.cos(math.pi * 7 / 19))  # updates 4, 5, 6 and 7 were taken
     assert [learner.optimizer.param_groups[0]["lr"] for learner in learners] == pytest.approx(
         [1e-3 * share, 1e-2 * share]

@@ -157,6 +157,20 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(arguments, copy, whole
     assert ours == theirs | {"run_dir": str(copy)}
 
 
+def test_more_iterations_do_not_stretch_the_schedule_unless_asked(copy, tmp_path, capsys):
+    """Guards learning rates that jump up again where a finished run goes on, and a jump that no record shows."""
+    stretched, rates = Path(shutil.copytree(copy, tmp_path / "stretched")), []
+    for run, *more in ((copy,), (stretched, "--schedule-iterations", "0")):
+        assert train_rlpa.main(["--resume", str(run), "--num-iterations", "5", "--eval-every", "0", *more]) == 0
+        assert ("--schedule-iterations 0" in capsys.readouterr().out) == (run == copy)
+        assert json.loads((run / "config.json").read_text())["schedule_iterations"] == (3 if run == copy else 5)
+        rates.append([r["lr"] for r in records(run, "train")])
+        assert rates[-1] == [r["critic_lr"] for r in records(run, "train")]  # SETTINGS give both the same peak
+    held, longer = rates
+    assert held[0] > held[1] > held[2] > held[3] == held[4] == pytest.approx(1e-4)
+    assert longer[:3] == held[:3] and longer[3] > 2e-4 > longer[4]
+
+
 class Killed(BaseException):
     """Stands in for SIGKILL."""
 

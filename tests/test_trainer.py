@@ -217,7 +217,7 @@ def test_bad_resumes_are_one_line(ckpt, tmp_path, refused):
 def test_the_exit_code_of_the_program(ckpt):
     """Guards `sys.exit(main())`: a shell sees 2 and one line, no traceback and no usage text."""
     command = [sys.executable, "train_rlpa.py", "--ckpt", str(ckpt), "--credit", "token"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and "--credit" in done.stderr and "token" in done.stderr
 

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from dialogue import SYSTEM_PROMPT, ChatTokenizer, render_turn
 from kernels import linear_logprob
+from learners.folder import HELDOUT_FILE
 from learners.processes import all_sum_gradients, leave, rank, world_size
 from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from records.perplexity import HELDOUT_FILE
 from untrusted.plain_text import say
 from worlds.first import COMPLAINTS, VALUES, fill, generate_personas, user_reply
 from worlds.ledger import SLOTS, asked_slots, disclosed, split_fact

@@ -22,6 +22,7 @@ from untrusted.plain_text import shorten
 
 MAX_JSON_BYTES = 64 * 2**20  # of a file that is read at once
 MAX_DEPTH = 64  # of lists and objects within each other
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git-LFS holds in place of a large file
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|(?<![\d.])\d{20,}')
 
 
@@ -61,6 +62,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
         raw = file.read(most + 1)
     if len(raw) > most:
         raise ValueError(f"{path} is longer than {most:,} bytes, the most that is read")
+    refuse_pointer(path, raw)
     return raw
 
 
@@ -81,6 +83,10 @@ def open_plain(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+def refuse_pointer(path: Path, raw: bytes) -> None:
+    """Raise ValueError if a file, which begins with these bytes, only names the content that Git-LFS keeps for it."""
+    if raw.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a Git-LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:

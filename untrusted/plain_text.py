@@ -52,7 +52,11 @@ def indented(text: str) -> str:
 def json_type(value: Any) -> str:
     """Name what JSON calls a value, and show it: what was found where something else was wanted."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return f"{names.get(type(value), 'null')} ({shorten(json.dumps(value))})" if value is not None else "null"
+    try:
+        shown = shorten(json.dumps(value))
+    except RecursionError:
+        shown = "nested too deeply"
+    return f"{names.get(type(value), 'null')} ({shown})" if value is not None else "null"
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -78,3 +82,8 @@ def say(text: str, file: TextIO | None = None) -> None:
     """
     tqdm.write(plain_text(text), file=file)
     (file or sys.stdout).flush()
+
+
+def warn(text: str) -> None:
+    """Print a warning on one line of stderr."""
+    say(f"warning: {clean_text(text)}", sys.stderr)
