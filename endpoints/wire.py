@@ -32,11 +32,16 @@ class ChatError(Exception):
 
     reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large or outage.
     retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
+    status: of HTTP, 0 if another one than 200 is not the cause. words: what the server said about it.
     """
 
-    def __init__(self, reason: str, message: str, retryable: bool = True, retry_after: float = 0.0):
+    def __init__(
+        self, reason: str, message: str, retryable: bool = True, retry_after: float = 0.0, status: int = 0,
+        words: str = "",
+    ):  # fmt: skip
         super().__init__(f"{reason}: {message}")
         self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
+        self.status, self.words = status, words
 
 
 class Call(NamedTuple):
