@@ -32,7 +32,7 @@ from endpoints.wire import (
     ChatError,
     ChatReply,
     Message,
-    completions_url,
+    completions_urls,
     is_loopback,
     parse_reply,
     parse_retry_after,
@@ -95,7 +95,7 @@ class ChatClient:
         check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
                      max_reply_bytes=max_reply_bytes, max_tokens=max_tokens, breaker_failures=breaker_failures)
         check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
-        urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
+        urls = completions_urls(base_url, name)
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
         self._turns = itertools.count()
         self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify

@@ -51,32 +51,58 @@ class Call(NamedTuple):
     failed: tuple[str, ...] = ()
 
 
+def completions_urls(base_urls: str, name: str = "") -> list[str]:
+    """Return the addresses of the chat completions of base URLs with commas between them, each once."""
+    urls = re.split(r",\s*(?=https?://|\Z)", base_urls, flags=re.IGNORECASE)  # a query may hold a comma
+    return list(dict.fromkeys(completions_url(url, name) for url in urls))
+
+
 def completions_url(base_url: str, name: str = "") -> str:
-    """Return the address of the chat completions of a base URL, with or without its /v1; `name`: whose, for errors.
+    """Return the address of the chat completions of a base URL as people paste it; `name`: whose, for errors.
 
-    >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/")
-    ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions')
+    A complete address stays as it is. /v1 is added only where there is no path. A query stays, at the end.
+
+    >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/?api-version=1")
+    ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions?api-version=1')
     """
-    parts = _split_url(base_url.strip(), f"{URL_FLAGS.get(name, name)}: " if name else "")
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    if not re.search(r"/v\d[^/]*(?:/|$)", path):
-        path += "/v1"
-    return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
+    base_url = base_url.strip()
+    parts, why = _split_url(base_url)
+    if why:
+        whose = f"{URL_FLAGS.get(name, name)}: " if name else ""
+        shown = "…" if "@" in base_url else shorten(re.split("[?#]", base_url)[0])  # no password, no key
+        raise ValueError(f"{whose}the base URL {shown!r} {why}; it must look like http://host:port or https://host/v1")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path = f"{path or '/v1'}/chat/completions"
+    return parts._replace(path=path).geturl()
 
 
-def _split_url(base_url: str, whose: str) -> SplitResult:
+def shown_url(url: str) -> str:
+    """Return an address as messages may show it: without its query, which may hold a key.
+
+    >>> shown_url("https://host/v1/chat/completions?key=s3cret")
+    'https://host/v1/chat/completions?…'
+    """
+    return re.sub(r"(?s)\?.*", "?…", url)
+
+
+def _split_url(base_url: str) -> tuple[SplitResult, str]:
+    """Return the parts of an address, and why it cannot be used (empty: it can)."""
     try:
         parts = urlsplit(base_url)
-        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, a broken IPv6 address
-        valid = False
-    if valid and (parts.username is not None or parts.password is not None):
-        raise ValueError(
-            f"{whose}the base URL holds a user name or password; put the key into an environment variable instead")
-    if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
-        shown = re.sub("//.*@|[?#].*", "…", base_url)  # not what may be a password or a key
-        raise ValueError(f"{whose}base URL {shorten(shown)!r} is not of the form http://host:port or https://host/v1")
-    return parts
+        host = parts.hostname if parts.port != 0 else None
+    except ValueError:
+        return SplitResult("", "", "", "", ""), "has a port that is no number, or a broken IPv6 address"
+    reasons = {
+        "holds a blank or a control character": not base_url.isprintable() or " " in base_url,
+        "does not begin with http:// or https://": parts.scheme not in ("http", "https"),
+        "holds a user name or password (put the key into an environment variable)": "@" in parts.netloc,
+        "holds a fragment (#…)": "#" in base_url,
+        "names no host": not parts.hostname,
+        "names the port 0": host is None,
+        "holds a comma (each of several URLs begins with http:// or https://)": "," in parts.netloc + parts.path,
+    }
+    return parts, next((why for why, true in reasons.items() if true), "")
 
 
 def is_loopback(host: str | None) -> bool:
