@@ -28,6 +28,7 @@ from endpoints.sockets import CuttableAdapter
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
 from endpoints.wire import (
+    URL_FLAGS,
     Call,
     ChatError,
     ChatReply,
@@ -96,14 +97,15 @@ class ChatClient:
                      max_reply_bytes=max_reply_bytes, max_tokens=max_tokens, breaker_failures=breaker_failures)
         check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
         urls = completions_urls(base_url, name)
+        if any(url.startswith("https:") for url in urls):
+            ca_bundle()
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
         self._turns = itertools.count()
         self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify
         self.outage = ""  # why calls were given up for an outage; empty: none was
         self.answered = False  # whether any call ever was
         self.last_failure: ChatError | None = None
-        self._refusals, self._refused = 0, None  # calls in a row that were refused, and how the last of them was
-        self._given_up = False  # whether nothing more is sent, because the first calls were all refused
+        self._refusals, self._given_up = 0, False  # calls in a row that were refused; whether no more are sent for it
         self._changed: dict[str, list[str]] = {url: [] for url in urls}  # parts of requests that an endpoint refuses
         self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
         self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
@@ -182,7 +184,8 @@ class ChatClient:
         """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
         while not self._closed.is_set():
             if self._given_up and not self.answered:
-                raise ChatError(self._refused.reason, self._refused.message, False, status=self._refused.status)
+                was = self.last_failure
+                raise ChatError(was.reason, was.message, retryable=False, status=was.status)
             for url, breaker in self.breakers.items():
                 if breaker.is_open and breaker.claim_probe():
                     self._probers.submit(self._probe, url)
@@ -322,21 +325,23 @@ class ChatClient:
     def _transport_error(self, url: str, error: Exception, deadline: float) -> ChatError:
         if self._closed.is_set():
             return ChatError("connect", CLOSED, retryable=False)
+        shown = shown_url(url)
         if time.monotonic() >= deadline:
-            return ChatError("timeout", f"no whole reply from {shown_url(url)} within total_timeout={self.total_timeout:g} s")
+            return ChatError("timeout", f"no whole reply from {shown} within total_timeout={self.total_timeout:g} s")
         if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-            return ChatError("timeout", f"{shown_url(url)} was silent for connect_timeout={self.connect_timeout:g} s or "
+            return ChatError("timeout", f"{shown} was silent for connect_timeout={self.connect_timeout:g} s or "
                                         f"read_timeout={self.read_timeout:g} s")
         while error.__context__ is not None:
             error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
         cause = f"{type(error).__name__}: {shorten(self._redact(str(error)))}"
-        return ChatError("connect", f"connection to {shown_url(url)} failed ({cause})")
+        return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
         status, words = response.status_code, servers_words(raw)
         reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
         if target := response.headers.get("Location", "") if status < 400 else "":
-            words = f"it redirects to {shorten(shown_url(urljoin(url, target)), limit=200)}"
+            target = re.sub(r"(?<=//)[^/]*@|[?#].*", "", urljoin(url, target))  # no password, no token
+            words = f"it redirects to {shorten(target, limit=200)}"
         return ChatError(reason, f"HTTP {status} from {shown_url(url)}: {words}",
                          retryable=status >= 500 or status in RETRIED_4XX,
                          retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()),
@@ -355,14 +360,14 @@ class ChatClient:
         """Note how a call was lost; if the first ones were all refused, and no other is under way, send no more."""
         with self._lock:
             self._refusals = self._refusals + 1 if self._is_refusal(failure) else 0
-            self._refused = failure
             alone = not self._in_flight  # a slow good answer may still be on its way
             self._given_up |= self._refusals >= FIRST_REFUSALS and alone and not self.answered
 
     @property
     def refusal(self) -> str:
         """Say in one line why every call has failed so far though the endpoints are alive; "" if that is not so."""
-        return f"every request failed; {self.complaint}" if self._refusals and not self.answered else ""
+        whose = URL_FLAGS.get(self.name, self.name or "the endpoint")
+        return f"{whose}: every request failed; {self.complaint}" if self._refusals and not self.answered else ""
 
     @property
     def complaint(self) -> str:

@@ -13,7 +13,7 @@ from endpoints.wire import URL_FLAGS, ChatError, Message
 
 Request = dict[str, Any]  # the body of a chat completion request
 REFUSING = {400, 422, 500}  # 500: llama.cpp and SGLang for chat templates, LiteLLM for parameters
-_NO = r"unsupported|n[o']t (?:\w+ )?(?:support|permitted|allowed|accept)|unknown|unrecognized|extra_forbidden|deprecated"
+_NO = r"unsupported|n[o']t (?:\w+ )?(?:support|permitted|allowed|accept)|unknown|unrecognized|_forbidden|deprecated"
 
 
 class Change(NamedTuple):
@@ -62,13 +62,13 @@ CHANGES = {
     # Mistral (extra_forbidden, in "loc"), Gemini ('Unknown name "seed": Cannot find field'), Azure's catalogue, vLLM on
     # TPUs ("does not support per-request seed"), LiteLLM before Anthropic ("does not support parameters: ['seed']").
     "seed": Change(_refuses("seed"), "left out, so that replies do not repeat", _leave_out("seed")),
-    # OpenAI and Azure, o-series and GPT-5: "'max_tokens' is not supported with this model. Use 'max_completion_tokens'".
+    # OpenAI and Azure, o-series and GPT-5: "'max_tokens' is not supported with this model. Use …".
     "max_tokens": Change(_refuses("max_tokens"), "sent as max_completion_tokens", _rename_limit),
-    # The same ("Only the default (1) value is supported"); Anthropic by Bedrock ("`temperature` is deprecated").
+    # The same ("does not support 0.7 with this model"); Anthropic behind Bedrock ("`temperature` is deprecated").
     "temperature": Change(_refuses("temperature"), "left out: the server's own holds", _leave_out("temperature")),
-    # Chat templates, behind any server. Gemma 1 and 2: "System role not supported"; Mistral 7B: "Only user and assistant
-    # roles are supported"; Gemma 3 and Mistral: "Conversation roles must alternate"; Qwen 3.5: "System message must be
-    # at the beginning". Gemini's endpoint for Gemma: "Developer instruction is not enabled"; o1-mini: "does not support
+    # Chat templates, behind any server. Gemma 1 and 2: "System role not supported"; Mistral 7B: "Only user and
+    # assistant roles are supported"; Gemma 3: "Conversation roles must alternate"; Qwen 3.5: "System message must be at
+    # the beginning". Gemini's endpoint for Gemma: "Developer instruction is not enabled"; o1-mini: "does not support
     # 'system' with this model".
     "system role": Change(
         r"(?:system|developer) (?:role|message|instruction|prompt)s?[^.]{0,30} (?:not|must be)\b|roles must alternate"
@@ -99,6 +99,7 @@ def without(request: Request, parts: Collection[str]) -> Request:
     return request
 
 
+WRONG_FORMS = {"bad_json", "bad_schema", "too_large"}  # reasons: what came is no chat completion
 FLAGS = {name: (url, f"--{name}-model", "--api-key-env") for name, url in URL_FLAGS.items()}  # address, model, key
 
 
@@ -115,7 +116,6 @@ def way_out(name: str, error: ChatError) -> str:
         case 404 | 405:
             return f"check {model} and the address"
         case status if 300 <= status < 400:
-            return f"give the address that it names as {address}"
-        case 0 | 200:
-            return f"check {address}: it must be an OpenAI-compatible endpoint"
-    return ""
+            usable = error.words.endswith("/chat/completions")  # else it may be a page to log in
+            return f"give that address as {address}" if usable else f"check {address}"
+    return f"check {address}: it must be an OpenAI-compatible endpoint" if error.reason in WRONG_FORMS else ""

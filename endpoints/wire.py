@@ -32,7 +32,7 @@ class ChatError(Exception):
 
     reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large or outage.
     retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
-    status: of HTTP, 0 if another one than 200 is not the cause. words: what the server said about it.
+    status: the HTTP status that is the cause, 0 if none is. words: what the server said with it.
     """
 
     def __init__(
@@ -42,6 +42,11 @@ class ChatError(Exception):
         super().__init__(f"{reason}: {message}")
         self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
         self.status, self.words = status, words
+
+    @property
+    def message(self) -> str:
+        """Return the text without the reason."""
+        return str(self).removeprefix(f"{self.reason}: ")
 
 
 class Call(NamedTuple):
