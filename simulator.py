@@ -283,8 +283,8 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
         url = config.simulator_url or (server.url if server else REPLAYED)
         env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape)
         if rank == 0 and is_live(config) and config.reply_steps < 0:
-            print("--reply-steps is 0: user or judge is a live endpoint, whose replies are used as they come; so a run does"
-                  " not repeat to the bit (with --reply-steps 16 it may)", file=sys.stderr)
+            print("--reply-steps is 0: user or judge is a live endpoint, and replies are used as they come; so a run"
+                  " does not repeat to the bit (with --reply-steps 16 it may)", file=sys.stderr)
         try:
             yield env
         finally:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -185,7 +186,7 @@ class ChatClient:
         while not self._closed.is_set():
             if self._given_up and not self.answered:
                 was = self.last_failure
-                raise ChatError(was.reason, was.message, retryable=False, status=was.status)
+                raise ChatError(was.reason, was.message, retryable=False, status=was.status, words=was.words)
             for url, breaker in self.breakers.items():
                 if breaker.is_open and breaker.claim_probe():
                     self._probers.submit(self._probe, url)
@@ -238,7 +239,7 @@ class ChatClient:
                 is_new = part not in self._changed[url]
                 self._changed[url] += [part] * is_new
             if is_new:
-                self.notify(f"{self.name or 'endpoint'}: {failure.message}; {part}: {CHANGES[part].done}")
+                self.notify(f"{self.name or 'endpoint'}: {failure.message}; from now on {part} is {CHANGES[part].done}")
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
@@ -334,6 +335,8 @@ class ChatClient:
         while error.__context__ is not None:
             error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
         cause = f"{type(error).__name__}: {shorten(self._redact(str(error)))}"
+        if isinstance(error, ssl.SSLCertVerificationError):  # no patience changes it
+            return ChatError("certificate", f"the certificate of {shown} is not trusted ({cause})", retryable=False)
         return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:

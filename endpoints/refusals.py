@@ -65,7 +65,7 @@ CHANGES = {
     # OpenAI and Azure, o-series and GPT-5: "'max_tokens' is not supported with this model. Use …".
     "max_tokens": Change(_refuses("max_tokens"), "sent as max_completion_tokens", _rename_limit),
     # The same ("does not support 0.7 with this model"); Anthropic behind Bedrock ("`temperature` is deprecated").
-    "temperature": Change(_refuses("temperature"), "left out: the server's own holds", _leave_out("temperature")),
+    "temperature": Change(_refuses("temperature"), "left out, and the server's own holds", _leave_out("temperature")),
     # Chat templates, behind any server. Gemma 1 and 2: "System role not supported"; Mistral 7B: "Only user and
     # assistant roles are supported"; Gemma 3: "Conversation roles must alternate"; Qwen 3.5: "System message must be at
     # the beginning". Gemini's endpoint for Gemma: "Developer instruction is not enabled"; o1-mini: "does not support
@@ -109,6 +109,8 @@ def way_out(name: str, error: ChatError) -> str:
     >>> way_out("judge", ChatError("http_4xx", "HTTP 404: no such model", status=404))
     'check --judge-model and the address'
     """
+    if error.reason == "certificate":
+        return "REQUESTS_CA_BUNDLE can name a file with its authority"
     address, model, key = FLAGS.get(name, ("the address", "the model after #", "--subject-key-env"))
     match error.status:
         case 401 | 403:

@@ -30,7 +30,8 @@ class ChatReply(str):
 class ChatError(Exception):
     """A chat call that failed; the message is one line and never holds the key.
 
-    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large or outage.
+    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large,
+    certificate or outage.
     retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
     status: the HTTP status that is the cause, 0 if none is. words: what the server said with it.
     """
