@@ -24,23 +24,25 @@ import requests
 import urllib3
 
 from endpoints.sockets import CuttableAdapter
+from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
 from endpoints.wire import (
+    UNSAID,
     Call,
     ChatError,
     ChatReply,
     Message,
     completions_urls,
     is_loopback,
-    parse_reply,
     parse_retry_after,
     servers_words,
+    shown_url,
 )
 from untrusted.plain_text import shorten
 
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
-OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
+OWN_FAULT = {"http_4xx", "too_large"} | UNSAID  # say something about the request: the endpoint itself is alive
 CLOSED = "the client was closed"
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 PING_TOKENS = 2  # of a probe and its answer
@@ -100,6 +102,7 @@ class ChatClient:
         self.tape, self.name, self._last_failure = tape, name, ""
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
+        self._thinkers: set[str] = set()  # endpoints whose thoughts were told of
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[requests.Session, CuttableAdapter]]] = {url: [] for url in urls}  # open
         self._in_flight: dict[int, tuple[CuttableAdapter, float]] = {}  # thread id → its adapter and its deadline
@@ -124,7 +127,7 @@ class ChatClient:
             prompt, said = reply.prompt_tokens, reply.tokens
             counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
             counts["completion_tokens"] = len(reply.split()) if said is None else said
-            counts["without_usage"] = int(prompt is None or said is None)
+            counts.update(without_usage=prompt is None or said is None, length=reply.cut, thoughts=reply.thoughts)
         with self._lock:
             self._tally.update(counts)
         return reply
@@ -157,7 +160,7 @@ class ChatClient:
                 deadline, first, spared = time.monotonic() + self.total_timeout, len(failed), True
             elif self._closed.wait(pause):
                 break
-            if failure.reason == "empty" and "seed" in request:  # a seeded server would say nothing again
+            if failure.reason in UNSAID and "seed" in request:  # a seeded server would say nothing again
                 request = request | {"seed": request["seed"] + 1}
         return Call(failure, tuple(failed))
 
@@ -185,13 +188,16 @@ class ChatClient:
         """Send a request, and let the quota and the endpoint's breaker know what came of it."""
         used, failure = most_tokens, None  # where the endpoint does not say
         try:
-            reply = self._attempt(url, json.dumps(request).encode(), deadline)
+            reply = bound_usage(self._attempt(url, json.dumps(request).encode(), deadline), most_tokens)
+            thoughts = reply.thoughts
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
             error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
-            failure, used = error, 0
+            failure, used, thoughts = error, 0, error.reason == "only_thoughts"
         self.quota.take(used - most_tokens, requests=0)
+        if thoughts:
+            self._tell_of_thoughts(url)
         if failure and failure.reason not in OWN_FAULT:
             self._note_failure(url, failure, probe)
         elif self.breakers[url].answered():
@@ -262,11 +268,13 @@ class ChatClient:
 
         requests (calls, made or replayed), retries (repeated attempts), errors (failed attempts by reason),
         prompt_tokens and completion_tokens (words, where the endpoint does not say), without_usage (calls for which it
-        did not say) and breaks (how often a breaker opened).
+        did not say), length (replies that ended at max_tokens), thoughts (replies that held some) and breaks (how often
+        a breaker opened).
         """
         with self._lock:
             tally = dict(self._tally)
-        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
+        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "length", "thoughts",
+                  "breaks")
         errors = {key.removeprefix("errors "): n for key, n in tally.items() if key.startswith("errors ")}
         return {key: tally.get(key, 0) for key in totals} | {"errors": errors}
 
@@ -312,6 +320,14 @@ class ChatClient:
             self._last_failure = str(error)
         if opened:
             self.notify(f"{self.name or url}: {error}; left alone until a probe is answered")
+
+    def _tell_of_thoughts(self, url: str) -> None:
+        """Say once per endpoint that it sends thoughts in its text."""
+        with self._lock:
+            new = url not in self._thinkers
+            self._thinkers.add(url)
+        if new:
+            self.notify(f"{self.name or 'an endpoint'}: {shown_url(url)} sends thoughts in its text; they are cut away")
 
     def _may_be_out(self, failure: ChatError, since: float) -> bool:
         """Say whether a failure may be that of all endpoints: none has answered anybody since then."""
