@@ -26,9 +26,11 @@ import urllib3
 
 from endpoints.refusals import CHANGES, refused_part, way_out, without
 from endpoints.sockets import CuttableAdapter
+from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
 from endpoints.wire import (
+    UNSAID,
     URL_FLAGS,
     Call,
     ChatError,
@@ -36,7 +38,6 @@ from endpoints.wire import (
     Message,
     completions_urls,
     is_loopback,
-    parse_reply,
     parse_retry_after,
     servers_words,
     shown_url,
@@ -114,6 +115,7 @@ class ChatClient:
         self.tape, self.name = tape, name
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
+        self._thinkers: set[str] = set()  # endpoints whose thoughts were told of
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[requests.Session, CuttableAdapter]]] = {url: [] for url in urls}  # open
         self._in_flight: dict[int, tuple[CuttableAdapter, float]] = {}  # thread id → its adapter and its deadline
@@ -142,7 +144,7 @@ class ChatClient:
             prompt, said = reply.prompt_tokens, reply.tokens
             counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
             counts["completion_tokens"] = len(reply.split()) if said is None else said
-            counts["without_usage"] = int(prompt is None or said is None)
+            counts.update(without_usage=prompt is None or said is None, length=reply.cut, thoughts=reply.thoughts)
         with self._lock:
             self._tally.update(counts)
         return reply
@@ -176,7 +178,7 @@ class ChatClient:
                 deadline, first, spared = time.monotonic() + self.total_timeout, len(failed), True
             elif self._closed.wait(pause):
                 break
-            if failure.reason == "empty" and "seed" in request:  # a seeded server would say nothing again
+            if failure.reason in UNSAID and "seed" in request:  # a seeded server would say nothing again
                 request = request | {"seed": request["seed"] + 1}
         self._note_lost(failure)
         return Call(failure, tuple(failed))
@@ -208,14 +210,17 @@ class ChatClient:
         """Send a request, and let the quota and the endpoint's breaker know what came of it."""
         used, failure = most_tokens, None  # where the endpoint does not say
         try:
-            reply = self._attempt_as_taken(url, request, deadline)
+            reply = bound_usage(self._attempt_as_taken(url, request, deadline), most_tokens)
+            thoughts = reply.thoughts
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
             error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
             self.last_failure = failure = error
-            used = 0
+            used, thoughts = 0, error.reason == "only_thoughts"
         self.quota.take(used - most_tokens, requests=0)
+        if thoughts:
+            self._tell_of_thoughts(url)
         if failure and failure.reason in AWAY:
             self._note_failure(url, failure, probe)
         elif self.breakers[url].answered():
@@ -307,11 +312,13 @@ class ChatClient:
 
         requests (calls, made or replayed), retries (repeated attempts), errors (failed attempts by reason),
         prompt_tokens and completion_tokens (words, where the endpoint does not say), without_usage (calls for which it
-        did not say) and breaks (how often a breaker opened).
+        did not say), length (replies that ended at max_tokens), thoughts (replies that held some) and breaks (how often
+        a breaker opened).
         """
         with self._lock:
             tally = dict(self._tally)
-        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
+        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "length", "thoughts",
+                  "breaks")
         errors = {key.removeprefix("errors "): n for key, n in tally.items() if key.startswith("errors ")}
         return {key: tally.get(key, 0) for key in totals} | {"errors": errors}
 
@@ -389,6 +396,14 @@ class ChatClient:
             self._tally["breaks"] += opened
         if opened:
             self.notify(f"{self.name or 'an endpoint'}: {error}; left alone until a probe is answered")
+
+    def _tell_of_thoughts(self, url: str) -> None:
+        """Say once per endpoint that it sends thoughts in its text."""
+        with self._lock:
+            new = url not in self._thinkers
+            self._thinkers.add(url)
+        if new:
+            self.notify(f"{self.name or 'an endpoint'}: {shown_url(url)} sends thoughts in its text; they are cut away")
 
     def _may_be_out(self, failure: ChatError, since: float) -> bool:
         """Say whether a failure may be that of all endpoints: none has answered anybody since then."""

@@ -105,6 +105,7 @@ def _write_call(endpoint: str, key: str, seed: int | None, call: Call) -> bytes:
         line |= {"error": reply.reason, "message": str(reply).removeprefix(f"{reply.reason}: ")}
     else:
         line |= {"text": str(reply), "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+        line |= {what: True for what in ("cut", "thoughts") if getattr(reply, what)}
     return json.dumps(line | {"check": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
 
 
@@ -119,6 +120,7 @@ def _read_call(line: bytes, where: str) -> tuple[str, Call]:
         else:
             reply = ChatReply(found["text"])
             reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
+            reply.cut, reply.thoughts = "cut" in found, "thoughts" in found
         return found["request"], Call(reply, tuple(found["failed"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where}: damaged, or not a recorded call ({type(error).__name__}: {shorten(str(error))}); "

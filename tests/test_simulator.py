@@ -35,7 +35,8 @@ import simulator
 from config import Config
 from endpoints import server as endpoint_server
 from endpoints.client import ChatClient
-from endpoints.wire import ChatError, RequestError, parse_reply, parse_retry_after
+from endpoints.speech import parse_reply
+from endpoints.wire import ChatError, RequestError, parse_retry_after
 from simulator import make_user_server, simulator_messages, start_embedded_server
 from worlds import first
 from worlds.personas import Persona
@@ -144,9 +145,9 @@ PROMPT_FAILURES = [  # (reason, what the server sends or does)
     ("bad_json", http_reply(completion("hi")[:-9])),
     ("bad_json", http_reply(b"\xff\xfe\xfa")),
     ("bad_json", http_reply(b"[" * 50_000)),
-    ("bad_json", http_reply(b"9" * 5_000)),
+    ("bad_schema", http_reply(b"9" * 5_000)),
     ("bad_json", http_reply(b"data: {}\n\ndata: [DONE]")),
-    ("bad_schema", http_reply(completion(None))),
+    ("no_text", http_reply(completion(None))),
     ("bad_schema", http_reply(completion(7))),
     ("bad_schema", http_reply(completion({"text": "hi"}))),
     ("bad_schema", http_reply(completion(["hi"]))),
@@ -369,7 +370,7 @@ def test_any_body_is_text_or_a_chat_error(raw):
     try:
         assert parse_reply(raw).strip()
     except ChatError as error:
-        assert error.reason in {"empty", "bad_json", "bad_schema"}
+        assert error.reason in {"empty", "no_text", "bad_json", "bad_schema"}
 
 
 def test_reply_is_valid_unicode():

@@ -47,7 +47,7 @@ def test_addresses_as_people_paste_them():
 )  # fmt: skip
 def test_addresses_are_refused_by_their_cause(base, why):
     """Guards a typo in --simulator-url that shows as a connection error after two minutes; secrets that are echoed."""
-    with pytest.raises(ValueError, match="the base URL") as caught:
+    with pytest.raises(ValueError, match="base URL") as caught:
         ChatClient(base, "m", name="simulator")
     words = str(caught.value).partition("; it must look like")[0]
     assert words.startswith("--simulator-url: ") and why in words and "secret" not in words and "\n" not in words
