@@ -129,7 +129,8 @@ class ChatClient:
         call = self.tape.find(self.name, request) if self.tape else None
         if call is None:
             call = self._call(request)
-            lost = self._closed.is_set() or self._given_up or getattr(call.reply, "reason", "") == "outage"
+            gone = self._closed.is_set() or self._given_up and not self.answered
+            lost = gone or getattr(call.reply, "reason", "") == "outage"
             if self.tape and not lost:  # these fail calls that the endpoint would have answered
                 call = self.tape.keep(self.name, request, call)
         reply, failed = call

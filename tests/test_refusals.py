@@ -220,7 +220,6 @@ def ended(capsys, code: int, program, *argv: object) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_programs_end_at_once_with_the_servers_words(ckpt, user_url, tmp_path, capsys):  # noqa: F811
     """Guards exit code 75, a hint that cannot help, and hours of an evaluation, for a wrong model or key."""
     with quirk("model-404") as url:
