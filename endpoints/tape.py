@@ -20,6 +20,7 @@ START = b'{"endpoint": "'  # of every line, and so of the file: the mark by whic
 MAX_LINE = 8 << 20  # bytes of a call: a reply of 256 KiB, each character of which may take six bytes, and its errors
 CALL = {"endpoint": str, "request": str, "seed": int | None, "failed": list[str], "check": int}  # fields of each line
 REPLY = {"text": str, "prompt_tokens": int | None, "completion_tokens": int | None}
+NOTES = ("cut", "thoughts")  # attributes of a reply that are written where they are true
 FAILURE = {"error": str, "message": str}
 
 
@@ -116,6 +117,7 @@ def _write_call(endpoint: str, key: str, seed: int | None, call: Call) -> bytes:
         line |= {"error": reply.reason, "message": str(reply).removeprefix(f"{reply.reason}: ")}
     else:
         line |= {"text": str(reply), "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+        line |= {what: True for what in NOTES if getattr(reply, what)}
     return json.dumps(line | {"check": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
 
 
@@ -124,7 +126,8 @@ def _read_call(line: bytes, where: str) -> tuple[str, Call]:
     try:
         found = parse_json(line, "it")
         check_value(found, dict, "it")
-        check_value(found, CALL | (FAILURE if "error" in found else REPLY), "it")
+        notes = {what: bool for what in NOTES if what in found}
+        check_value(found, CALL | (FAILURE if "error" in found else REPLY | notes), "it")
         if found.pop("check") != zlib.crc32(json.dumps(found).encode()):
             raise ValueError("its checksum is wrong")
     except ValueError as error:
@@ -134,4 +137,5 @@ def _read_call(line: bytes, where: str) -> tuple[str, Call]:
         return found["request"], Call(ChatError(found["error"], found["message"]), tuple(found["failed"]))
     reply = ChatReply(found["text"])
     reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
+    reply.cut, reply.thoughts = (found.get(what, False) for what in NOTES)
     return found["request"], Call(reply, tuple(found["failed"]))

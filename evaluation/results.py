@@ -53,6 +53,7 @@ class Played:
     counts: dict[str, int]
     calls: dict[str, float]  # of user, judge and subject, with their tokens and cost
     calls_note: str
+    complaint: str  # what user, judge or subject said last instead of a reply; empty: nothing
     perplexities: Array  # (1 + R,) of the text of --perplexity and its resamples; NaN if it was not measured
 
 

@@ -386,7 +386,7 @@ def test_ctrl_c_ends_an_evaluation_that_waits(ckpt, tmp_path, who):
 
     with chat_server(silent) as url:
         command = [sys.executable, "-m", "evaluation", who.format(url=url, ckpt=ckpt), "--simulator-url", url]
-        command += ["--request-timeout", "600", "--quiet", "--out", tmp_path / "out"]
+        command += ["--request-timeout", "600", "--quiet", "--reply-steps", "0", "--out", tmp_path / "out"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         assert asked.wait()
         process.send_signal(signal.SIGINT)

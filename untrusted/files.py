@@ -23,29 +23,38 @@ from untrusted.plain_text import shorten
 MAX_JSON_BYTES = 64 * 2**20  # of a file that is read at once
 MAX_DEPTH = 64  # of lists and objects within each other
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git-LFS holds in place of a large file
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|(?<![\d.])\d{20,}')
+MAX_DIGITS = 20  # of a whole number: 64 bits
+_TOKENS = re.compile(rb'(?s)"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]|(?<![\d.])\d{%d,}' % (MAX_DIGITS + 1))  # linear time
 
 
-def parse_json(raw: bytes, where: str) -> Any:
+def parse_json(raw: bytes, where: str, any_number: bool = False) -> Any:
     """Return the JSON value in UTF-8 bytes; ValueError that begins with `where` for anything else.
 
-    >>> parse_json(b'{"lr": [1, 2.5]}', "settings")
-    {'lr': [1, 2.5]}
+    any_number: NaN, infinity and endless numbers are no reason to refuse the rest; they become None.
+
+    >>> parse_json(b'{"lr": [1, 2.5]}', "settings"), parse_json(b"[NaN, 2]", "a reply", any_number=True)
+    ({'lr': [1, 2.5]}, [None, 2])
     """
     depth = 0
     for token in _TOKENS.findall(raw):  # a text is skipped as a whole: brackets and digits in it are free
         depth += (token in (b"[", b"{")) - (token in (b"]", b"}"))
-        if depth > MAX_DEPTH or token[:1].isdigit():
-            why = f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"a number of {len(token)} digits"
+        endless = token[:1].isdigit() and not any_number
+        if depth > MAX_DEPTH or endless:
+            why = f"a number of {len(token)} digits" if endless else f"nested more than {MAX_DEPTH} deep"
             raise ValueError(f"{where} is refused: {why}")
+    constant, integer = (lambda name: None, _bounded) if any_number else (_refuse_constant, None)
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=constant, parse_int=integer)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {shorten(str(error))}") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _bounded(digits: str) -> int | None:
+    return int(digits) if len(digits.lstrip("-")) <= MAX_DIGITS else None
 
 
 def read_json(path: str | Path, hint: Any = dict) -> Any:
