@@ -19,7 +19,8 @@ from untrusted.plain_text import shorten
 MAX_JSON_BYTES = 64 * 2**20  # of a file that is read at once
 MAX_DEPTH = 64  # of lists and objects within each other
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git-LFS holds in place of a large file
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|(?<![\d.])\d{20,}')
+# A number of 40 digits or more is refused; transformers writes one of 31, "model_max_length" of 10^30.
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|(?<![\d.])\d{40,}')
 
 
 def parse_json(raw: bytes, where: str) -> Any:
