@@ -177,7 +177,7 @@ def trained(state: State) -> dict[str, Learner]:
 
 
 def save_texts(state: State, folder: Path) -> None:
-    """Write what makes a saved policy a chat model elsewhere: what the policy's folder brought, and what was missing."""
+    """Write what makes a saved policy a chat model elsewhere: what its folder brought, and what was missing."""
     for name, content in state.files.items():
         (folder / name).write_bytes(content)
 

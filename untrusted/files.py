@@ -23,7 +23,7 @@ from untrusted.plain_text import shorten
 MAX_JSON_BYTES = 64 * 2**20  # of a file that is read at once
 MAX_DEPTH = 64  # of lists and objects within each other
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git-LFS holds in place of a large file
-MAX_DIGITS = 20  # of a whole number: 64 bits
+MAX_DIGITS = 39  # of a whole number; transformers writes one of 31, "model_max_length" of 10^30
 _TOKENS = re.compile(rb'(?s)"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]|(?<![\d.])\d{%d,}' % (MAX_DIGITS + 1))  # linear time
 
 
