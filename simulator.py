@@ -37,7 +37,7 @@ from endpoints.server import make_server
 from endpoints.tape import Tape
 from endpoints.throttle import Quota
 from endpoints.wire import Message, RequestError, parse_request
-from untrusted.plain_text import say, shorten, warn
+from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds import first, second
 from worlds.ledger import History
 from worlds.personas import Persona, usable_facts
@@ -268,7 +268,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
     if tape and rank == 0:
-        say(tape.note, sys.stderr)
+        say(clean_text(tape.note), sys.stderr)
     quota = Quota(config.requests_per_minute / processes, config.tokens_per_minute / processes)
 
     def client(url: str, model: str, name: str) -> ChatClient:

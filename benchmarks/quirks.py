@@ -235,7 +235,8 @@ def train(name: str, folder: Path) -> Outcome:
     url += "/openai/deployments/user/chat/completions?api-version=1" * (name == "address")
     command = [sys.executable, "train_rlpa.py", *FLAGS, "--simulator-url", url, "--run-dir", folder / "run"]
     with closing(server.socket):
-        done = subprocess.run([*command, "--record", folder / "tape"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+        command += ["--record", folder / "tape"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
         server.shutdown()
     written = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
     leaks = sum(MARKER.encode() in content for content in [*written, done.stdout.encode(), done.stderr.encode()])

@@ -15,7 +15,7 @@ from records.log import RunLog
 from records.metrics import sum_counters
 from records.state import State, checkpoint_name, save_checkpoint
 from simulator import Environment
-from untrusted.plain_text import say
+from untrusted.plain_text import clean_text, say
 
 
 class Stopped(Exception):
@@ -76,5 +76,5 @@ def save_and_stop(end: Stopped | Unavailable, state: State, log: RunLog | None) 
     if isinstance(end, Unavailable):
         raise Unavailable(f"{end}; {hint}") from None
     if log:
-        say(hint)
+        say(clean_text(hint))
     return 0 if end.args[0] == signal.SIGTERM else 128 + end.args[0]
