@@ -41,7 +41,7 @@ from records.perplexity import read_texts, text_scores
 from records.state import read_progress
 from report import __main__ as report
 from rewards import read_candidate
-from studies import offline
+from studies import offline, summary
 from untrusted.plain_text import clean_text
 from worlds.personas import load_personas
 
@@ -81,14 +81,14 @@ def sound_folder(folder: Path) -> None:
 
     foreign = Config(ckpt=str(folder), simulator_url=ELSEWHERE, api_key_env="HOME", record=str(folder / "tape.jsonl"))
     write("run/config.json", {"format": RUN_FORMAT, **asdict(foreign)})
-    write("run/metrics.jsonl", *({"iteration": i, "kind": "train", "reward": 0.5} for i in range(3)))
+    write("run/metrics.jsonl", *({"iteration": i, "kind": "heldout/greedy", "recall": 0.5} for i in range(3)))
     write("run/episodes.jsonl", {"iteration": 1, "kind": "train", **episode_record(dialogue())})
     write("data/dialogues.jsonl", asdict(dialogue()), asdict(replace(dialogue(), index=1)))
     settings = {name: getattr(Config, name) for name in offline.COLLECTED} | {"ckpt": str(folder)}
     write("data/collection.json", {"settings": settings, "budget": offline.budget_of([dialogue()]) | {"seconds": 1.0}})
     estimate = {"value": 1.0, "low": 0.5, "high": None}
-    summary = {"personas": 1, "figures": {"AVG": estimate}, "turns": {"AL": [estimate]}, "counts": {"dropped": 1}}
-    write("evaluation/results.json", {"settings": {"turns": 2}, "subjects": {"a": summary}, "differences": {}})
+    figures = {"personas": 1, "figures": {"AVG": estimate}, "turns": {"AL": [estimate]}, "counts": {"dropped": 1}}
+    write("evaluation/results.json", {"settings": {"turns": 2}, "subjects": {"a": figures}, "differences": {}})
     progress = {"iteration": 1, "updates": 2, "evaluated": True, "best": {"x": 0.5}, "logs": {"metrics.jsonl": 9}}
     write("checkpoints/iteration_000001/trainer.json", progress)
     trainer = folder / "checkpoints/iteration_000001/trainer.json"
@@ -133,6 +133,12 @@ def use_tape(folder: Path) -> None:
         Tape(folder / "tape.jsonl", recording).close()
 
 
+def use_metrics(folder: Path) -> None:
+    """Make a run's page, and the table of docs/results/learning.md."""
+    reported(folder / "run")
+    summary.table([summary.read_records(folder / "run")])
+
+
 def raw_bytes(raw: bytes, rng: random.Random) -> bytes:
     """Damage what is no JSON."""
     return rng.choice((cut, flip))(raw, rng)
@@ -153,7 +159,7 @@ FILES: dict[str, tuple[Mutate, Callable[[Path], object]]] = {  # file → how it
     "data/dialogues.jsonl": (mutate_lines, use_collection),
     "tape.jsonl": (mutate_lines, use_tape),
     "personas.jsonl": (mutate_lines, lambda folder: load_personas(folder / "personas.jsonl")),
-    "run/metrics.jsonl": (mutate_lines, lambda folder: reported(folder / "run")),
+    "run/metrics.jsonl": (mutate_lines, use_metrics),
     "run/episodes.jsonl": (mutate_lines, lambda folder: reported(folder / "run")),
     "evaluation/results.json": (mutate_json, lambda folder: reported(folder / "evaluation")),
     "texts.jsonl": (mutate_lines, lambda folder: text_scores(*loaded(), read_texts(folder / "texts.jsonl"))),

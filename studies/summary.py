@@ -42,7 +42,9 @@ def read_records(run: Path) -> list[dict]:
         raise ValueError(f"{path} does not exist; give run folders of train_rlpa.py")
     records = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(read_lines(path), 1)]
     for number, record in enumerate(records, 1):
-        check_value(record, dict[str, float | str], f"{path}, line {number}")
+        check_value(record, dict, f"{path}, line {number}")
+        shape = dict.fromkeys(record, float) | {"iteration": int, "kind": str}
+        check_value(record, shape, f"{path}, line {number}")
         turns = [value for name, value in record.items() if name.startswith("f1_over_max_turn")]
         record |= {"worst_turn": min(turns)} if turns else {}
     return records
