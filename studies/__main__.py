@@ -141,10 +141,18 @@ class Making:
     start: float
 
 
+def remove_begun(folder: Path) -> None:
+    """Remove what an earlier start has left of a folder; ValueError if there was none, which FOLDER.log would show."""
+    log = folder.with_suffix(".log")
+    if folder.exists() and not log.is_file():
+        raise ValueError(f"{folder} was not begun here, for {log.name} is missing; choose another --runs")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def begin(run: str, seed: int, args: argparse.Namespace) -> Making:
     """Start the process of a run, anew if an earlier one was cut off; what it prints goes to FOLDER.log."""
     folder, start = folder_of(run, seed, args), time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_begun(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command_of(run, seed, args), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
@@ -229,7 +237,7 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         seeds = args.seeds if row in RUNS or row in OFFLINE else args.seeds[:1]
         subjects = [f"{row}_{seed}={policy_of(row, seed, args)}" for seed in seeds]
         out = args.runs / "evaluated" / name / row.replace(" ", "_")
-        shutil.rmtree(out, ignore_errors=True)
+        remove_begun(out)
         flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *flags_of(name, args)]
         say(f"{name}: evaluating {row}")
         out.parent.mkdir(parents=True, exist_ok=True)
