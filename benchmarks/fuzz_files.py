@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import hashlib
+import io
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -170,7 +171,8 @@ def outcome(use: Callable[[Path], object], folder: Path) -> str:
     """Use a file, and say what became of it."""
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
     try:
-        use(folder)
+        with redirect_stderr(io.StringIO()):  # warnings
+            use(folder)
         return "used"
     except ValueError as error:
         line = clean_text(str(error))  # as it is printed

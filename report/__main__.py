@@ -197,6 +197,8 @@ def turn_sums(record: Record) -> Counter:
     sums: Counter = Counter()
     for t, turn in enumerate(record["turns"] if record["dropped"] is None else []):
         ledger = turn["candidates"][turn["chosen"]]["ledger"]
+        if not (is_number(ledger["evidence_f1"]) and is_number(ledger["max_f1"])):
+            raise ValueError("a turn without figures")
         sums.update({("n", t): 1, ("f1", t): ledger["evidence_f1"], ("max", t): ledger["max_f1"]})
     return sums
 
