@@ -172,8 +172,8 @@ def test_wrong_forms_open_no_breaker(form):
         ("model-404", "HTTP 404 from URL/v1/chat/completions: The model `rule-user` does not exist.; check"
          " --simulator-model and the address"),
         ("redirect", "it redirects to URL/elsewhere/v1/chat/completions; give that address as --simulator-url"),
-        ("error-200", "overloaded, from URL/v1/chat/completions; check --simulator-url: it must be"),
-        ("sse", "from URL/v1/chat/completions; check --simulator-url: it must be"),
+        ("error-200", "overloaded, from URL/v1/chat/completions; check --simulator-url: chat completions"),
+        ("sse", "from URL/v1/chat/completions; check --simulator-url: chat completions"),
         ("html", "Welcome to the gateway"),
     ],
 )  # fmt: skip
