@@ -40,7 +40,7 @@ FLAGS = (
 ).split()
 
 
-COUNTED = r"simulator_(error_\w+|replies_cut|replies_with_thoughts|cut|thoughts)|dialogues_dropped"  # metrics
+COUNTED = r"simulator_(error_\w+|length|thoughts)|dialogues_dropped"  # metrics
 
 
 class Asked(NamedTuple):

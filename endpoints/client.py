@@ -245,7 +245,8 @@ class ChatClient:
                 is_new = part not in self._changed[url]
                 self._changed[url] += [part] * is_new
             if is_new:
-                self.notify(f"{self.name or 'endpoint'}: {failure.message}; from now on {part} is {CHANGES[part].done}")
+                said = self._redact(failure.message)
+                self.notify(f"{self.name or 'an endpoint'}: {said}; from now on {part} is {CHANGES[part].done}")
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""

@@ -120,4 +120,4 @@ def way_out(name: str, error: ChatError) -> str:
         case status if 300 <= status < 400:
             usable = error.words.endswith("/chat/completions")  # else it may be a page to log in
             return f"give that address as {address}" if usable else f"check {address}"
-    return f"check {address}: it must be an OpenAI-compatible endpoint" if error.reason in WRONG_FORMS else ""
+    return f"check {address}: chat completions in OpenAI's form must come back" if error.reason in WRONG_FORMS else ""

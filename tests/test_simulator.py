@@ -422,11 +422,14 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
               b"HTTP/1.1 " + b"x" * 28 + key.encode() + b"\r\n\r\n",  # in the middle of what is shortened
               http_reply(b"y" * 290 + key.encode(), "400 No"),
               http_reply(completion(f"my key is {key}"))]
-    behave = scripted(http_reply(completion("ok")), *echoes)
+    unwanted = b'{"error": "temperature is not supported; ' + key.replace("-", "\\u002d").encode() + b'"}'
+    behave = scripted(http_reply(unwanted, "400 No"), http_reply(completion("ok")), *echoes)
+    told: list[str] = []
     with hostile_server(behave) as url:
-        with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", max_retries=0)) as client:
-            assert reply_of(client, ASK) == "ok"
-            shown = [repr(client), str(client.counts)]
+        limits = {"max_retries": 0, "notify": told.append}
+        with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", **limits)) as client:
+            assert reply_of(client, ASK) == "ok" and "temperature" in told[0]
+            shown = [*told, repr(client), str(client.counts)]
             for _ in echoes[:-1]:
                 with pytest.raises(ChatError) as caught:
                     reply_of(client, ASK)
