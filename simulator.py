@@ -293,9 +293,6 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
         server = None if config.simulator_url or config.replay else start_embedded_server()
         url = config.simulator_url or (server.url if server else REPLAYED)
         env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape, rank=rank)
-        if rank == 0 and is_live(config) and config.reply_steps < 0:
-            say("--reply-steps is 0: user or judge is a live endpoint, and replies are used as they come; so a run"
-                " does not repeat to the bit (with --reply-steps 16 it may)", sys.stderr)  # fmt: skip
         try:
             yield env
         finally:

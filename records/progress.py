@@ -19,6 +19,7 @@ from records.log import FINISHED, RunLog, episode_record, show_transcripts
 from records.metrics import sum_counters
 from records.state import State
 from rewards import REWARD_PARTS
+from simulator import is_live
 from untrusted.plain_text import clean_text, say
 
 
@@ -112,4 +113,7 @@ def announce(state: State) -> None:
     if (ends := state.schedule_iterations) < state.num_iterations:
         lowest = f"from iteration {ends + 1} on, learning rates stay at {config.min_lr_share:g} of their peaks"
         lines += (f"{lowest}; --schedule-iterations 0 stretches their fall over all {state.num_iterations}",)
+    if is_live(config) and config.reply_steps < 0:
+        lines += ("--reply-steps is 0: user or judge is a live endpoint, and replies are used as they come; so this run"
+                  " does not repeat to the bit (with --reply-steps 16 it may)",)  # fmt: skip
     say("\n      ".join(map(clean_text, lines)))

@@ -273,11 +273,11 @@ def test_a_run_against_a_server_with_habits_equals_the_plain_one(ckpt, user_url,
 def test_live_endpoints_change_reply_steps_aloud(ckpt, user_url, tmp_path, capsys):  # noqa: F811
     """Guards a run that silently no longer repeats because a user's address was given."""
     go("--ckpt", ckpt, "--simulator-url", user_url, "--run-dir", tmp_path / "live", "--num-iterations", 1)
-    assert capsys.readouterr().err.count("--reply-steps is 0") == 1
+    assert capsys.readouterr().out.count("--reply-steps is 0") == 1
     go("--ckpt", ckpt, "--simulator-url", user_url, "--run-dir", tmp_path / "set", "--num-iterations", 1,
        "--reply-steps", 4)  # fmt: skip
     go("--ckpt", ckpt, "--run-dir", tmp_path / "own", "--num-iterations", 1)
-    assert "--reply-steps" not in capsys.readouterr().err
+    assert "--reply-steps" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- certificates and proxies
