@@ -157,11 +157,12 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(arguments, copy, whole
     assert ours == theirs | {"run_dir": str(copy)}
 
 
-def test_more_iterations_do_not_stretch_the_schedule_unless_asked(copy, tmp_path, capsys):
+def test_more_iterations_do_not_stretch_the_schedule_unless_asked(arguments, copy, tmp_path, capsys):
     """Guards learning rates that jump up again where a finished run goes on, and a jump that no record shows."""
     stretched, rates = Path(shutil.copytree(copy, tmp_path / "stretched")), []
     for run, *more in ((copy,), (stretched, "--schedule-iterations", "0")):
-        assert train_rlpa.main(["--resume", str(run), "--num-iterations", "5", "--eval-every", "0", *more]) == 0
+        longer = ["--resume", str(run), *arguments[2:], "--num-iterations", "5", "--eval-every", "0", *more]
+        assert train_rlpa.main(longer) == 0
         assert ("--schedule-iterations 0" in capsys.readouterr().out) == (run == copy)
         assert json.loads((run / "config.json").read_text())["schedule_iterations"] == (3 if run == copy else 5)
         rates.append([r["lr"] for r in records(run, "train")])
