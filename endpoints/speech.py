@@ -173,9 +173,9 @@ def split_thoughts(text: str) -> tuple[str, str]:
     talked about within a line stay. Takes linear time.
 
     >>> split_thoughts("<think>\nA nurse?\n</think>\n\nHow was your shift?")
-    ('How was your shift?', '\nA nurse?\n')
+    ('How was your shift?', 'A nurse?')
     >>> split_thoughts("A nurse? [/THINK] Hi."), split_thoughts("I typed <think> and </think>.")
-    (('Hi.', 'A nurse? '), ('I typed <think> and </think>.', ''))
+    (('Hi.', 'A nurse?'), ('I typed <think> and </think>.', ''))
     """
     said, thought = [], []  # pieces of the text
     at = last = 0  # where the piece begins; where the mark before ended
@@ -189,17 +189,17 @@ def split_thoughts(text: str) -> tuple[str, str]:
         kind = SPELLINGS[index][0]
         name = re.search(r"[\w:]+", mark[0])[0].lower() if kind == "tag" else index
         gap, begun, last = text[last : mark.start()], last == at, mark.end()
-        piece, follows = text[at : mark.start()], text[last : last + 1]
+        follows = text[last : last + 1]
         if inside is not None:
             if opens or name != inside:
                 continue  # a thought about marks
-            thought.append(piece)
+            thought.append(text[at : mark.start()])
         elif opens:
             if kind == "tag" and not _begins_a_block(gap, begun):
                 mention = mark
                 doubt = doubt or (mark if follows.isalnum() or follows == "\n" else None)
                 continue
-            said.append(piece)
+            said.append(text[at : mark.start()])
         elif kind == "phrase":
             continue  # ends nothing
         elif _talks_about(text, mention, mark):
@@ -207,7 +207,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
             mention = None
             continue
         else:  # the opening mark stands in the prompt, or nowhere
-            thought += [*said, piece]
+            thought += [*said, text[at : mark.start()]]
             said, doubt = [], None
         inside, at, mention, cut = name if opens else None, last, None, True
     if inside is not None or doubt:
@@ -215,7 +215,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
     if not cut:
         return text, ""
     pieces = (piece.strip() for piece in [*said, text[at:]])
-    return _FRAME.sub("", "\n".join(piece for piece in pieces if piece)).strip(), "".join(thought)
+    return _FRAME.sub("", "\n".join(piece for piece in pieces if piece)).strip(), "".join(thought).strip()
 
 
 def _around(text: str, start: int, end: int) -> str:
