@@ -281,8 +281,8 @@ def test_a_request_may_hold_text_parts(content, found):
 @pytest.mark.parametrize(
     "content, found",
     [
-        ([{"type": "image_url"}], "of type 'image_url'"), (["Hi."], 'a string ("Hi.")'), ([{"text": "Hi."}], "an object"),
-        ([{"type": "text"}], "of type 'text'"), (None, "null"), ({}, "an object"),
+        ([{"type": "image_url"}], "of type 'image_url'"), ([{"type": "text"}], "of type 'text'"), (["Hi."], "a string"),
+        ([{"text": "Hi."}], "an object"), (None, "null"), ({}, "an object"),
     ],
 )  # fmt: skip
 def test_a_request_of_other_parts_is_refused_by_name(content, found):
