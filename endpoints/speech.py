@@ -131,15 +131,16 @@ def _start_of(raw: bytes) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ thoughts
 
-_NAMES = "think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|inner_monologue|antthinking"
-_NAME = rf"(?:\w{{1,16}}:)?(?:{_NAMES})(?::\w{{1,16}})?"
+_NAMES = "think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|monologue|antthinking"
+_NAME = rf"(?:[a-z]{{1,16}}[:_])?(?:{_NAMES})(?::\w{{1,16}}|_process)?"
 _TAG = rf"<\s{{0,3}}{_NAME}(?:\s[^<>=\n]{{0,40}}=[^<>\n]{{0,80}})?\s{{0,3}}>"
 SPELLINGS = (  # (kind, opening mark, closing mark); a comment names the models whose servers leave it in the content
     ("tag", _TAG, rf"<\s{{0,3}}/\s{{0,3}}{_NAME}\s{{0,3}}>"),  # <think>: DeepSeek-R1, Qwen3, GLM, MiniMax, ERNIE,
-    #   Hunyuan; <thought>: Gemini; <seed:think>: Seed-OSS; <thinking>, <reflection>, …: Reflection, models asked for it
+    #   Hunyuan; <thought>: Gemini, EXAONE; <seed:think>: Seed-OSS; <longcat_think>; <thinking>, <reflection>: others
     ("token", r"(?-i:\[\s?THINK\s?\])", r"(?-i:\[\s?/\s?THINK\s?\])"),  # Magistral, Ministral
     ("token", r"◁\s?think\s?▷", r"◁\s?/\s?think\s?▷"),  # Kimi-VL, Kimi K2
     ("token", r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),  # Kimi K3
+    ("token", r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # Sky-T1, OpenThinker
     ("token", r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command (Cohere)
     ("token", r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),  # Apertus
     ("token", r"<\|channel>\s?thought", r"<channel\|>"),  # Gemma 4
@@ -154,9 +155,11 @@ _MARKS = "|".join(f"(?P<o{i}>{o})|(?P<c{i}>{c})" for i, (_, o, c) in enumerate(S
 _MARK = re.compile(rf"(?=[<[◁ah])(?:{_MARKS})", re.IGNORECASE)  # the first characters, for speed
 # What the same models write around a reply that follows thoughts: control tokens, or an element.
 _FRAME = re.compile(
-    r"<\|(?:(?:START|END)_(?:RESPONSE|TEXT)|END_OF_TURN_TOKEN|end|return|call)\|>|\[END FINAL RESPONSE\]"
+    r"<\|(?:(?:start|end)_(?:response|text)|end_of_turn_token|(?:begin|end)_of_solution|end|return|call)\|>"
+    r"|\[END FINAL RESPONSE\]"
     r"|<\|(?:open|close)\|>(?:response|message)<\|sep\|>"
-    r"|\A<(?:answer|response|output)>|</(?:answer|response|output)>\Z"
+    r"|\A<(?:answer|response|output)>|</(?:answer|response|output)>\Z",
+    re.IGNORECASE,
 )
 _BEGINS = re.compile(r"""(?:\n|[.!?…。！？]["'”’)\]]{0,2})\Z""")  # a line or a sentence may begin after it
 _BETWEEN = re.compile(r"\W*(?:\b(?:and|or|then|to|with|plus)\b\W*)?")  # two tags that are talked about
@@ -170,13 +173,14 @@ def split_thoughts(text: str) -> tuple[str, str]:
     talked about within a line stay. Takes linear time.
 
     >>> split_thoughts("<think>\nA nurse?\n</think>\n\nHow was your shift?")
-    ('How was your shift?', '\nA nurse?\n')
+    ('How was your shift?', 'A nurse?')
     >>> split_thoughts("A nurse? [/THINK] Hi."), split_thoughts("I typed <think> and </think>.")
-    (('Hi.', 'A nurse? '), ('I typed <think> and </think>.', ''))
+    (('Hi.', 'A nurse?'), ('I typed <think> and </think>.', ''))
     """
     said, thought = [], []  # pieces of the text
     at = last = 0  # where the piece begins; where the mark before ended
-    inside = mention = None  # the name of the open block; a tag that may be talked about
+    inside = None  # the name of the open block
+    mention = doubt = None  # a tag that may be talked about; one that hardly is: its line ends, or a word is glued on
     cut = False
     for mark in _MARK.finditer(text):
         if _around(text, mark.start(), mark.end()) == "``":
@@ -185,37 +189,43 @@ def split_thoughts(text: str) -> tuple[str, str]:
         kind = SPELLINGS[index][0]
         name = re.search(r"[\w:]+", mark[0])[0].lower() if kind == "tag" else index
         gap, begun, last = text[last : mark.start()], last == at, mark.end()
-        if inside is not None and (opens or name != inside):
-            continue  # a thought about marks
-        if inside is None and opens and kind == "tag" and not _begins_a_block(gap, begun, text[last : last + 1]):
-            mention = mark
-            continue
-        if inside is None and not opens and (kind == "phrase" or _talks_about(text, mention, mark)):
-            continue
-        if opens:
-            said.append(text[at : mark.start()])
-        elif inside is not None:
+        follows = text[last : last + 1]
+        if inside is not None:
+            if opens or name != inside:
+                continue  # a thought about marks
             thought.append(text[at : mark.start()])
+        elif opens:
+            if kind == "tag" and not _begins_a_block(gap, begun):
+                mention = mark
+                doubt = doubt or (mark if follows.isalnum() or follows == "\n" else None)
+                continue
+            said.append(text[at : mark.start()])
+        elif kind == "phrase":
+            continue  # ends nothing
+        elif _talks_about(text, mention, mark):
+            doubt = None if doubt is mention else doubt
+            mention = None
+            continue
         else:  # the opening mark stands in the prompt, or nowhere
             thought += [*said, text[at : mark.start()]]
-            said = []
+            said, doubt = [], None
         inside, at, mention, cut = name if opens else None, last, None, True
+    if inside is not None or doubt:
+        return "", text
     if not cut:
         return text, ""
-    if inside is not None:
-        return "", text
     pieces = (piece.strip() for piece in [*said, text[at:]])
-    return _FRAME.sub("", "\n".join(piece for piece in pieces if piece)).strip(), "".join(thought)
+    return _FRAME.sub("", "\n".join(piece for piece in pieces if piece)).strip(), "".join(thought).strip()
 
 
 def _around(text: str, start: int, end: int) -> str:
     return text[max(0, start - 1) : start] + text[end : end + 1]
 
 
-def _begins_a_block(gap: str, begun: bool, after: str) -> bool:
-    """Say whether a tag opens a block: it begins a line or a sentence, after markup perhaps, or ends its line."""
+def _begins_a_block(gap: str, begun: bool) -> bool:
+    """Say whether a tag opens a block: it begins a line or a sentence, after markup perhaps."""
     before = gap.rstrip(" \t*_#>-")
-    return (begun and not before) or after == "\n" or bool(_BEGINS.search(before[-3:]))
+    return (begun and not before) or bool(_BEGINS.search(before[-3:]))
 
 
 def _talks_about(text: str, mention: re.Match | None, mark: re.Match) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import chat_server
+from small_run import chat_server, served
 
 import train_rlpa
 from command_line.flags import TINY_CHECKPOINT
@@ -34,7 +34,7 @@ from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
 from sampler import make_sampler
 from scheduler import Scheduler
-from simulator import open_environment
+from simulator import complete, make_user_server, open_environment
 from worlds import first, ledger
 from worlds.personas import Persona
 
@@ -485,6 +485,24 @@ def test_results_are_not_overwritten(tmp_path, capsys, name):
 def test_examples(module):
     """Guards examples in docstrings that no longer hold."""
     assert doctest.testmod(module).failed == 0
+
+
+def test_a_user_that_thinks_aloud_gives_nothing_away(tmp_path):
+    """Guards the whole persona in the user's thoughts, which the policy reads and the ledger counts as disclosed."""
+
+    def aloud(raw: bytes) -> dict:
+        reply = complete(raw)
+        message = reply["choices"][0]["message"]
+        message["content"] = f"<think>SECRET {raw.decode()}</think>\n\n{message['content']}"
+        return reply
+
+    flags = [f"x={TINY}", "--num-personas", 2, "--turns", 3, "--simulator-model", "rule-user", "--simulator-url"]
+    for name, answer in (("plain", complete), ("aloud", aloud)):
+        with served(make_user_server(port=0, answer=answer)) as url:
+            run(tmp_path / name, *flags, url)
+    assert episodes(tmp_path / "plain") == episodes(tmp_path / "aloud") and len(episodes(tmp_path / "aloud")) == 2
+    written = [path.read_bytes() for path in (tmp_path / "aloud").rglob("*") if path.is_file()]
+    assert len(written) > 3 and not any(b"SECRET" in part for part in written)
 
 
 def test_a_subject_that_thinks_is_heard_without_its_thoughts(tmp_path):

@@ -112,7 +112,7 @@ def test_a_refused_part_is_changed_once_and_nothing_is_lost(tmp_path):
 
 def test_a_part_that_is_refused_again_is_a_refusal():
     """Guards a client that sends a request for ever because leaving a field out has changed nothing."""
-    behave = scripted(http_reply(b'{"error": "temperature is not supported"}', "400 No"))
+    behave = scripted(*[http_reply(b'{"error": "temperature is not supported"}', "400 No")] * 9, OK)
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         assert client.ask(ASK).reason == "http_4xx" and len(behave.requests) == 2
 
