@@ -109,7 +109,7 @@ def test_every_damage_to_the_newest_checkpoint_falls_back(copy, capsys):
     assert newest_checkpoint(str(copy)) == newest and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["policy/pytorch_model.bin", "optimizer.pt", "state.pkl", "notes.txt"])
+@pytest.mark.parametrize("name", ["policy/pytorch_model.bin", "optimizer.pt", "state.pkl", "notes.md"])
 def test_pickles_are_refused_by_name(copy, name, capsys):
     """Guards code that runs when a stranger's checkpoint is read, even one whose SHA256SUMS vouches for it."""
     newest = copy / "checkpoints" / "iteration_000003"
