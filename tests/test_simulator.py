@@ -367,7 +367,9 @@ ANY_MESSAGE = st.dictionaries(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2)
     | st.dictionaries(st.sampled_from(["choices", "message", "content"]), inner, max_size=2),
-).map(lambda value: json.dumps(value).encode()) | ANY_MESSAGE.map(lambda message: json.dumps({"choices": [{"message": message} | message]} | message).encode()))
+).map(lambda value: json.dumps(value).encode()) | ANY_MESSAGE.map(
+    lambda message: json.dumps({"choices": [{"message": message} | message]} | message).encode()
+))
 @settings(max_examples=300, deadline=None)
 def test_any_body_is_text_or_a_chat_error(raw):
     """Guards: KeyError, TypeError or UnicodeError from a body that nobody thought of."""
