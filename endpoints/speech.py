@@ -97,7 +97,7 @@ def _parts(content: list[Any]) -> tuple[str, bool, str]:
             texts.append(part["text"])
         elif kind == "refusal":
             refusal = part.get("refusal") or "without a word"
-        elif kind in THOUGHT_PARTS:
+        elif str(kind) in THOUGHT_PARTS:
             thoughts = True
         else:
             what = f"of type {shorten(str(kind))!r}" if kind else json_type(part)
@@ -134,6 +134,7 @@ def _start_of(raw: bytes) -> str:
 _NAMES = "think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|monologue|antthinking"
 _NAME = rf"(?:[a-z]{{1,16}}[:_])?(?:{_NAMES})(?::\w{{1,16}}|_process)?"
 _TAG = rf"<\s{{0,3}}{_NAME}(?:\s[^<>=\n]{{0,40}}=[^<>\n]{{0,80}})?\s{{0,3}}>"
+# A tag may be talked about; a token is never typed by people; a phrase opens a reply only, and closes what it opened.
 SPELLINGS = (  # (kind, opening mark, closing mark); a comment names the models whose servers leave it in the content
     ("tag", _TAG, rf"<\s{{0,3}}/\s{{0,3}}{_NAME}\s{{0,3}}>"),  # <think>: DeepSeek-R1, Qwen3, GLM, MiniMax, ERNIE,
     #   Hunyuan; <thought>: Gemini, EXAONE; <seed:think>: Seed-OSS; <longcat_think>; <thinking>, <reflection>: others
