@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -25,6 +26,7 @@ PATHS = ("critic_ckpt", "personas", "eval_personas", "record", "replay")  # kept
 RESUMED = (  # flags that leave the result alone, and so may be given beside --resume
     "num_iterations", "schedule_iterations", "threads", "eval_every", "save_every", "episodes_every", "keep_last",
     "collective_timeout", "simulator_url", "judge_url", "outage_budget", "requests_per_minute", "tokens_per_minute",
+    "ckpt", "personas", "eval_personas",  # where they are now: they must be what the run began with
     "shard",  # equal up to rounding
 )  # fmt: skip
 
@@ -44,8 +46,13 @@ def parse_args(argv: Sequence[str] | None, description: str) -> Config:
     for name in PATHS:
         if getattr(config, name):
             setattr(config, name, str(Path(getattr(config, name)).resolve()))
-    config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config.run_dir = config.run_dir or new_folder()
     return config
+
+
+def new_folder(prefix: str = "") -> str:
+    """Name a folder for results that no other start names, not even one in the same second."""
+    return f"runs/{prefix}{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
 
 
 def make_parser(settings: type, description: str, names: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -123,7 +130,13 @@ def resumed_config(given: dict) -> Config:
         raise ValueError(
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
         )
-    config = Config(**{**read_settings(path), **given, "run_dir": given["resume"]})
+    settings = read_settings(path)
+    for name in {"ckpt", "personas", "eval_personas"} & set(given):
+        if not settings.get(name):
+            raise ValueError(f"{path} names no {flag(name)}; drop it")
+        found = resolve_checkpoint(given[name]) if name == "ckpt" else Path(given[name])
+        given[name] = str(found.resolve())
+    config = Config(**{**settings, **given, "run_dir": given["resume"]})
     if not config.ckpt:
         raise ValueError(f"{path} names no ckpt; it is not as the run has written it")
     return config
