@@ -37,6 +37,7 @@ then reply:
 your reply
 </response>"""
 HISTORY_PROFILES = ("all", "latest")
+MOST_IDS = 10**7  # `Tokenizer.to_str` takes a step for each number up to the largest id, which a file may set at will
 # What `ChatTokenizer.message` does, for programs that render text: Jinja, as `transformers` and vLLM read it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -73,13 +74,16 @@ class ChatTokenizer:
         tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>`, `<|im_end|>` and `<|endoftext|>`.
         stop_ids: ids that end a turn, beside that of `<|im_end|>`.
     Raises:
-        ValueError: the tokenizer lacks one of those three.
+        ValueError: the tokenizer lacks one of those three, or has an id that no model has.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = ()):
         for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
             if tokenizer.token_to_id(name) is None:
                 raise ValueError(f"the tokenizer has no {name}; --ckpt needs a Qwen-2.5 (ChatML) tokenizer.json")
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
+        if self.vocab_size > MOST_IDS:
+            raise ValueError(f"the tokenizer has an id {self.vocab_size - 1}; the most that is taken is {MOST_IDS - 1}")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer  # as it came: to decode with, and to save beside a checkpoint
@@ -93,7 +97,6 @@ class ChatTokenizer:
         self.stop_ids = frozenset({self.im_end, *stop_ids})
         self.newline = self.encode("\n")
         self.generation_header = [self.im_start, *self.encode("assistant\n")]  # ids after which the policy speaks
-        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:

@@ -42,6 +42,7 @@ except ImportError:
 # ----------------------------------------------------------------------------------------------------------- config
 
 IMPLEMENTED = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
+NEUTRAL = {"partial_rotary_factor": 1.0, "rope_traditional": False, "use_mrope": False}  # other savers' keys
 # Far above any real model, and low enough that a stranger's config.json neither hangs nor fills the memory before the
 # shapes of the weights are compared with it.
 Width, Heads, Layers = Annotated[int, (1, 10**7)], Annotated[int, (1, 10_000)], Annotated[int, (1, 1000)]
@@ -122,7 +123,7 @@ class Qwen2Config:
 
 
 def plain_rope(d: dict) -> dict:
-    """Return the rope_theta that a parsed config.json nests, if any; ValueError if it asks for scaled positions.
+    """Return what a parsed config.json nests of plain rotary positions; ValueError if it asks for scaled ones.
 
     transformers >= 5 writes `rope_parameters`, with rope_theta inside; before, there was `rope_scaling`.
     """
@@ -132,7 +133,8 @@ def plain_rope(d: dict) -> dict:
         kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
             raise ValueError(f"{name} is {shorten(repr(rope))}; only positions without scaling are implemented")
-        found |= {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}
+        names = ("rope_theta", "partial_rotary_factor")
+        found |= {name: rope[name] for name in names if rope.get(name) is not None}
     return found
 
 
@@ -144,7 +146,7 @@ def refuse_what_is_not_implemented(given: dict) -> None:
                 f"{name} says that the weights are quantised ({shorten(repr(settings))}); only float32, bfloat16 and"
                 " float16 are read: give the model it was made from, or dequantise it; if that is done, remove the key"
             )
-    for name, value in {**IMPLEMENTED, "partial_rotary_factor": 1.0}.items():
+    for name, value in {**IMPLEMENTED, **NEUTRAL}.items():
         if given.get(name, None if name == "model_type" else value) != value:
             kind = " (Qwen2, Qwen2.5 and models of their shape)" if name == "model_type" else ""
             raise ValueError(f"{name} is {shorten(repr(given.get(name)))}; only {value!r} is implemented{kind}")

@@ -40,6 +40,7 @@ from model import Cached, Chunk, KVCache, Qwen2ForCausalLM, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
 BUCKETS = (1, 2, 4, 8, *range(16, 1025, 16))  # numbers of candidates that a CUDA graph is captured for
+NOT_FINITE = "the policy computes NaN or infinity: its weights are out of range; go on from an earlier checkpoint"
 TOKEN, POSITION, SLOT, STEP, ROW, PLACE, SEED = range(7)  # the seven rows of `lanes`
 
 
@@ -324,7 +325,12 @@ class Sampler:
         return self.trunk(token_ids, position_ids, *where)
 
     def sample(self, hidden: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample each lane's next id from hidden (R, D); return ids (R,) and log-probs (R,)."""
+        """Sample each lane's next id from hidden (R, D); return ids (R,) and log-probs (R,).
+
+        Raises ValueError where a CPU sees that they are not finite; on CUDA `read` sees it, by the log-probs.
+        """
+        if not hidden.is_cuda and not math.isfinite(hidden.sum()):  # the C++ draws from anything
+            raise ValueError(NOT_FINITE)
         uniforms = None
         if self.uniforms.shape[2]:
             uniforms = self.uniforms.flatten(0, 1)[lanes[PLACE], lanes[STEP]]
@@ -393,10 +399,7 @@ class Sampler:
                 if draw.stop_reason:  # it ended in the step before, which the host has read only now
                     continue
                 if not math.isfinite(value):
-                    raise ValueError(
-                        f"the policy's logits are not finite at token {len(draw.token_ids) + 1} of a turn: its weights"
-                        " are out of range; go on from an earlier checkpoint, with a lower --lr"
-                    )
+                    raise ValueError(NOT_FINITE)
                 draw.token_ids.append(token_id)
                 draw.logprobs.append(value)
                 if token_id in self.stop_ids:

@@ -57,11 +57,12 @@ from records.iteration import IterationMeter, play_metrics, retention
 from records.log import RunLog, claim_folder
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
-from records.state import State, go_on_after_restart, newest_checkpoint, save_checkpoint, setup
+from records.state import State, go_on_after_restart, resume_point, save_checkpoint, setup
 from rewards import Judge, read_candidate, score_candidate
 from sampler import Draw, make_sampler
 from scheduler import Ask, Sample, Scheduler, Waits
 from simulator import Environment, open_environment, simulator_messages
+from untrusted.plain_text import say
 from worlds.personas import Persona
 
 
@@ -86,7 +87,8 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
     """
     config = processes.on_rank_0(lambda: go_on_after_restart(config, store))
     if config.dry_run:
-        print(dry_run(config) if processes.rank() == 0 else "", end="")
+        if processes.rank() == 0:
+            say(dry_run(config).rstrip())
         return 0
     with ExitStack() as stack:
         claim = claim_folder(config.run_dir, bool(config.resume), config.overwrite)
@@ -105,7 +107,7 @@ def train(config: Config, env: Environment) -> int:
     A signal or an unreachable endpoint discards the current rollout. An update that has begun is finished. Then the
     state is saved.
     """
-    folder = processes.on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
+    folder = processes.on_rank_0(lambda: resume_point(config)) if config.resume else None
     mesh = sharding.make_mesh() if config.shard else None
     state = processes.together(lambda: setup(config, env, folder, mesh))
     log = processes.together(lambda: start_log(state) if processes.rank() == 0 else None)
@@ -132,7 +134,7 @@ def run(state: State, log: RunLog | None) -> tuple[dict, dict]:
             metrics, dialogues = run_iteration(state)
             if log:
                 log.metrics(state.iteration, "train", metrics)
-                tqdm.write(progress_line(state, metrics))
+                say(progress_line(state, metrics))
             if state.config.episodes_every and state.iteration % state.config.episodes_every == 0:
                 record_episodes(state, log, {"train": dialogues})
             state.mark(log, evaluated=False)
@@ -702,7 +704,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
                 state.reward = metrics["reward"]  # decides which checkpoint is the best
             if log:
                 log.metrics(state.iteration, f"{name}/{how}", metrics | (retained if name == "heldout" else {}))
-                tqdm.write(evaluation_line(f"{name}/{how}", metrics))
+                say(evaluation_line(f"{name}/{how}", metrics))
     return played
 
 

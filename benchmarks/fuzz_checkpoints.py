@@ -1,4 +1,4 @@
-"""Damaged checkpoints: `python -m benchmarks.fuzz_checkpoints --number 2000` counts what went wrong (0, or exit code 1).
+"""Damaged checkpoints: `python -m benchmarks.fuzz_checkpoints --number 2000` counts what went wrong (0, or exit 1).
 
 A checkpoint of a few KB in two shards, one of whose files is damaged as benchmarks/mutate.py does it, is loaded, and
 speaks three tokens. Right is: it loads, or one ValueError in one line ends it, in time, and nothing around the folder

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from untrusted.plain_text import clean_text, shorten, warn
+from untrusted.plain_text import clean_text, say, shorten, warn
 
 
 def run(program: str, work: Callable[[], int | None]) -> int:
@@ -29,10 +29,10 @@ def run(program: str, work: Callable[[], int | None]) -> int:
         discard(sys.stdout)
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:  # an OSError names the file
-        print(f"{program}: {clean_text(str(error))}", file=sys.stderr)
+        say(f"{program}: {clean_text(str(error))}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        say(f"{program}: stopped by Ctrl-C", sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -118,7 +118,8 @@ def check_prices(price_in: float | None, price_out: float | None) -> None:
 
 def tell(program: str, error: str) -> None:
     """Print an error as one line, and leave it for the report that torchrun ends with."""
-    print(f"{program}: {error}", file=sys.stderr)
+    error = clean_text(error)
+    say(f"{program}: {error}", sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         shown = {"message": error, "extraInfo": {"timestamp": int(time.time())}}
         Path(path).write_text(json.dumps({"message": shown}), encoding="utf-8")

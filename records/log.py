@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -19,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line.exits import decorative
+from config import RUN_FORMAT
 from dialogue import Dialogue
 from records.checkpoints import fsync, unborn
 from records.plots import plot_curve
-from untrusted.plain_text import clean_text
+from untrusted.files import read_json
+from untrusted.plain_text import clean_text, say, warn
 
 RECORDS = ("metrics.jsonl", "episodes.jsonl")
 FINISHED = "finished"  # an empty file, written last of all: a run without it was stopped or killed
@@ -33,8 +34,8 @@ RUN_FILES = ("checkpoints", "tensorboard", *RECORDS, "curve.png", FINISHED, "con
 def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
     """Make a run folder and keep every other run out of it while the block runs; if it stays empty, remove it again.
 
-    Raises ValueError if another process is writing there, or, unless `resume`, if the folder holds anything; with
-    `overwrite` a run that it holds is removed.
+    Raises ValueError if another process is writing there; with `resume`, if a file of the run is a link; else if the
+    folder holds anything; with `overwrite` a run that it holds is removed.
     """
     folder = Path(path)
     try:
@@ -48,7 +49,9 @@ def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
         os.close(lock)
         raise ValueError(f"--run-dir {folder} is in use: another process is writing there") from None
     try:
-        if not resume:
+        if resume:
+            refuse_links(folder)
+        else:
             clear_folder(folder, overwrite)
         yield
     finally:
@@ -62,17 +65,33 @@ def clear_folder(folder: Path, overwrite: bool) -> None:
     unborn(folder / "config.json").unlink(missing_ok=True)  # killed before its first file had its name
     if not any(folder.iterdir()):
         return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--run-dir {folder} is not empty, and holds no run; choose another folder")
+    if not is_run(folder):
+        raise ValueError(f"--run-dir {folder} is not empty, and holds no run (its config.json lacks the mark"
+                         f" {RUN_FORMAT!r}); choose another folder")  # fmt: skip
     if not overwrite:
         raise ValueError(
             f"--run-dir {folder} holds a run already; --resume or --overwrite it, or choose another folder"
         )
     for name in RUN_FILES:  # config.json last: killed in between, this is still a run
-        if (folder / name).is_dir():
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether `start_log` has marked a folder as a run: a model's has a config.json too."""
+    try:
+        return read_json(folder / "config.json").get("format") == RUN_FORMAT
+    except ValueError:
+        return False
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ValueError if one of a run's files is a link: what is appended or cut back could be anybody's file."""
+    for path in (*(folder / name for name in RUN_FILES), *(folder / "tensorboard").glob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; a run writes to files of its own only: put the file itself there")
 
 
 def log_files(folder: Path) -> list[Path]:
@@ -86,7 +105,7 @@ def cut_back(folder: Path, position: dict[str, int]) -> None:
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in log_files(folder)}
     for name, size in position.items():
         if sizes.get(name, 0) < size:
-            print(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes", file=sys.stderr)
+            warn(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes")
     for name, size in sizes.items():
         if name in position:
             os.truncate(folder / name, min(size, position[name]))
@@ -177,8 +196,8 @@ def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Di
     """Print one held-out dialogue as the policy led it before and after training."""
     for when, played in (("before", before), ("after", after)):
         for dialogue in played.get("heldout/sampled", [])[:1]:
-            print("\n" + "\n".join(transcript(dialogue, when)))
-    print()
+            say("\n" + "\n".join(transcript(dialogue, when)))
+    say("")
 
 
 def transcript(dialogue: Dialogue, when: str) -> list[str]:

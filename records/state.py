@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -19,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 
-from config import Config, flag
+from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners import sharding
@@ -32,10 +29,14 @@ from model import Qwen2ForCausalLM
 from records import checkpoints
 from records.log import FINISHED, RunLog
 from simulator import Environment
+from untrusted.files import check_value, read_json
+from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds.personas import Persona
 
 PROGRESS = ("iteration", "updates", "evaluated", "best", "logs", "sources")  # what trainer.json holds of a State
-SOURCES = ("ckpt", "personas", "eval_personas")  # what is read from elsewhere, and read again by a resumed run
+READ = ("ckpt", "critic_ckpt", "personas", "eval_personas")  # files that a run's own config.json may name
+SOURCES = ("ckpt", "personas", "eval_personas")  # those of them that a resumed run reads again
+Size = Annotated[int, (0, 2**62)]  # bytes of a file
 
 
 @dataclass
@@ -50,12 +51,12 @@ class State:
     personas: list[Persona]
     eval_sets: dict[str, list[Persona]]
     env: Environment
-    iteration: int = 0  # iterations done
-    updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+    iteration: Natural = 0  # iterations done
+    updates: Natural = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
     evaluated: bool = False  # what is due after the last iteration done has been evaluated
     reward: float = math.nan  # held-out reward of this iteration's policy, if it has been measured
     best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
-    logs: dict[str, int] = field(default_factory=dict)  # sizes of the run's records at this point
+    logs: dict[str, Size] = field(default_factory=dict)  # sizes of the run's records at this point
     files: dict[str, bytes] = field(default_factory=dict)  # what is saved beside the policy's weights, by name
     sources: dict[str, str] = field(default_factory=dict)  # SHA-256 of each of SOURCES; rank 0 alone knows them
     saved: str = ""  # name of the checkpoint that this process loaded or wrote last
@@ -97,15 +98,24 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
+        if state.iteration > state.num_iterations:  # it would never end
+            raise ValueError(
+                f"--resume {config.run_dir}: {folder.name} lies beyond its {state.num_iterations} iterations; give a"
+                " larger --num-iterations"
+            )
     elif rank() == 0:
         state.sources = {name: fingerprint(config, name) for name in SOURCES if getattr(config, name)}
     return state
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Read how far a run had come at a checkpoint."""
-    found = {"sources": {}} | json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    return {name: found[name] for name in PROGRESS}
+    """Return what a checkpoint's trainer.json holds of a State; ValueError if it holds anything else."""
+    hints = get_type_hints(State, include_extras=True)
+    progress = {"sources": {}} | read_json(folder / "trainer.json")  # absent: of an earlier version
+    check_value(progress, {name: hints[name] for name in PROGRESS}, str(folder / "trainer.json"))
+    if len(progress["best"]) > 1:
+        raise ValueError(f"{folder / 'trainer.json'}, 'best' names {len(progress['best'])} checkpoints; it names one")
+    return progress
 
 
 def check_sources(config: Config, before: dict[str, str]) -> None:
@@ -113,17 +123,21 @@ def check_sources(config: Config, before: dict[str, str]) -> None:
 
     The checkpoint that it began with is needed for the reference alone.
     """
-    for name in before:
-        if path := getattr(config, name) if name != "ckpt" or config.kl_coef else "":
-            try:
-                digest = fingerprint(config, name)
-            except (OSError, ValueError, SafetensorError) as error:
-                why = f"--kl-coef {config.kl_coef:g} needs it; " if name == "ckpt" else ""
-                raise ValueError(f"{flag(name)} {path} cannot be read ({getattr(error, 'strerror', None) or error});"
-                                 f" {why}say where it is now: --resume {config.run_dir} {flag(name)} …") from None
-            if digest != before[name]:
-                raise ValueError(f"{flag(name)} {path} is not what this run began with: its SHA-256 is {digest[:16]}…,"
-                                 f" not {before[name][:16]}…; give the same content")
+    for name in (name for name in SOURCES if name in before and (name != "ckpt" or config.kl_coef)):
+        path = getattr(config, name)
+        try:
+            digest = fingerprint(config, name)
+        except (OSError, ValueError, SafetensorError) as error:
+            why = f"--kl-coef {config.kl_coef:g} needs it; " if name == "ckpt" else ""
+            raise ValueError(
+                f"{flag(name)} {path} cannot be read ({getattr(error, 'strerror', None) or error}); {why}say where it"
+                f" is now: --resume {config.run_dir} {flag(name)} …"
+            ) from None
+        if digest != before[name]:
+            raise ValueError(
+                f"{flag(name)} {path} is not what this run began with: its SHA-256 is {digest[:16]}…, not"
+                f" {shorten(before[name], 16)}; give the same content"
+            )
 
 
 def fingerprint(config: Config, name: str) -> str:
@@ -207,28 +221,26 @@ def trained(state: State) -> dict[str, Learner]:
 
 
 def save_texts(state: State, folder: Path) -> None:
-    """Write what makes a saved policy a chat model elsewhere: what the policy's folder brought, and what was missing."""
+    """Write what makes a saved policy a chat model elsewhere: what its folder brought, and what was missing."""
     for name, content in state.files.items():
         (folder / name).write_bytes(content)
 
 
 def newest_checkpoint(run_dir: str) -> Path:
     """Return a run's newest whole checkpoint, warning of damaged ones in one line each; ValueError if there is none."""
-
-    def warn(line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr)
-
     try:
         return checkpoints.newest(Path(run_dir) / "checkpoints", warn)
     except ValueError as error:
         raise ValueError(f"--resume {run_dir}: {error}; start the run anew with --run-dir and --overwrite") from None
 
 
-def resume_command(config: Config) -> str:
-    """Write the command that goes on with a run."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    several = ["--nproc-per-node", str(processes)] if processes > 1 else []
-    return shlex.join(["torchrun", *several, sys.argv[0], "--resume", config.run_dir])
+def resume_point(config: Config) -> Path:
+    """Return the checkpoint that a resumed run goes on from, and say so, with the files that are read beside it."""
+    folder = newest_checkpoint(config.run_dir)
+    named = [(name, getattr(config, name)) for name in READ]
+    files = ", ".join(f"{flag(name)} {clean_text(path)}" for name, path in named if path)
+    say(f"going on from {clean_text(str(folder))}; read, as the run's config.json names them: {files}")
+    return folder
 
 
 def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:

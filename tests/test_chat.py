@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from chat import __main__ as chat
-from chat.__main__ import HELP, harmless, respond, show_turn
+from chat.__main__ import HELP, respond, show_turn
 from chat.service import MAX_SAMPLERS, Service
 from chat.talk import Talk
 from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults
@@ -203,7 +203,7 @@ def terminal(talk: Talk, lines: bytes, monkeypatch) -> None:
     chat.converse(talk)
 
 
-def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(loaded, monkeypatch, capsys):
+def test_terminal_escapes_of_the_policy_are_not_obeyed(loaded, monkeypatch, capsys):
     """Guards a reply that clears the screen, sets a title, or reorders what stands around it; and odd bytes typed."""
     evil = "\x1b]0;owned\x07 \x9b2J \u202eabc\r hi \x00"
     text = f"<profile>\n- Age: {evil}\n</profile>\n\n<response>\n{evil}\n</response>"
@@ -211,7 +211,7 @@ def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(loaded, monkeyp
     talk.sample = lambda wanted: wanted.score(Draw(wanted.key, 0, loaded[1].encode(text), stop_reason="stop"))
     terminal(talk, b"odd \xff\xfe byte\n/profile\n/forget \x1b[2J owned\n", monkeypatch)
     out = capsys.readouterr().out
-    assert "owned" in out and r"\x1b" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
+    assert "owned" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
 
 
 @pytest.mark.slow
@@ -443,14 +443,17 @@ def test_forged_tags_and_control_tokens_are_plain_text(loaded, service):
         (422, {"messages": user("Hello"), "temperature": -1}),
         (422, {"messages": user("Hello"), "temperature": 1e-9}),
         (422, {"messages": user("Hello"), "temperature": True}),
-        (422, {"messages": user("Hello"), "temperature": float("nan")}),
+        (400, {"messages": user("Hello"), "temperature": float("nan")}),
+        (400, {"messages": user("Hello"), "temperature": 10**4000}),
+        (422, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
         (422, {"messages": user("Hello"), "max_tokens": "9"}),
         (422, {"messages": user("Hello"), "max_tokens": -1}),
         (422, {"messages": user("Hello"), "top_p": 0.9}),
         (422, {"messages": user("Hello"), "stop": ["x"]}),
         (422, {"messages": user("Hello"), "tools": [{"type": "function"}]}),
         (422, {"messages": user("Hello"), "seed": 1.5}),
-        (200, {"messages": user("Hello"), "seed": -(10**30), "top_p": 1.0, "stop": None, "user": "someone"}),
+        (200, {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}),
+        (200, {"messages": user("Hello"), "seed": -(10**19), "top_p": 1.0, "stop": None, "user": "someone"}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line(service, status, body):
@@ -533,4 +536,4 @@ def test_the_served_policy_evaluates_as_its_checkpoint(service, tmp_path):
 
 def test_doctests():
     """Guards examples that no longer hold."""
-    assert doctest.testmod(chat).failed == 0 and harmless("a\nb \u200d") == "a\nb \u200d"
+    assert doctest.testmod(chat).failed == 0

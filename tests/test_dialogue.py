@@ -222,6 +222,8 @@ def test_a_truncated_turn_gets_its_end_as_context(chat):
     cut, whole = sampled(list(ids)), sampled([*ids, chat.im_end])
     assert as_history(cut) == as_history(whole) == [*ids, chat.im_end, *chat.newline] and cut.token_ids == ids
     assert as_history(sampled([])) == [chat.im_end, *chat.newline]
+    other = sampled([*ids, chat.pad])  # a checkpoint may declare <|endoftext|> as a turn's end
+    assert as_history(other) == [*ids, chat.pad, chat.im_end, *chat.newline] and other.token_ids == [*ids, chat.pad]
 
 
 def test_opening_a_turn_leaves_earlier_turns_alone(tiny):
@@ -242,6 +244,8 @@ def test_visible_text_ends_before_the_closing_token(chat):
     assert chat.visible([]) == chat.visible([chat.im_end]) == ""
     assert rewards.parse_turn(chat.visible([*ids, chat.im_end, chat.im_end])).failure == "control_token"
     assert rewards.parse_turn(chat.visible([*ids, chat.pad])).failure == "control_token"
+    declared = ChatTokenizer(chat.tokenizer, [chat.pad])
+    assert declared.visible([*ids, chat.pad]) == declared.visible([*ids, chat.im_end]) == REPLIES[2]
 
 
 def test_tokens_until_is_the_shortest_prefix(chat):

@@ -171,7 +171,8 @@ def test_chats_are_encoded_as_in_fine_tuning(tiny):
 
 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"text": NaN}',
-                                 b"\xff", b'{"text": 1' + b"0" * 400 + b"}", b"null", b'{"messages": [[]]}', b"{"])  # fmt: skip
+                                 b"\xff", b'{"text": 1' + b"0" * 400 + b"}", b"null",
+                                 b'{"messages": [[]]}', b"{"])  # fmt: skip
 def test_strange_text_is_one_line(raw):
     """Guards a traceback from a file of somebody else: deep, endless, of other types, or in another encoding."""
     with pytest.raises(ValueError, match="^it.jsonl") as caught:

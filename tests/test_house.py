@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # a program may import these other programs, and every room
-    "benchmarks": "report train_rlpa",
+    "benchmarks": "studies report train_rlpa",
     "studies": "evaluation train_rlpa",
     "chat": "evaluation train_rlpa",
     "evaluation": "train_rlpa",
@@ -107,6 +111,28 @@ def test_the_house_stays_small():
     most = {"train_rlpa.py": 800, "README.md": 140}
     assert {name: n for name, limit in most.items() if (n := (ROOT / name).read_bytes().count(b"\n")) > limit} == {}
     assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_one_place_prints():
+    """Guards a line that a stranger's name, text or message gets onto a terminal as it came: all is said by `say`."""
+    found = []
+    for module in (name for name in MODULES if room_of(name) not in ("benchmarks", "untrusted")):
+        for node in (x.func for x in ast.walk(MODULES[module]) if isinstance(x, ast.Call)):
+            name = ast.unparse(node)
+            if name in ("print", "tqdm.write", "traceback.print_exc", "sys.stdout.write", "sys.stderr.write"):
+                found.append(f"{module}, line {node.lineno}: {name}")
+    assert found == []
+
+
+@pytest.mark.parametrize("module", [m for m, tree in MODULES.items() if m.startswith("benchmarks.")
+                                    and "__main__" in ast.unparse(tree)])  # fmt: skip
+def test_every_benchmark_explains_itself(module, monkeypatch, capsys):
+    """Guards --help that is a traceback, or that starts an hour's run."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
 
 
 def test_what_is_public_is_described():

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,45 +151,42 @@ def test_two_starts_in_one_second_do_not_meet():
 
 
 @pytest.fixture
-def moved(arguments, tmp_path) -> tuple[Path, Path]:
-    """A run of one iteration that was moved, and the folder that it began with, under another name too."""
+def moved(arguments, tmp_path) -> tuple[Path, Path, Callable[..., int]]:
+    """A run of one iteration that was moved, the folder that it began with, under another name too, and a function
+    that goes on for a second iteration."""
     base = Path(shutil.copytree(arguments[1], tmp_path / "base"))
     argv = ["--ckpt", str(base), *arguments[2:4], "--personas", str(base / "people.jsonl"), "--no-tensorboard"]
     train(argv, tmp_path / "run")
-    return (tmp_path / "run").rename(tmp_path / "elsewhere"), base.rename(tmp_path / "new base")
-
-
-def resume(run: Path, *flags: object) -> int:
-    """Go on for a second iteration."""
-    return train_rlpa.main(["--resume", str(run), "--num-iterations", "2", *map(str, flags)])
-
-
-def refused(capsys, run: Path, *flags: object) -> str:
-    """Return the one line with which going on is refused."""
-    assert resume(run, *flags) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    run = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    command = ["--resume", str(run), "--num-iterations", "2", *arguments[2:4]]
+    return run, base.rename(tmp_path / "new base"), lambda *flags: train_rlpa.main([*command, *map(str, flags)])
 
 
 def test_a_run_goes_on_where_everything_has_moved(moved, tmp_path, capsys):
     """Guards a run that ends for good because its folder, its base or its personas stand elsewhere now; a reference of
     other weights, or other personas, that nobody notices."""
-    run, base = moved
+    run, base, resume = moved
+
+    def refused(*flags: object) -> str:
+        assert resume(*flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
     people = ("--personas", base / "people.jsonl")
-    assert "--kl-coef 0.01 needs it" in (line := refused(capsys, run, *people)) and "--ckpt …" in line
-    assert "--personas …" in (line := refused(capsys, run, "--ckpt", base)) and "say where it is now" in line
+    assert "--kl-coef 0.01 needs it" in (line := refused(*people)) and "--ckpt …" in line
+    assert "--personas …" in (line := refused("--ckpt", base)) and "say where it is now" in line
     other = write_checkpoint(tmp_path / "other", SETTINGS)
     weights = load_file(base / "model.safetensors")
     save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, other / "model.safetensors")
-    assert f"--ckpt {other} is not what this run began with" in refused(capsys, run, *people, "--ckpt", other)
+    assert f"--ckpt {other} is not what this run began with" in refused(*people, "--ckpt", other)
     changed = tmp_path / "people.jsonl"
     changed.write_text((base / "people.jsonl").read_text(encoding="utf-8") + '"Bo naps."\n', encoding="utf-8")
-    assert f"{changed} is not what" in refused(capsys, run, "--personas", changed, "--ckpt", base)
-    assert "names no --eval-personas" in refused(capsys, run, "--eval-personas", changed)
+    assert f"{changed} is not what" in refused("--personas", changed, "--ckpt", base)
+    assert "holds --eval-personas (none)" in refused("--eval-personas", changed)
     assert len(records(run, "train")) == 1
     save_torch_state_dict(load_file(base / "model.safetensors"), base, max_shard_size=20_000)  # cut in other files
     assert len(list(base.glob("*.safetensors"))) > 1
-    assert resume(run, *people, "--ckpt", base) == 0 and len(records(run, "train")) == 2
+    assert resume(*people, "--ckpt", base) == 0 and len(records(run, "train")) == 2
 
 
 def test_without_a_reference_the_base_is_not_needed(arguments, tmp_path):
@@ -198,7 +195,7 @@ def test_without_a_reference_the_base_is_not_needed(arguments, tmp_path):
     (base / "sft_heldout.jsonl").write_text('{"text": "Some words."}\n')
     train(["--ckpt", str(base), *arguments[2:], "--kl-coef", "0"], tmp_path / "run", "--no-tensorboard")
     shutil.rmtree(base)
-    assert resume(tmp_path / "run") == 0
+    assert train_rlpa.main(["--resume", str(tmp_path / "run"), "--num-iterations", "2", *arguments[2:4]]) == 0
     assert all("perplexity_sft" in r for r in records(tmp_path / "run", "heldout/sampled"))
     assert {"rlpa.json", "sft_heldout.jsonl", "tokenizer.json"} <= {
         file.name for file in (tmp_path / "run" / "checkpoints" / "iteration_000002" / "policy").iterdir()

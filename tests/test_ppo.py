@@ -7,6 +7,7 @@ Most dialogues here are random ids: packing, advantages and losses never look at
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -735,18 +736,29 @@ def play(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> list[
     return dialogues
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 @pytest.mark.parametrize("history_profile", ["all", "latest"])
-def test_action_tokens_are_the_sampled_ids(chat, shape, history_profile):
-    """Guards token-in, token-out: what was sampled is trained on, `<|im_end|>` too; `\\n` and the user are not."""
+def test_action_tokens_are_the_sampled_ids(shape, history_profile, end):
+    """Guards token-in, token-out: what was sampled is trained on, a turn's end too; `\\n` and the user are not.
+
+    A turn that ended with another declared token than `<|im_end|>` keeps it, and gets `<|im_end|>` as context.
+    """
     config = settings(max_new_tokens=40, history_profile=history_profile, num_candidates=3, rollout_batch_size=4)
-    policy = lively(shape, 0)
+    token_id = small_tokenizer().token_to_id(end)
+    policy, chat = lively(shape, 0), ChatTokenizer(small_tokenizer(), [token_id])
     with torch.no_grad():
-        policy.lm_head.weight[chat.im_end] *= 3  # so that some turns end by themselves
+        policy.lm_head.weight[token_id] *= 3  # so that some turns end by themselves
     dialogues = play(policy, chat, config)
     candidates = [c for d in dialogues for turn in d.turns for c in turn.candidates]
     assert {c.stop_reason for c in candidates} == {"stop", "length"}
-    assert all((c.token_ids[-1] == chat.im_end) == (c.stop_reason == "stop") for c in candidates)
+    assert token_id in {c.token_ids[-1] for c in candidates}
+    assert all((c.token_ids[-1] in chat.stop_ids) == (c.stop_reason == "stop") for c in candidates)
     for dialogue in dialogues:
+        for before, after in itertools.pairwise(dialogue.turns):
+            sampled = before.winner.token_ids
+            behind = after.prompt_ids[: -len(chat.message("user", after.user_text) + chat.generation_header)]
+            closed = sampled if sampled[-1] == chat.im_end else [*sampled, chat.im_end]
+            assert behind[-len(closed) - 1 :] == [*closed, *chat.newline]
         p = pack(dialogue, config)
         assert p.targets.tolist() == [i for _, sampled in rows(dialogue) for i in sampled]
         before = [(prompt + sampled)[len(prompt) - 1 : -1] for prompt, sampled in rows(dialogue)]

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import select
 import socket
 import socketserver
 import struct
@@ -21,7 +22,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -34,13 +35,15 @@ import simulator
 from config import Config
 from endpoints import server as endpoint_server
 from endpoints.client import ChatClient
-from endpoints.wire import ChatError, RequestError, completions_url, parse_reply, parse_retry_after
+from endpoints.speech import parse_reply
+from endpoints.wire import ChatError, RequestError, parse_retry_after
 from simulator import make_user_server, simulator_messages, start_embedded_server
 from worlds import first
 from worlds.personas import Persona
 
 ROOT = Path(simulator.__file__).parent
 ASK = [{"role": "user", "content": "hi"}]
+FIRST = [{"role": "user", "content": "first"}]  # what is answered well: before any answer a client soon gives up
 PERSONA = Persona("ann", ("Age: 34", "Location: Oslo", "Occupation: baker", "Others: parrot", "Interests: chess",
                           "Gender: woman", "Marital Status: single", "Educational Background: law"))
 HISTORY = [("user", "Hello"), ("assistant", "Hi! Where do you live?")]
@@ -142,9 +145,9 @@ PROMPT_FAILURES = [  # (reason, what the server sends or does)
     ("bad_json", http_reply(completion("hi")[:-9])),
     ("bad_json", http_reply(b"\xff\xfe\xfa")),
     ("bad_json", http_reply(b"[" * 50_000)),
-    ("bad_json", http_reply(b"9" * 5_000)),
+    ("bad_schema", http_reply(b"9" * 5_000)),
     ("bad_json", http_reply(b"data: {}\n\ndata: [DONE]")),
-    ("bad_schema", http_reply(completion(None))),
+    ("no_text", http_reply(completion(None))),
     ("bad_schema", http_reply(completion(7))),
     ("bad_schema", http_reply(completion({"text": "hi"}))),
     ("bad_schema", http_reply(completion(["hi"]))),
@@ -179,6 +182,8 @@ SLOW_FAILURES = [
 
 def misbehave(cases):
     def behave(sock, request, headers):
+        if request["messages"] == FIRST:
+            return sock.sendall(http_reply(completion("ok")))
         action = cases[request["seed"] % len(cases)][1]
         return sock.sendall(action) if isinstance(action, bytes) else action(sock)
 
@@ -192,12 +197,13 @@ def test_a_thousand_malformed_replies():
     """
     def fail(cases, n, **limits):
         with hostile_server(misbehave(cases)) as url, closing(ChatClient(url, "m", max_retries=0, **limits)) as client:
+            assert client.ask(FIRST, 0) == "ok"
             replies = ask_all(client, [ASK] * n, range(n))
             expected = [cases[i % len(cases)][0] for i in range(n)]
             assert [getattr(reply, "reason", reply) for reply in replies] == expected
             assert all("\n" not in str(reply) and len(str(reply)) < 500 for reply in replies)
             assert client.counts["errors"] == Counter(expected)
-            assert (client.counts["requests"], client.counts["retries"]) == (n, 0)
+            assert (client.counts["requests"], client.counts["retries"]) == (n + 1, 0)
 
     fail(PROMPT_FAILURES, 900)
     fail(SLOW_FAILURES, 100, read_timeout=0.6, total_timeout=0.6)
@@ -362,7 +368,7 @@ def test_any_body_is_text_or_a_chat_error(raw):
     try:
         assert parse_reply(raw).strip()
     except ChatError as error:
-        assert error.reason in {"empty", "bad_json", "bad_schema"}
+        assert error.reason in {"empty", "no_text", "bad_json", "bad_schema"}
 
 
 def test_reply_is_valid_unicode():
@@ -416,10 +422,14 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
               b"HTTP/1.1 " + b"x" * 28 + key.encode() + b"\r\n\r\n",  # in the middle of what is shortened
               http_reply(b"y" * 290 + key.encode(), "400 No"),
               http_reply(completion(f"my key is {key}"))]
-    behave = scripted(*echoes)
+    unwanted = b'{"error": "temperature is not supported; ' + key.replace("-", "\\u002d").encode() + b'"}'
+    behave = scripted(http_reply(unwanted, "400 No"), http_reply(completion("ok")), *echoes)
+    told: list[str] = []
     with hostile_server(behave) as url:
-        with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", max_retries=0)) as client:
-            shown = [repr(client), str(client.counts)]
+        limits = {"max_retries": 0, "notify": told.append}
+        with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", **limits)) as client:
+            assert reply_of(client, ASK) == "ok" and "temperature" in told[0]
+            shown = [*told, repr(client), str(client.counts)]
             for _ in echoes[:-1]:
                 with pytest.raises(ChatError) as caught:
                     reply_of(client, ASK)
@@ -488,31 +498,6 @@ def test_programming_errors_escape():
     with closing(ChatClient("http://127.0.0.1:9", "m")) as client:
         with pytest.raises(TypeError):
             client.ask([{"role": "user", "content": object()}], 0)
-
-
-@pytest.mark.parametrize(
-    "base, url",
-    [
-        ("http://h:1", "http://h:1/v1/chat/completions"),
-        ("http://h:1/v1/", "http://h:1/v1/chat/completions"),
-        ("https://h/openai/v1", "https://h/openai/v1/chat/completions"),
-        ("https://h/v1beta/openai/", "https://h/v1beta/openai/chat/completions"),
-        ("https://h/proxy", "https://h/proxy/v1/chat/completions"),
-        ("http://h:1/v1/chat/completions", "http://h:1/v1/chat/completions"),
-    ],
-)
-def test_base_url_with_or_without_v1(base, url):
-    """Guards: /v1/v1/chat/completions, or no /v1 at all."""
-    assert completions_url(base) == url
-
-
-@pytest.mark.parametrize("base", ["", "localhost:8000", "ftp://h", "http://", "http://h:port", "http://h:99999",
-                                  "http://u:secret@h", "http://h?key=1", "http://h h", "http://[::1"])
-def test_bad_base_urls(base):
-    """Guards: a typo in --simulator-url shows as a connection error after two minutes; credentials are echoed."""
-    with pytest.raises(ValueError, match="base URL") as caught:
-        ChatClient(base, "m")
-    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("limit", [{"read_timeout": 0}, {"max_retries": -1}, {"max_reply_bytes": 0},
@@ -788,6 +773,57 @@ def test_a_body_that_never_comes_is_a_408(monkeypatch):
         connection.endheaders(b"{")
         with in_process(server):  # only now: a request that is there already is not late, however busy the machine
             assert connection.getresponse().status == 408
+
+
+def test_a_body_that_drips_is_a_408(monkeypatch):
+    """Guards a thread that is held for ever by one byte now and then: each byte would begin a time-out anew."""
+    monkeypatch.setattr(endpoint_server.Handler, "timeout", 0.3)
+    with in_process(make_user_server(port=0)) as connection:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Length", "1000000")
+        connection.endheaders()
+        sent = 0
+        while sent < 500 and not select.select([connection.sock], [], [], 0.02)[0]:
+            connection.send(b"x")
+            sent += 1
+        assert 1 < sent < 500 and connection.getresponse().status == 408
+
+
+def test_connections_beyond_the_bound_are_sent_away_and_places_come_back():
+    """Guards a thread, and a body in memory, for everybody who opens a connection and says nothing."""
+    server = make_user_server(port=0)
+    server.places = threading.BoundedSemaphore(2)
+    with in_process(server) as connection:
+        open_ones = [http.client.HTTPConnection(*server.server_address, timeout=30) for _ in range(2)]
+        for one in open_ones:
+            assert exchange(one, "GET", "/health")[0].status == 200
+        with suppress(ConnectionError):  # nothing was read of it, so that the reply may be lost
+            assert exchange(connection, "GET", "/health")[0].status == 503
+        connection.close()
+        open_ones[0].close()
+        assert server.places.acquire(timeout=30)  # free again
+        server.places.release()
+        assert exchange(connection, "GET", "/health")[0].status == 200
+
+
+def test_the_key_is_checked_before_the_body_is_waited_for():
+    """Guards 1 MiB of memory, and a wait, for each request of a client without a key."""
+    with in_process(endpoint_server.make_server(port=0, answer=lambda raw: {}, key="right")) as connection:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Authorization", "Bearer wrong")
+        connection.putheader("Content-Length", "1000000")  # and no byte of it
+        connection.endheaders()
+        assert connection.getresponse().status == 401
+
+
+@pytest.mark.parametrize(("facts", "turns", "limit"), [(501, 1, "500"), (1, 501, "1000"), (1000, 3000, "1000")])
+def test_more_facts_and_turns_than_a_server_has_time_for(facts, turns, limit):
+    """Guards a request of 400 KB that costs 45 s of CPU: the work grows with facts x turns."""
+    persona = Persona("x", tuple(f"Interests: thing {i}" for i in range(facts)))
+    history = [line for i in range(turns) for line in (("user", f"I like thing {i}."), ("assistant", "And now?"))]
+    with pytest.raises(RequestError, match=f"takes {limit}") as refusal:
+        simulator.complete(json.dumps({"messages": simulator_messages(persona, history)}).encode())
+    assert refusal.value.status == 422
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "::", "::1", "example.com", ""])

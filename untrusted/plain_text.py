@@ -10,7 +10,9 @@ import json
 import re
 import sys
 import unicodedata
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 _ACTING = {"Cc", "Cf", "Cs"}  # controls (ESC, NUL, BEL, …); direction overrides and invisible "tags"; lone surrogates
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # joiners of letters and emoji: invisible, but reorder nothing
@@ -67,11 +69,21 @@ def shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def warn(text: str) -> None:
-    """Print a warning on one line of stderr."""
-    print(f"warning: {clean_text(text)}", file=sys.stderr)
-
-
 def why_not_json(error: Exception) -> str:
     """Say in a few words why a text could not be read as JSON."""
     return "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error).split(":")[0])
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a plain text and its line break at once, past any progress bar; the one place where programs print.
+
+    file: where to; None: sys.stdout. What strangers wrote may stand in the text once it is on one line (`clean_text`,
+    `shorten`): the line breaks of our own layout stay.
+    """
+    tqdm.write(plain_text(text), file=file)
+    (file or sys.stdout).flush()
+
+
+def warn(text: str) -> None:
+    """Print a warning on one line of stderr."""
+    say(f"warning: {clean_text(text)}", sys.stderr)
