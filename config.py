@@ -28,7 +28,7 @@ class Config:
     # --- checkpoint and run folder
     ckpt: str = ""  # policy to start from: a Hugging Face folder or hub id; bare --ckpt is the tiny checkpoint
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
-    run_dir: str = ""  # where everything is written; empty: runs/<date-time>
+    run_dir: str = ""  # where everything is written; empty: runs/<date-time>_<process>
     overwrite: bool = False  # remove the run that --run-dir holds already
     resume: str = ""  # a run folder to go on with from its newest checkpoint; addresses and key are given anew
     seed: Natural = 0  # every random stream is derived from it and from what the stream is for

@@ -24,16 +24,19 @@ def run(program: str, work: Callable[[], int | None]) -> int:
     """Do a program's work and return its exit code, which is what `work` returns unless an error ends it."""
     try:
         with lasting_output(BrokenPipeError):
-            return work() or 0
+            try:
+                return work() or 0
+            except BrokenPipeError:
+                raise
+            except (ValueError, OSError) as error:  # an OSError names the file
+                say(f"{program}: {clean_text(str(error))}", sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                say(f"{program}: stopped by Ctrl-C", sys.stderr)
+                return 128 + signal.SIGINT
     except BrokenPipeError:
         discard(sys.stdout)
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:  # an OSError names the file
-        say(f"{program}: {clean_text(str(error))}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say(f"{program}: stopped by Ctrl-C", sys.stderr)
-        return 128 + signal.SIGINT
 
 
 @contextmanager

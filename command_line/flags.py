@@ -31,8 +31,9 @@ PATHS = ("critic_ckpt", "personas", "eval_personas", "record", "replay")  # kept
 TRAINING = ("rollout", "rewards", "advantages", "update", "evaluation, log, checkpoints")  # groups of `Config`
 ASKED = ("simulator_url", "judge_url", "api_key_env", "record", "replay")  # from the command line alone, on resume too
 OWN = ("resume", "overwrite", "run_dir", "dry_run")  # what a start does, which the next one does not go on with
+MOVED = ("ckpt", "personas", "eval_personas")  # on resume: where these are now; what they hold must be as it was
 RESUMED = (  # flags that may be given beside --resume, for they leave the result alone
-    *ASKED, "simulator_model", "judge_model", "request_timeout", "max_retries", "max_concurrency",
+    *ASKED, *MOVED, "simulator_model", "judge_model", "request_timeout", "max_retries", "max_concurrency",
     "requests_per_minute", "tokens_per_minute", "breaker_failures", "outage_budget", "quorum", "quorum_retries",
     "price_in", "price_out", "num_iterations", "schedule_iterations", "threads", "eval_every", "save_every",
     "episodes_every", "keep_last", "collective_timeout",
@@ -53,8 +54,13 @@ def parse_args(argv: Sequence[str] | None, description: str) -> Config:
     config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
     if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
         raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
-    config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config.run_dir = config.run_dir or new_folder()
     return config
+
+
+def new_folder(prefix: str = "") -> str:
+    """Name a folder for results that no other start names, not even one in the same second."""
+    return f"runs/{prefix}{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
 
 
 def make_parser(settings: type, description: str, names: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -148,6 +154,11 @@ def resumed_config(given: dict) -> Config:
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
         )
     settings = run_settings(run_dir)
+    for name in given.keys() & set(MOVED):
+        if not (given[name] and settings.get(name)):
+            raise ValueError(f"{path} holds {flag(name)} {settings.get(name) or '(none)'}; another one is another run")
+    if given.get("ckpt"):
+        given["ckpt"] = str(resolve_checkpoint(given["ckpt"]).resolve())
     if any(settings.get(name) and name not in given for name in ASKED):
         asked = {name: settings[name] for name in ASKED if settings.get(name)} | given
         del asked["resume"]

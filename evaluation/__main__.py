@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line import exits
-from command_line.flags import add_flags, checkpoint_defaults
+from command_line.flags import add_flags, checkpoint_defaults, new_folder
 from config import Config, flag
 from dialogue import Dialogue
 from endpoints.calls import calls_note, cost
@@ -251,7 +251,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name, None))
     args.seed = args.seed or 0
     args.turns = args.turns if args.turns is not None else 70 if args.scenario == "long" else 10
-    args.out = args.out or Path(f"runs/evaluate_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    args.out = args.out or Path(new_folder("evaluate_"))
     check_args(args)
     return args
 

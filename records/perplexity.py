@@ -30,11 +30,16 @@ Text = str | list[dict[str, str]]  # plain text, or the messages of a chat
 
 def read_texts(path: Path) -> list[Text]:
     """Read chats and passages from a file; ValueError, in one line with path and line number, if it is damaged."""
+    return parse_texts(read_bytes(path), str(path))
+
+
+def parse_texts(raw: bytes, path: str) -> list[Text]:
+    """Return the chats and passages that a file of this name holds."""
     try:
-        whole = read_bytes(path).decode("utf-8-sig")
+        whole = raw.decode("utf-8-sig")
     except ValueError as error:
-        raise ValueError(f"cannot read text from {path}: {error}; --perplexity takes JSONL or plain text") from None
-    if path.suffix == ".jsonl" or OBJECT_START.search(whole):  # damaged JSONL must not pass for prose
+        raise ValueError(f"{path} is not UTF-8: {error}; --perplexity takes JSONL or plain text") from None
+    if path.endswith(".jsonl") or OBJECT_START.search(whole):  # damaged JSONL must not pass for prose
         lines = enumerate(whole.split("\n"), 1)
         texts = [_read_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -19,21 +20,22 @@ from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners import sharding
-from learners.folder import SINGLE, carried_files
+from learners.folder import SINGLE, carried_files, weight_files
 from learners.learner import Learner, is_sharded, optimizer_tensors
 from learners.loading import keep_freed_memory, load_all_personas, load_models, load_sharded, set_threads
 from learners.processes import Result, on_rank_0, rank
-from learners.weights import save_config, save_pretrained
+from learners.weights import save_config, save_pretrained, stored_tensors
 from model import Qwen2ForCausalLM
 from records import checkpoints
 from records.log import FINISHED, RunLog
 from simulator import Environment
-from untrusted.files import read_json
-from untrusted.plain_text import clean_text, say, warn
+from untrusted.files import check_value, read_json
+from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds.personas import Persona
 
-PROGRESS = ("iteration", "updates", "evaluated", "best", "logs")  # what trainer.json holds of a State
+PROGRESS = ("iteration", "updates", "evaluated", "best", "logs", "sources")  # what trainer.json holds of a State
 READ = ("ckpt", "critic_ckpt", "personas", "eval_personas")  # files that a run's own config.json may name
+SOURCES = ("ckpt", "personas", "eval_personas")  # those of them that a resumed run reads again
 Size = Annotated[int, (0, 2**62)]  # bytes of a file
 
 
@@ -56,6 +58,7 @@ class State:
     best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
     logs: dict[str, Size] = field(default_factory=dict)  # sizes of the run's records at this point
     files: dict[str, bytes] = field(default_factory=dict)  # what is saved beside the policy's weights, by name
+    sources: dict[str, str] = field(default_factory=dict)  # SHA-256 of each of SOURCES; rank 0 alone knows them
     saved: str = ""  # name of the checkpoint that this process loaded or wrote last
 
     def mark(self, log: RunLog | None, evaluated: bool) -> None:
@@ -77,6 +80,9 @@ class State:
 
 def setup(config: Config, env: Environment, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
     """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
+    progress = read_progress(folder) if folder else {}
+    if folder and rank() == 0:
+        check_sources(config, progress["sources"])
     personas, eval_sets = load_all_personas(config)
     policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
     set_threads(policy.model, config)
@@ -87,7 +93,7 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     files = chat.chat_files(carried_files(source))  # now, since the folder may change or go while the run lasts
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env, files=files)
     if folder:
-        state = replace(state, saved=folder.name, **read_progress(folder))
+        state = replace(state, saved=folder.name, **progress)
         if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
@@ -97,16 +103,54 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
                 f"--resume {config.run_dir}: {folder.name} lies beyond its {state.num_iterations} iterations; give a"
                 " larger --num-iterations"
             )
+    elif rank() == 0:
+        state.sources = {name: fingerprint(config, name) for name in SOURCES if getattr(config, name)}
     return state
 
 
-def read_progress(folder: Path) -> dict:
+def read_progress(folder: Path) -> dict[str, Any]:
     """Return what a checkpoint's trainer.json holds of a State; ValueError if it holds anything else."""
     hints = get_type_hints(State, include_extras=True)
-    progress = read_json(folder / "trainer.json", {name: hints[name] for name in PROGRESS})
+    progress = {"sources": {}} | read_json(folder / "trainer.json")  # absent: of an earlier version
+    check_value(progress, {name: hints[name] for name in PROGRESS}, str(folder / "trainer.json"))
     if len(progress["best"]) > 1:
         raise ValueError(f"{folder / 'trainer.json'}, 'best' names {len(progress['best'])} checkpoints; it names one")
     return progress
+
+
+def check_sources(config: Config, before: dict[str, str]) -> None:
+    """Raise ValueError if a file that a resumed run needs is gone, or another than the one that it began with.
+
+    The checkpoint that it began with is needed for the reference alone.
+    """
+    for name in (name for name in SOURCES if name in before and (name != "ckpt" or config.kl_coef)):
+        path = getattr(config, name)
+        try:
+            digest = fingerprint(config, name)
+        except (OSError, ValueError, SafetensorError) as error:
+            why = f"--kl-coef {config.kl_coef:g} needs it; " if name == "ckpt" else ""
+            raise ValueError(
+                f"{flag(name)} {path} cannot be read ({getattr(error, 'strerror', None) or error}); {why}say where it"
+                f" is now: --resume {config.run_dir} {flag(name)} …"
+            ) from None
+        if digest != before[name]:
+            raise ValueError(
+                f"{flag(name)} {path} is not what this run began with: its SHA-256 is {digest[:16]}…, not"
+                f" {shorten(before[name], 16)}; give the same content"
+            )
+
+
+def fingerprint(config: Config, name: str) -> str:
+    """Return the SHA-256 of a persona file, or of the weights in --ckpt, however they are cut into files."""
+    path = Path(getattr(config, name))
+    if name != "ckpt":
+        return checkpoints.sha256(path)
+    digests = {}
+    for file in weight_files(path):
+        for tensor_name, tensor in stored_tensors(file):
+            data = tensor.reshape(-1).view(torch.uint8).numpy()
+            digests[tensor_name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def save_checkpoint(state: State) -> None:

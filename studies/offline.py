@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import train_rlpa
 from command_line import exits
-from command_line.flags import check_settings, checkpoint_defaults, make_parser
+from command_line.flags import check_settings, checkpoint_defaults, make_parser, new_folder
 from config import Amount, Config, Count, Natural, flag
 from dialogue import Candidate, Dialogue, Turn, stream_seed
 from endpoints.calls import calls_note
@@ -131,7 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     own = {name: own[name] for name in (*COLLECTED, "minibatch_size", "eval_dialogues", "lr") if name in own}
     own["lr"] *= METHODS.get(chosen.get("method"), 1.0)
     config = Offline(**{**own, **chosen})
-    config.run_dir = config.run_dir or f"runs/{config.method}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config.run_dir = config.run_dir or new_folder(f"{config.method}_")
     if (Path(config.run_dir) / "metrics.jsonl").exists():
         raise ValueError(f"--run-dir {config.run_dir} holds a run already; choose another folder")
     return config

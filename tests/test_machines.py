@@ -8,17 +8,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
 from evaluation.__main__ import main as evaluate
 from records.log import RunLog
 
+ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
     "rollout_batch_size": 2, "minibatch_size": 2, "max_turns": 2, "num_candidates": 2, "max_new_tokens": 8,
     "num_iterations": 1, "eval_every": 0, "eval_dialogues": 1, "save_every": 0, "reply_steps": 4,
@@ -40,6 +45,11 @@ def train(arguments: list[str], run: Path, *more: str) -> None:
     assert train_rlpa.main([*arguments, "--run-dir", str(run), *more]) == 0
     assert (run / "finished").exists() and len(records(run, "train")) == 1
     assert (run / "checkpoints" / "iteration_000001" / "policy" / "model.safetensors").is_file()
+
+
+def warnings(text: str) -> list[str]:
+    """Return the lines that warn of something, but of the policy's short turns."""
+    return [line for line in text.splitlines() if "warning: " in line and "--max-new-tokens" not in line]
 
 
 def without_reader() -> io.TextIOBase:
@@ -80,7 +90,7 @@ def test_what_is_lost_of_the_output_is_said_once(arguments, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", STREAMS["full disk"]())
         train(arguments, tmp_path / "run", "--no-tensorboard")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "silent" in line]
+    (line,) = warnings(capsys.readouterr().err)
     assert "/dev/full is silent from here on: No space left on device" in line
 
 
@@ -108,8 +118,8 @@ def test_a_run_ends_well_without_its_pictures(arguments, tmp_path, monkeypatch, 
         break_it(patch)
         train(arguments, tmp_path / "run")
     said = capsys.readouterr()
-    (line,) = [line for line in said.err.splitlines() if "left out" in line]
-    assert says in line and "warning: " in line and "\n" not in line and "run folder" in said.out
+    (line,) = warnings(said.err)
+    assert says in line and "left out" in line and "\n" not in line and "run folder" in said.out
 
 
 def test_an_evaluation_ends_well_without_its_picture(arguments, tmp_path, monkeypatch, capsys):
@@ -128,3 +138,65 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="metrics.jsonl cannot be written: No space left"):
         log.metrics(1, "train", {"reward": 1.0})
+
+
+def test_two_starts_in_one_second_do_not_meet():
+    """Guards two runs that fail, or two evaluations that write into one folder, because they began together."""
+    code = "import time; time.strftime = lambda *_: 'now'; from command_line import flags; print(flags.new_folder())"
+    names = {subprocess.check_output([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)}
+    assert len(names) == 2 and all(name.startswith(b"runs/now_") for name in names)
+
+
+# ------------------------------------------------------------------------------------------------- folders that move
+
+
+@pytest.fixture
+def moved(arguments, tmp_path) -> tuple[Path, Path, Callable[..., int]]:
+    """A run of one iteration that was moved, the folder that it began with, under another name too, and a function
+    that goes on for a second iteration."""
+    base = Path(shutil.copytree(arguments[1], tmp_path / "base"))
+    argv = ["--ckpt", str(base), *arguments[2:4], "--personas", str(base / "people.jsonl"), "--no-tensorboard"]
+    train(argv, tmp_path / "run")
+    run = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    command = ["--resume", str(run), "--num-iterations", "2", *arguments[2:4]]
+    return run, base.rename(tmp_path / "new base"), lambda *flags: train_rlpa.main([*command, *map(str, flags)])
+
+
+def test_a_run_goes_on_where_everything_has_moved(moved, tmp_path, capsys):
+    """Guards a run that ends for good because its folder, its base or its personas stand elsewhere now; a reference of
+    other weights, or other personas, that nobody notices."""
+    run, base, resume = moved
+
+    def refused(*flags: object) -> str:
+        assert resume(*flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    people = ("--personas", base / "people.jsonl")
+    assert "--kl-coef 0.01 needs it" in (line := refused(*people)) and "--ckpt …" in line
+    assert "--personas …" in (line := refused("--ckpt", base)) and "say where it is now" in line
+    other = write_checkpoint(tmp_path / "other", SETTINGS)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, other / "model.safetensors")
+    assert f"--ckpt {other} is not what this run began with" in refused(*people, "--ckpt", other)
+    changed = tmp_path / "people.jsonl"
+    changed.write_text((base / "people.jsonl").read_text(encoding="utf-8") + '"Bo naps."\n', encoding="utf-8")
+    assert f"{changed} is not what" in refused("--personas", changed, "--ckpt", base)
+    assert "holds --eval-personas (none)" in refused("--eval-personas", changed)
+    assert len(records(run, "train")) == 1
+    save_torch_state_dict(load_file(base / "model.safetensors"), base, max_shard_size=20_000)  # cut in other files
+    assert len(list(base.glob("*.safetensors"))) > 1
+    assert resume(*people, "--ckpt", base) == 0 and len(records(run, "train")) == 2
+
+
+def test_without_a_reference_the_base_is_not_needed(arguments, tmp_path):
+    """Guards a tokenizer, settings or held-out text that are read from where the run began, and not from itself."""
+    base = Path(shutil.copytree(arguments[1], tmp_path / "base"))
+    (base / "sft_heldout.jsonl").write_text('{"text": "Some words."}\n')
+    train(["--ckpt", str(base), *arguments[2:], "--kl-coef", "0"], tmp_path / "run", "--no-tensorboard")
+    shutil.rmtree(base)
+    assert train_rlpa.main(["--resume", str(tmp_path / "run"), "--num-iterations", "2", *arguments[2:4]]) == 0
+    assert all("perplexity_sft" in r for r in records(tmp_path / "run", "heldout/sampled"))
+    assert {"rlpa.json", "sft_heldout.jsonl", "tokenizer.json"} <= {
+        file.name for file in (tmp_path / "run" / "checkpoints" / "iteration_000002" / "policy").iterdir()
+    }
