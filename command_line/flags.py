@@ -21,6 +21,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from command_line.exits import check_prices, refuse
 from config import HERE, Config, flag
+from endpoints.wire import shown_url
 from learners.weights import resolve_checkpoint
 from untrusted.files import check_value, read_json
 from untrusted.plain_text import shorten
@@ -174,7 +175,10 @@ def resumed_config(given: dict) -> Config:
 
 
 def resume_command(run_dir: str, asked: dict) -> str:
-    """Write the complete command that goes on with a run; `asked`: settings that its config.json does not decide."""
+    """Write the command that goes on with a run, complete but for the queries of addresses, which may hold a key.
+
+    asked: settings that the run's config.json does not decide.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     words = ["torchrun", *(["--nproc-per-node", str(processes)] if processes > 1 else []), sys.argv[0]]
     words += ["--resume", run_dir]
@@ -182,5 +186,5 @@ def resume_command(run_dir: str, asked: dict) -> str:
         if isinstance(value, bool):
             words.append(flag(name) if value else flag(f"no_{name}"))
         else:
-            words += [flag(name), str(value)]
+            words += [flag(name), shown_url(value) if name.endswith("_url") else str(value)]
     return shlex.join(words)

@@ -93,12 +93,12 @@ def completions_url(base_url: str, name: str = "") -> str:
 
 
 def shown_url(url: str) -> str:
-    """Return an address as messages may show it: without its query, which may hold a key.
+    """Return an address, or several, as messages and files may show it: without its query, which may hold a key.
 
-    >>> shown_url("https://host/v1/chat/completions?key=s3cret")
-    'https://host/v1/chat/completions?…'
+    >>> shown_url("https://host/v1/chat/completions?key=s3cret,http://b/v1"), shown_url("http://h/v1?key=s3cret#model")
+    ('https://host/v1/chat/completions?…,http://b/v1', 'http://h/v1?…#model')
     """
-    return re.sub(r"(?s)\?.*", "?…", url)
+    return re.sub(r"(?s)\?.*?(?=,https?://|#|\Z)", "?…", url)
 
 
 def _split_url(base_url: str) -> tuple[SplitResult, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dialogue import Dialogue
+from endpoints.wire import shown_url
 from evaluation import subjects
 from evaluation.figures import LEVEL, RESAMPLES, Array, Estimate, Summary, shown
 from records.checkpoints import write_text
@@ -130,6 +131,8 @@ def write_results(
     """Write results.json, results.csv and episodes.jsonl."""
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     settings["perplexity"] = args.perplexity and str(args.perplexity)
+    settings |= {name: shown_url(settings[name]) for name in ("simulator_url", "judge_url") if settings[name]}
+    settings["subjects"] = list(map(shown_url, args.subjects))
     results = {
         "settings": settings | {"resamples": RESAMPLES, "interval_percent": LEVEL},
         "subjects": {

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from command_line.exits import decorative
-from config import RUN_FORMAT, has_own_trunk
+from config import RUN_FORMAT, Config, has_own_trunk
 from dialogue import Dialogue
 from endpoints.calls import ENDPOINTS, calls_note
+from endpoints.wire import shown_url
 from learners.processes import gather, world_size
 from records import checkpoints
 from records.log import FINISHED, RunLog, episode_record, show_transcripts
@@ -67,10 +68,15 @@ def start_log(state: State) -> RunLog:
     announce(state)
     kept = {"schedule_iterations": state.schedule_iterations}  # a larger --num-iterations shall not stretch it
     uninterrupted = replace(state.config, resume="", overwrite=False, **kept)
-    settings = {"format": RUN_FORMAT} | asdict(uninterrupted)
+    settings = {"format": RUN_FORMAT} | settings_record(uninterrupted)
     (Path(state.config.run_dir) / FINISHED).unlink(missing_ok=True)
     checkpoints.write_text(Path(state.config.run_dir) / "config.json", json.dumps(settings, indent=1) + "\n")
     return RunLog(state.config.run_dir, state.logs, state.config.tensorboard)
+
+
+def settings_record(config: Config) -> dict:
+    """Return settings as files hold them: without the queries of addresses, which may hold a key."""
+    return asdict(config) | {name: shown_url(getattr(config, name)) for name in ("simulator_url", "judge_url")}
 
 
 def finish(
@@ -107,7 +113,8 @@ def announce(state: State) -> None:
         f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, {critic})",
         f"{world_size()} process(es), {torch.get_num_threads()} thread(s) each",
         f"{len(state.personas)} training personas, {sets}",
-        f"user {config.simulator_url or 'embedded'} ({config.simulator_model}), judge {config.judge_url or 'by rule'}",
+        f"user {shown_url(config.simulator_url) or 'embedded'} ({config.simulator_model}),"
+        f" judge {shown_url(config.judge_url) or 'by rule'}",
         f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )
     if (ends := state.schedule_iterations) < state.num_iterations:

@@ -48,6 +48,7 @@ from model import Qwen2Config, Qwen2ForCausalLM
 from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
 from records.log import RunLog, claim_folder
 from records.outages import Unavailable
+from records.progress import settings_record
 from records.state import State, save_texts, setup
 from rewards import REWARD_PARTS
 from simulator import Environment, open_environment
@@ -334,7 +335,7 @@ def learn(config: Offline, env: Environment) -> None:
     state = setup(config, env)
     check_tokens(dialogues, config, state.policy.model.config)
     log = RunLog(config.run_dir, {}, tensorboard=False)
-    (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    (log.folder / "config.json").write_text(json.dumps(settings_record(config), indent=1) + "\n", encoding="utf-8")
     people = f", personas {config.personas}" if config.personas else ""  # files that --data may have named
     say(clean_text(f"{config.method}: policy {config.ckpt}{people} -> {config.run_dir}"))
     if config.data:

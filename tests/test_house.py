@@ -24,7 +24,7 @@ PROGRAMS = {  # a program may import these other programs, and every room
 }
 ROOMS = {  # a room may import these rooms, all of which stand below it
     "records": "command_line dry_run packing simulator rewards dialogue learners model kernels worlds endpoints config",
-    "command_line": "learners config",
+    "command_line": "learners endpoints config",
     "dry_run": "learners model kernels config",
     "scheduler": "sampler simulator config",
     "packing": "dialogue learners model kernels config",

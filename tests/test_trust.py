@@ -19,13 +19,14 @@ import train_rlpa
 from benchmarks import fuzz_files
 from chat import __main__ as chat
 from command_line.exits import tell
-from command_line.flags import ASKED, OWN, RESUMED, TINY_CHECKPOINT, parse_args, training_settings
+from command_line.flags import ASKED, OWN, RESUMED, TINY_CHECKPOINT, parse_args, resume_command, training_settings
 from config import RUN_FORMAT, Config, flag
 from endpoints.tape import Tape
 from endpoints.wire import Call, ChatReply
 from evaluation import __main__ as evaluation
 from records.checkpoints import write_text
 from records.log import claim_folder
+from records.progress import settings_record
 from records.state import READ, newest_checkpoint
 from report import __main__ as report
 from studies import offline
@@ -123,6 +124,15 @@ def test_a_run_that_is_resumed_brings_no_address_key_or_file(tmp_path, capsys, n
     assert f"--resume {run} {flag(name)} {shown} --num-iterations 9 --no-shard" in line
     assert parse_args(["--resume", str(run), flag(name), value], "").lr == 0.25
     assert getattr(parse_args(["--resume", str(run), flag(name), ""], ""), name) == ""  # dropped on purpose
+
+
+def test_a_query_is_in_no_file_and_no_command(tmp_path):
+    """Guards a key in an address: config.json, and the command that goes on with the run, would show it."""
+    config = Config(ckpt="x", simulator_url="http://a/v1?key=s3cret,http://b/v1?key=s3cret", judge_url="http://c/v1")
+    record = settings_record(config)
+    assert record["simulator_url"] == "http://a/v1?…,http://b/v1?…" and record["judge_url"] == "http://c/v1"
+    command = resume_command("run", asdict(config))
+    assert "s3cret" not in command and "http://c/v1" in command
 
 
 def test_a_resumed_run_keeps_its_settings_and_takes_endpoint_flags(tmp_path):
