@@ -608,7 +608,9 @@ def test_a_key_in_the_wrong_place_is_not_shown():
         with pytest.raises(ValueError) as caught:
             endpoint_client.read_key(name)
         assert "0123456789" not in str(caught.value) and "NAME" in str(caught.value)
-    for url in (f"https://user:{KEY}@host/v1", f"https://user:{KEY}@host:port/v1"):
+    with closing(ChatClient(f"http://127.0.0.1:9/v1?key={KEY}", "m", max_retries=0)) as client:
+        assert "0123456789" not in str(client.ask(ASK)) + client.complaint and "http://127.0.0.1:9/" in client.complaint
+    for url in (f"https://host/v1#{KEY}", f"https://user:{KEY}@host/v1", f"https://user:{KEY}@host:port/v1"):
         with pytest.raises(ValueError) as caught:
             ChatClient(url, "m")
         assert "0123456789" not in str(caught.value)
