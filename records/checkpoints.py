@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from learners.folder import SUFFIXES
+from learners.folder import CARRIED, SUFFIXES
 
 SUMS = "SHA256SUMS"
 
@@ -97,8 +97,8 @@ def damage(folder: Path) -> str:
     if files.pop(SUMS, None) is None:
         return f"{SUMS} is missing"
     for name, file in files.items():
-        if file.suffix not in SUFFIXES:
-            return f"{name} is refused: it may be a pickle, and a checkpoint holds only {', '.join(SUFFIXES)}"
+        if file.suffix not in SUFFIXES and file.name not in CARRIED:
+            return f"{name} is refused: it may be a pickle; a checkpoint holds {', '.join(SUFFIXES)} and known texts"
     try:
         listed = read_sums(folder / SUMS)
         for name in sorted(listed | files):
