@@ -1,7 +1,7 @@
 """All settings of a run. A field's type holds its limits, and its comment is its `--help`.
 
 Defaults are the published ones (arXiv 2505.15456), except --history-profile. A checkpoint may bring its own in
-`rlpa.json`. Flags override both.
+`rlpa.json`, as far as they say how it is trained. Flags override both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_type_hints
 from untrusted.files import check_value
 
 MANY, HERE = 10**9, "here"  # HERE: what a bare --dry-run plans for
+RUN_FORMAT = "rlpa run 1"  # "format" in a run's config.json: the mark by which a folder is a run, and so ours to remove
 Natural, Count, Small = Annotated[int, (0, MANY)], Annotated[int, (1, MANY)], Annotated[int, (1, 10_000)]
 OrMinusOne, Threads = Annotated[int, (-1, MANY)], Annotated[int, (0, 1024)]
 Amount, Positive, Share = Annotated[float, (0, MANY)], Annotated[float, (1e-6, MANY)], Annotated[float, (0, 1)]
@@ -27,9 +28,9 @@ class Config:
     # --- checkpoint and run folder
     ckpt: str = ""  # policy to start from: a Hugging Face folder or hub id; bare --ckpt is the tiny checkpoint
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
-    run_dir: str = ""  # where everything is written; empty: runs/<date-time>
+    run_dir: str = ""  # where everything is written; empty: runs/<date-time>_<process>
     overwrite: bool = False  # remove the run that --run-dir holds already
-    resume: str = ""  # a run folder to go on with from its newest whole checkpoint; all other settings come from it
+    resume: str = ""  # a run folder to go on with from its newest checkpoint; addresses and key are given anew
     seed: Natural = 0  # every random stream is derived from it and from what the stream is for
 
     # --- personas, user and judge
@@ -97,6 +98,7 @@ class Config:
     adam_beta2: Share = 0.95  # AdamW
     warmup_share: Share = 0.03  # share of all updates with a rising learning rate
     min_lr_share: Share = 0.1  # the cosine ends at this share of the peak
+    schedule_iterations: Natural = 0  # iterations until the cosine ends; 0: all; a resumed run keeps what it began with
     max_grad_norm: Positive = 1.0  # global norm that gradients are clipped to
     clip_eps: Positive = 0.2  # ratio clip of the policy loss
     value_clip: Positive = 0.2  # clip of the value's move away from the old value

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from config import Config
 from sampler import Draw, Sampler
-from simulator import Environment
+from simulator import Environment, is_live
 
 NEARLY_ALL, FEW = 0.9, 8  # share of turns cut at their limit that is worth a warning, and below how many turns none is
 JOIN_EVERY = 8  # decode steps between two prefills: several prompts in one cost little more than one prompt
@@ -59,8 +59,7 @@ class Scheduler:
     """
 
     def __init__(self, sampler: Sampler | None, config: Config, env: Environment) -> None:
-        live = bool(config.simulator_url or config.judge_url) and not (config.record or config.replay)
-        self.steps = config.reply_steps if config.reply_steps >= 0 else 0 if live or sampler is None else 16
+        self.steps = config.reply_steps if config.reply_steps >= 0 else 0 if is_live(config) or sampler is None else 16
         self.sampler, self.env = sampler, env
         self.pool = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="reply")
         self.calls: deque[tuple[int, Future, Callable]] = deque()  # due at this step; reply; what takes it

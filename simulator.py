@@ -30,8 +30,6 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import rewards
 from config import Config
 from endpoints.client import ChatClient
@@ -39,7 +37,7 @@ from endpoints.server import make_server
 from endpoints.tape import Tape
 from endpoints.throttle import Quota
 from endpoints.wire import Message, RequestError, parse_request
-from untrusted.plain_text import shorten
+from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds import first, second
 from worlds.ledger import History
 from worlds.personas import Persona, usable_facts
@@ -61,6 +59,7 @@ your profile you would rather not say.
 9. People change. If your profile contradicts what you said before, say that it has changed; the profile holds."""
 PROFILE_HEADING = "Your profile:"
 OPENING = "(The chat begins. Write your first message.)"  # chat templates want a "user" message before any reply
+MAX_MESSAGES, MAX_FACTS = 1000, 500  # of one request to the embedded users, whose work grows with facts x messages
 _OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
@@ -121,10 +120,14 @@ def complete(raw: bytes) -> dict[str, Any]:
     """
     request = parse_request(raw)
     messages, seed = request["messages"], request.get("seed")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(422, f"there are {len(messages)} messages; this server takes {MAX_MESSAGES}")
     try:
         facts, history = parse_simulator_messages(messages)
     except ValueError as error:
         raise RequestError(422, str(error)) from None
+    if len(facts) > MAX_FACTS:
+        raise RequestError(422, f"the role prompt has {len(facts)} facts; this server takes {MAX_FACTS}")
     model = request.get("model")
     if not isinstance(model, str) or model not in EMBEDDED_USERS:
         model = next(iter(EMBEDDED_USERS))
@@ -170,13 +173,13 @@ class EmbeddedServer:
         self.process.stdout.close()
 
 
-def start_embedded_server(timeout: float = 60.0) -> EmbeddedServer:
+def start_embedded_server(timeout: float = 600.0) -> EmbeddedServer:
     """Start the embedded server on a free loopback port; raise RuntimeError if it is not up in `timeout` seconds."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "--port", "0", "--until-stdin-closes"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,  # Ctrl-C is for the trainer, which still needs the server while it saves
     )
     deadline = threading.Timer(timeout, process.kill)
@@ -227,7 +230,7 @@ class Environment:
     def warn_once(self, topic: str, line: str) -> None:
         """Print a warning, unless there was one on this topic before."""
         if self.rank == 0 and topic not in self.warned:
-            tqdm.write(f"warning: {line}", file=sys.stderr)
+            warn(line)
         self.warned.add(topic)
 
     def calls(self) -> Counter:
@@ -245,6 +248,11 @@ class Environment:
             client.close()
 
 
+def is_live(config: Config) -> bool:
+    """Return whether replies come from endpoints, and are neither recorded nor replayed."""
+    return bool(config.simulator_url or config.judge_url) and not (config.record or config.replay)
+
+
 REPLAYED = "http://replayed.invalid"  # stands for the embedded user's address where no call is made
 
 
@@ -260,7 +268,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
     if tape and rank == 0:
-        print(tape.note, file=sys.stderr)
+        say(clean_text(tape.note), sys.stderr)
     quota = Quota(config.requests_per_minute / processes, config.tokens_per_minute / processes)
 
     def client(url: str, model: str, name: str) -> ChatClient:
@@ -276,7 +284,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
             outage_budget=config.outage_budget,
             breaker_failures=config.breaker_failures,
             quota=quota,
-            notify=lambda line: tqdm.write(f"warning: {line}", file=sys.stderr),
+            notify=warn,
         )
 
     server = None
@@ -307,7 +315,7 @@ def main(argv: Sequence[str] | None = None, answer: Callable[[bytes], dict[str, 
         server = make_user_server(options.host, options.port, answer)
     except ValueError as error:
         parser.error(str(error))
-    print(f"simulated user at http://{server.server_address[0]}:{server.server_address[1]}/v1", flush=True)
+    say(f"simulated user at http://{server.server_address[0]}:{server.server_address[1]}/v1")
     if options.until_stdin_closes:
         threading.Thread(target=_shutdown_at_end_of_stdin, args=[server], daemon=True).start()
     with suppress(KeyboardInterrupt):

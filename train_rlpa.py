@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from command_line.exits import tell
+from command_line.exits import lasting_output, tell
 from command_line.flags import parse_args
 from config import Config
 from dialogue import Candidate, ChatTokenizer, Dialogue, open_turn, stream_seed
@@ -57,14 +57,16 @@ from records.iteration import IterationMeter, play_metrics, retention
 from records.log import RunLog, claim_folder
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
-from records.state import State, go_on_after_restart, newest_checkpoint, save_checkpoint, setup
+from records.state import State, go_on_after_restart, resume_point, save_checkpoint, setup
 from rewards import Judge, read_candidate, score_candidate
 from sampler import Draw, make_sampler
 from scheduler import Ask, Sample, Scheduler, Waits
 from simulator import Environment, open_environment, simulator_messages
+from untrusted.plain_text import say
 from worlds.personas import Persona
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code (docs/failures.md); an error is one line on stderr."""
     signals: list[int] = []
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with processes.catch_signals(signals), processes.joined_processes(parsed) as store:
             return launch(processes.together(lambda: parsed), store, signals)
-    except (ValueError, processes.LostProcess, Unavailable) as error:
+    except (ValueError, OSError, processes.LostProcess, Unavailable) as error:
         if not isinstance(error, processes.AgreedError | Unavailable) or os.environ.get("RANK", "0") == "0":
             tell("train_rlpa.py", str(error))
         return {processes.LostProcess: 1, Unavailable: os.EX_TEMPFAIL}.get(type(error), 2)
@@ -85,7 +87,8 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
     """
     config = processes.on_rank_0(lambda: go_on_after_restart(config, store))
     if config.dry_run:
-        print(dry_run(config) if processes.rank() == 0 else "", end="")
+        if processes.rank() == 0:
+            say(dry_run(config).rstrip())
         return 0
     with ExitStack() as stack:
         claim = claim_folder(config.run_dir, bool(config.resume), config.overwrite)
@@ -104,7 +107,7 @@ def train(config: Config, env: Environment) -> int:
     A signal or an unreachable endpoint discards the current rollout. An update that has begun is finished. Then the
     state is saved.
     """
-    folder = processes.on_rank_0(lambda: newest_checkpoint(config.run_dir)) if config.resume else None
+    folder = processes.on_rank_0(lambda: resume_point(config)) if config.resume else None
     mesh = sharding.make_mesh() if config.shard else None
     state = processes.together(lambda: setup(config, env, folder, mesh))
     log = processes.together(lambda: start_log(state) if processes.rank() == 0 else None)
@@ -131,7 +134,7 @@ def run(state: State, log: RunLog | None) -> tuple[dict, dict]:
             metrics, dialogues = run_iteration(state)
             if log:
                 log.metrics(state.iteration, "train", metrics)
-                tqdm.write(progress_line(state, metrics))
+                say(progress_line(state, metrics))
             if state.config.episodes_every and state.iteration % state.config.episodes_every == 0:
                 record_episodes(state, log, {"train": dialogues})
             state.mark(log, evaluated=False)
@@ -153,7 +156,7 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         scale = whiten_advantages(packed, config.advantage)
     with env.timers("update"), processes.computing():
         per_iteration = config.num_epochs * len(batches)
-        progress = (state.updates, state.num_iterations * per_iteration)
+        progress = (state.updates, state.schedule_iterations * per_iteration)
         train_policy = state.iteration >= config.critic_warmup
         metrics = update(policy, critic, batches, config, progress, train_policy, state.ref_policy)
     state.iteration += 1
@@ -486,7 +489,7 @@ def update(
     policy: Learner, critic: Learner | None, batches: list[list[Batch]], config: Config, progress: tuple[int, int],
     train_policy: bool, ref_policy: Qwen2ForCausalLM | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Run PPO over one rollout batch; `progress` is (updates done so far, updates of the whole run). Gives metrics."""
+    """Run PPO over one rollout batch; `progress` is (updates done so far, those of the schedule). Gives metrics."""
     totals: Counter = Counter()
     first: dict[str, float] = {}
     ratios: list[float] = []
@@ -509,7 +512,7 @@ def update(
     if ratios:
         first |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
     tokens, steps = max(1.0, totals.pop("tokens", 0.0)), max(1.0, totals.pop("steps", 0.0))
-    per = {"policy_grad_norm": steps, "critic_grad_norm": steps, "updates_skipped": 1}
+    per = dict.fromkeys(("policy_grad_norm", "critic_grad_norm", "lr", "critic_lr"), steps) | {"updates_skipped": 1}
     return first | {name: value / per.get(name, tokens) for name, value in totals.items()}
 
 
@@ -558,6 +561,7 @@ def minibatch_update(
             norm, taken = optimizer_step(learner, share, config.max_grad_norm)
         if learner:
             result[f"{name}_grad_norm"] = norm
+            result |= {"lr" if name == "policy" else "critic_lr": learner.peak_lr * share} if trained else {}
             result["updates_skipped"] += not taken
     return result
 
@@ -700,7 +704,7 @@ def run_evaluation(state: State, log: RunLog | None, ends: bool) -> dict[str, li
                 state.reward = metrics["reward"]  # decides which checkpoint is the best
             if log:
                 log.metrics(state.iteration, f"{name}/{how}", metrics | (retained if name == "heldout" else {}))
-                tqdm.write(evaluation_line(f"{name}/{how}", metrics))
+                say(evaluation_line(f"{name}/{how}", metrics))
     return played
 
 

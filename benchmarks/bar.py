@@ -7,7 +7,7 @@ Times are CPU seconds of one thread, which other processes on the machine hardly
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import torch
@@ -15,11 +15,14 @@ import torch
 from benchmarks.cases import PPO
 from kernels import ppo_head
 
-N, D, V = int(sys.argv[1]) if len(sys.argv) > 1 else 2048, 896, 151_936
+D, V = 896, 151_936
 
 
 def main() -> None:
     """Print the seconds of each, and ours as a share of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=int, nargs="?", default=2048, metavar="N", help="action tokens [2048]")
+    N = parser.parse_args().tokens
     torch.set_num_threads(1)
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, D).requires_grad_(), (0.02 * torch.randn(V, D)).requires_grad_()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import rewards
 import simulator
+from command_line.flags import run_settings
 from config import Config
 from dialogue import stream_seed
 from endpoints.server import Handler
@@ -98,7 +99,7 @@ def make_server(chaos: Chaos, port: int = 0) -> ThreadingHTTPServer:
 
 def wrong(run: Path) -> Counter[str]:
     """Count what was checked in a run's training iterations and, with "wrong" before it, what is not as it must be."""
-    config = Config(**json.loads((run / "config.json").read_text(encoding="utf-8")))
+    config = Config(**run_settings(run))
     found: Counter[str] = Counter()
 
     def check(name: str, is_right: bool) -> None:

@@ -6,6 +6,7 @@ be found, with one warning. Exit code 1 if it is not. The run needs two checkpoi
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -43,9 +44,11 @@ def damages(checkpoint: Path) -> Iterator[tuple[str, str]]:
             file.write_bytes(content)
 
 
-def main(run: str) -> int:
+def main() -> int:
     """Print what was found after each damage, and how many fell back."""
-    before, newest = checkpoints.published(Path(run) / "checkpoints")[-2:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run with two checkpoints or more")
+    before, newest = checkpoints.published(parser.parse_args().run / "checkpoints")[-2:]
     fell_back = total = 0
     with tempfile.TemporaryDirectory(prefix="corrupt-") as root:
         for folder in (before, newest):
@@ -61,4 +64,4 @@ def main(run: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

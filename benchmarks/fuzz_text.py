@@ -6,6 +6,7 @@ the same texts are facts of a persona file, profile lines and replies of the pol
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -206,14 +207,18 @@ def violations(texts: Sequence[str]) -> Counter:
     return +found
 
 
-def main(n: int, seed: int = 0) -> int:
-    """Print what n texts forged; 1 if it is anything."""
-    rng = random.Random(seed)
-    found = violations([hostile_text(rng) for _ in range(n)])
-    print(f"{n:,} texts, seed {seed}: {found.total()} violations{f' {dict(found)}' if found else ''}")
+def main() -> int:
+    """Print what the texts forged; 1 if it is anything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", type=int, help="of texts")
+    parser.add_argument("seed", type=int, nargs="?", default=0, help="of the texts [0]")
+    args = parser.parse_args()
+    os.nice(10)
+    rng = random.Random(args.seed)
+    found = violations([hostile_text(rng) for _ in range(args.number)])
+    print(f"{args.number:,} texts, seed {args.seed}: {found.total()} violations{f' {dict(found)}' if found else ''}")
     return int(bool(found))
 
 
 if __name__ == "__main__":
-    os.nice(10)
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main())

@@ -7,6 +7,7 @@ last window holds more than the most of those before it: 2 % of memory, or one t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from command_line.exits import lasting_output
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 50  # iterations
@@ -78,8 +81,12 @@ def grown(early: Holding, late: Holding) -> list[str]:
     return [name for name in HELD if late[name] > early[name] * (1.02 if name == "memory" else 1)]
 
 
-def main(num_iterations: int) -> int:
+@lasting_output()
+def main() -> int:
     """Run, print a table, and say what has grown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("iterations", type=int, nargs="?", default=500, help="of the run [500]")
+    num_iterations = parser.parse_args().iterations
     with tempfile.TemporaryDirectory(prefix="hygiene-") as root:
         command = [sys.executable, "train_rlpa.py", "--ckpt", "--run-dir", f"{root}/run"]
         command += ["--num-iterations", str(num_iterations), *SMALL.split()]
@@ -105,4 +112,4 @@ def main(num_iterations: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 500))
+    sys.exit(main())

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import train_rlpa
+from command_line.exits import lasting_output
 from config import Config
 from dialogue import Candidate, Dialogue, Turn
 from learners import processes, sharding
@@ -184,6 +185,7 @@ def difference(found: dict[str, Tensor], reference: dict[str, Tensor], kind: str
 KINDS = ("metric", "gradient", "weight", "moment")
 
 
+@lasting_output()
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

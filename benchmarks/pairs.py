@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from command_line.exits import lasting_output
+
 FLAGS = (
     "--ckpt --rollout-batch-size 16 --minibatch-size 4 --eval-every 0 --eval-dialogues 1 --save-every 0"
     " --num-personas 64 --no-tensorboard --overwrite"
@@ -58,7 +60,7 @@ def run(checkout: Path, iterations: int, run_dir: str) -> dict[str, float]:
 def decode_pairs(checkouts: list[Path]) -> list[list[float]]:
     """Return the seconds of each checkout's decoding, the two in turn."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     workers = [subprocess.Popen([sys.executable, "-c", WORKER], cwd=c, env=environment, **pipes) for c in checkouts]
     seconds: list[list[float]] = [[], []]
     for pair in range(DECODE_PAIRS):
@@ -82,6 +84,7 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
+@lasting_output()
 def main() -> None:
     """Run the pairs, the order swapped in every other one, and print a row per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.scaling_table import row_work
+from command_line.exits import lasting_output
 from dry_run.memory import Work, calls, policy_parameters, tree_work, trunk_flops, trunk_parameters
 from model import Qwen2Config
 
@@ -436,6 +437,7 @@ def work_table(a: Assumptions) -> str:
     return "\n".join(lines)
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the work, then one table per GPU count."""
     a = parse_args(argv)

@@ -34,7 +34,7 @@ def train(checkout: Path, flags: list[str], processes: int, run_dir: Path) -> No
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command = [*torchrun, "train_rlpa.py", *COMMON, *flags, "--run-dir", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, encoding="utf-8", timeout=900)
     if done.returncode:
         sys.exit(f"{' '.join(command)} in {checkout} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 

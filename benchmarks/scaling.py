@@ -8,6 +8,7 @@ optimizer steps over four dialogues of 120 tokens, one a micro-batch; gloo's buf
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import tempfile
@@ -76,6 +77,7 @@ def predicted(ranks: int, shard: bool) -> float:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)  # glibc gives back what was freed: measured is what is used
     print(f"{memory.policy_parameters(SHAPE) / 1e6:.1f} M parameters, {platform.machine()}, {platform.system()}")
     print(f"{'processes':>9} {'shard':>5} {'counted MB':>10} {'measured MB, of each process'}")

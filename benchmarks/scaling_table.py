@@ -8,6 +8,7 @@ use too, count a dialogue's work in the published procedure and the blocks of it
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -149,4 +150,5 @@ def scaling_table(gb: float = 80.0) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(scaling_table())

@@ -1,13 +1,16 @@
 """The embedded user, its replies late: `python -m benchmarks.slow_user SECONDS` serves until stdin closes."""
 
-import sys
+import argparse
 import time
 
 import simulator
 
 
-def main(seconds: float) -> None:
+def main() -> None:
     """Serve on a free port; requests wait side by side, as they do in front of a server that batches them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seconds", type=float, help="from a request to its reply")
+    seconds = parser.parse_args().seconds
 
     def answer_late(raw: bytes) -> dict:
         time.sleep(seconds)
@@ -17,4 +20,4 @@ def main(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main()

@@ -242,7 +242,7 @@ def save_random(config: Qwen2Config, folder: str) -> None:
 def slow_user(seconds: float) -> Iterator[str]:
     """Run the embedded user in a process of its own, each reply `seconds` late; gives its URL."""
     command = [sys.executable, "-m", "benchmarks.slow_user", str(seconds)]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         yield process.stdout.readline().split()[-1]
     finally:

@@ -15,7 +15,6 @@ import itertools
 import shutil
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from endpoints.client import read_key
 from endpoints.server import make_server
 from evaluation.subjects import load_checkpoint
 from learners.folder import resolve_checkpoint
+from untrusted.plain_text import say
 from worlds import ledger
 
 HELP = """\
@@ -43,20 +43,6 @@ PASSED = (  # flags that are the trainer's; their help stands in config.py
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Terminal
-
-
-def harmless(text: str) -> str:
-    """Show what could control a terminal or reorder its text as an escape sequence; line breaks stay.
-
-    >>> print(harmless("Hi\\x1b[2J\\u202e!"))
-    Hi\\x1b[2J\\u202e!
-    """
-    odd = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-    spared = "\n\u200c\u200d"  # the joiners of Persian words and of emoji
-    return "".join(
-        ch if ch in spared or unicodedata.category(ch) not in odd else ch.encode("unicode_escape").decode()
-        for ch in text
-    )
 
 
 def marked(before: Sequence[str], now: Sequence[str]) -> list[str]:
@@ -155,7 +141,7 @@ def converse(talk: Talk) -> None:
     if terminal:
         import readline  # noqa: F401  (gives `input` line editing and a history)
 
-        print("Say something; /help lists the commands.")
+        say("Say something; /help lists the commands.")
     sys.stdin.reconfigure(errors="replace")
     while (line := next_line(terminal)) is not None:
         try:
@@ -166,7 +152,7 @@ def converse(talk: Talk) -> None:
             answer = "\n  Stopped: the dialogue goes on without that message. Ctrl-C once more ends it."
         if answer is None:
             break
-        print(harmless(answer), flush=True)
+        say(answer)
 
 
 def next_line(terminal: bool) -> str | None:
@@ -178,7 +164,7 @@ def next_line(terminal: bool) -> str | None:
     except KeyboardInterrupt:
         if not terminal:
             raise
-        print()
+        say("")
         return None
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import queue
 import random
+import sys
 import time
 import traceback
 from collections import deque
@@ -20,7 +21,7 @@ from endpoints.wire import Message, RequestError, parse_request
 from model import Qwen2ForCausalLM
 from rewards import read_candidate
 from sampler import Draw, Sampler, kv_budget, make_sampler
-from untrusted.plain_text import clean_text, json_type
+from untrusted.plain_text import clean_text, json_type, say
 
 MAX_SAMPLERS = 4  # temperatures that are served at once; a fifth takes the place of one that is idle
 MAX_WAITING = 256  # requests that may wait for a place; more are sent away
@@ -165,7 +166,7 @@ class Service:
                         sampler.adopt(draw.key, 0)
                         self.running.pop(draw.key).draw.set_result(draw)
             except Exception as error:  # out of memory, or a bug: those who wait must hear of it, and others be served
-                traceback.print_exc()
+                say(traceback.format_exc(), sys.stderr)
                 for job in (*self.running.values(), *self.waiting):
                     job.draw.set_exception(RuntimeError(str(error)))
                 self.samplers.clear()
@@ -238,6 +239,6 @@ def serve(server: ThreadingHTTPServer, service: Service) -> None:
     """Let a server answer for a policy until Ctrl-C."""
     server.answer = service.answer
     address = f"http://{server.server_address[0]}:{server.server_address[1]}/v1"
-    print(f"{service.model} at {address}{' (with a key)' if server.key else ''}", flush=True)
+    say(f"{clean_text(service.model)} at {address}{' (with a key)' if server.key else ''}")
     with server:
         server.serve_forever(poll_interval=0.1)

@@ -1,6 +1,8 @@
 """Flags made from a class of settings: a field's name is the flag, its comment the `--help`, its group a heading.
 
-`parse_args` reads the trainer's. Built-in defaults < the checkpoint's `rlpa.json` < flags.
+`parse_args` reads the trainer's. Built-in defaults < the checkpoint's `rlpa.json` < flags. A checkpoint and a run are
+data, which strangers may have made: a checkpoint sets `training_settings` alone; a run that is resumed brings its other
+settings too, but no address, no key and no file that is written. Those come from the command line.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import json
+import os
 import re
+import shlex
+import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,13 +22,21 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from command_line.exits import check_prices, refuse
 from config import HERE, Config, flag
 from learners.weights import resolve_checkpoint
+from untrusted.files import check_value, read_json
+from untrusted.plain_text import shorten
 
 TINY_CHECKPOINT = Path(__file__).parent.parent / "tiny"
 BARE = {"ckpt": str(TINY_CHECKPOINT), "dry_run": HERE}  # what these flags mean without a value
 PATHS = ("critic_ckpt", "personas", "eval_personas", "record", "replay")  # kept absolute: --resume from anywhere
-RESUMED = (  # flags that leave the result alone, and so may be given beside --resume
-    "num_iterations", "threads", "eval_every", "save_every", "episodes_every", "keep_last", "collective_timeout",
-    "simulator_url", "judge_url", "outage_budget", "requests_per_minute", "tokens_per_minute",
+TRAINING = ("rollout", "rewards", "advantages", "update", "evaluation, log, checkpoints")  # groups of `Config`
+ASKED = ("simulator_url", "judge_url", "api_key_env", "record", "replay")  # from the command line alone, on resume too
+OWN = ("resume", "overwrite", "run_dir", "dry_run")  # what a start does, which the next one does not go on with
+MOVED = ("ckpt", "personas", "eval_personas")  # on resume: where these are now; what they hold must be as it was
+RESUMED = (  # flags that may be given beside --resume, for they leave the result alone
+    *ASKED, *MOVED, "simulator_model", "judge_model", "request_timeout", "max_retries", "max_concurrency",
+    "requests_per_minute", "tokens_per_minute", "breaker_failures", "outage_budget", "quorum", "quorum_retries",
+    "price_in", "price_out", "num_iterations", "schedule_iterations", "threads", "eval_every", "save_every",
+    "episodes_every", "keep_last", "collective_timeout",
     "shard",  # equal up to rounding
 )  # fmt: skip
 
@@ -33,6 +45,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> Config:
     """Read the trainer's flags into a Config; ValueError if one is bad."""
     given = vars(make_parser(Config, description).parse_args(argv))
     check_prices(given.get("price_in"), given.get("price_out"))
+    given |= {name: str(Path(given[name]).resolve()) for name in PATHS if given.get(name)}
     if given.get("resume"):
         return resumed_config(given)
     if not given.get("ckpt"):
@@ -41,11 +54,13 @@ def parse_args(argv: Sequence[str] | None, description: str) -> Config:
     config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
     if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
         raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
-    for name in PATHS:
-        if getattr(config, name):
-            setattr(config, name, str(Path(getattr(config, name)).resolve()))
-    config.run_dir = config.run_dir or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config.run_dir = config.run_dir or new_folder()
     return config
+
+
+def new_folder(prefix: str = "") -> str:
+    """Name a folder for results that no other start names, not even one in the same second."""
+    return f"runs/{prefix}{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
 
 
 def make_parser(settings: type, description: str, names: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -93,37 +108,79 @@ def field_comments(settings: type) -> dict[str, tuple[str, str]]:
     return found
 
 
+def training_settings() -> set[str]:
+    """Name what a checkpoint may set: numbers, switches and choices of training, and nothing that names a place."""
+    return {"num_personas"} | {name for name, (group, _) in field_comments(Config).items() if group in TRAINING}
+
+
 def checkpoint_defaults(folder: Path) -> dict:
     """Return the settings that a checkpoint carries for itself (`rlpa.json`); {} if it carries none."""
     path = folder / "rlpa.json"
-    return read_settings(path) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    settings = read_json(path)
+    if foreign := sorted({f.name for f in dataclasses.fields(Config)} & set(settings) - training_settings()):
+        raise ValueError(f"{path} sets {foreign[0]!r}; a checkpoint may only set how it is trained:"
+                         f" remove the line, and give {flag(foreign[0])} on the command line")  # fmt: skip
+    return check_settings(settings, path)
 
 
-def read_settings(path: Path) -> dict:
-    """Read settings from a JSON file; ValueError that names the file if it holds anything else."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds {type(settings).__name__}, not one JSON object of settings")
-    unknown = set(settings) - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise ValueError(f"{path} sets {sorted(unknown)}, which are no settings of this trainer")
+def run_settings(folder: Path) -> dict:
+    """Return the settings in a run's config.json; ValueError if it holds anything else."""
+    settings = read_json(folder / "config.json")
+    settings.pop("format", None)
+    return check_settings(settings, folder / "config.json")
+
+
+def check_settings(settings: dict, path: Path) -> dict:
+    """Return settings that a file holds; ValueError that names the file and the setting if one is none, or is bad."""
+    hints = get_type_hints(Config, include_extras=True)
+    for name, value in settings.items():
+        if name not in hints:
+            raise ValueError(f"{path} sets {shorten(name, 40)!r}, which is no setting of this trainer")
+        check_value(value, hints[name], f"{path}: {flag(name)}")
     return settings
 
 
 def resumed_config(given: dict) -> Config:
     """Return the config of the run to resume; only the flags that leave the result alone may be given beside it."""
-    path = Path(given["resume"]) / "config.json"
+    run_dir = Path(given["resume"])
+    path = run_dir / "config.json"
     if not path.is_file():
-        raise ValueError(f"--resume {given['resume']}: {path} does not exist; give a run folder")
+        raise ValueError(f"--resume {run_dir}: {path} does not exist; give a run folder")
     others = set(given) - {"resume", *RESUMED}
     if others:
         raise ValueError(
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
         )
-    config = Config(**{**read_settings(path), **given, "run_dir": given["resume"]})
+    settings = run_settings(run_dir)
+    for name in given.keys() & set(MOVED):
+        if not (given[name] and settings.get(name)):
+            raise ValueError(f"{path} holds {flag(name)} {settings.get(name) or '(none)'}; another one is another run")
+    if given.get("ckpt"):
+        given["ckpt"] = str(resolve_checkpoint(given["ckpt"]).resolve())
+    if any(settings.get(name) and name not in given for name in ASKED):
+        asked = {name: settings[name] for name in ASKED if settings.get(name)} | given
+        del asked["resume"]
+        raise ValueError(
+            "addresses, the key's variable and files that are written come from the command line alone; if these of"
+            f" {path} are right, go on with: {resume_command(given['resume'], asked)}"
+        )
+    kept = {name: value for name, value in settings.items() if name not in (*OWN, *ASKED)}
+    config = Config(**{**kept, **given, "run_dir": given["resume"]})
     if not config.ckpt:
         raise ValueError(f"{path} names no ckpt; it is not as the run has written it")
     return config
+
+
+def resume_command(run_dir: str, asked: dict) -> str:
+    """Write the complete command that goes on with a run; `asked`: settings that its config.json does not decide."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    words = ["torchrun", *(["--nproc-per-node", str(processes)] if processes > 1 else []), sys.argv[0]]
+    words += ["--resume", run_dir]
+    for name, value in asked.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        else:
+            words += [flag(name), str(value)]
+    return shlex.join(words)

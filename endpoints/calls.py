@@ -20,7 +20,7 @@ def cost(calls: dict[str, float], config: Config) -> dict[str, float]:
 
 
 def calls_note(calls: dict[str, float], config: Config) -> str:
-    """Write calls, tokens and costs in one line.
+    """Write calls, tokens and costs in one line, "none" where there were no calls and no prices.
 
     >>> calls = {"judge_requests": 1000, "judge_prompt_tokens": 200000, "judge_completion_tokens": 30000}
     >>> calls_note(calls, Config(price_in=1.0, price_out=4.0))
@@ -35,4 +35,4 @@ def calls_note(calls: dict[str, float], config: Config) -> str:
         words = f" (no usage from {estimated:,} calls: words are counted)" if estimated else ""
         parts += [f"{name} {n:,} calls, {prompt:,} + {said:,} tokens{words}"] if n else []
     parts += [f"{dollars:.2f} dollars" for dollars in cost(calls, config).values()]
-    return "; ".join(parts) + (" (replayed: nothing was asked)" if config.replay else "")
+    return ("; ".join(parts) or "none") + (" (replayed: nothing was asked)" if config.replay else "")

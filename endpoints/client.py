@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -18,29 +19,35 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
 
+from endpoints.refusals import CHANGES, refused_part, way_out, without
 from endpoints.sockets import CuttableAdapter
+from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
 from endpoints.wire import (
+    UNSAID,
+    URL_FLAGS,
     Call,
     ChatError,
     ChatReply,
     Message,
-    completions_url,
+    completions_urls,
     is_loopback,
-    parse_reply,
     parse_retry_after,
     servers_words,
+    shown_url,
 )
 from untrusted.plain_text import shorten
 
 RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many requests; other 4xx are our own mistake
-OWN_FAULT = {"http_4xx", "empty", "too_large"}  # say something about the request: the endpoint itself is alive
+AWAY = {"connect", "timeout", "http_5xx", "rate_limited", "outage"}  # any other answer shows that the endpoint is alive
+FIRST_ATTEMPTS = 4  # of a call, while no call was ever answered: an endpoint that is alive but useless stays so
+FIRST_REFUSALS = 3  # calls, while none was ever answered: then there is no use in further ones
 CLOSED = "the client was closed"
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 PING_TOKENS = 2  # of a probe and its answer
@@ -58,8 +65,10 @@ class ChatClient:
     `breaker_failures` times in a row is left out until it answers a probe (`Breaker`). While none is left, calls wait,
     and this time does not count as theirs. After `outage_budget` seconds of it they fail with reason "outage", and
     `outage` says why. So no call is lost to a shorter outage; a call is lost if its attempts fail while others are
-    answered. A budget of 0 turns the breakers off. `notify` gets a line when an endpoint is left out and when it
-    answers again; any thread may call it.
+    answered. A budget of 0 turns the breakers off. Any answer is a sign of life, whatever it says.
+    `notify` gets a line when an endpoint is left out, when it answers again, and when a part of the requests is sent in
+    another form because the endpoint refuses it (`refusals.CHANGES`); any thread may call it.
+    If the endpoints refuse the first calls, no more are sent, and `refusal` says why.
     `quota`: requests and tokens per minute, perhaps shared with other clients. Waiting for it is not the call's time.
 
     With a `tape`, calls are recorded or replayed under `name`. A replay needs no key and opens no connection.
@@ -89,17 +98,24 @@ class ChatClient:
         check_limits(connect_timeout=connect_timeout, read_timeout=read_timeout, total_timeout=total_timeout,
                      max_reply_bytes=max_reply_bytes, max_tokens=max_tokens, breaker_failures=breaker_failures)
         check_limits(zero=True, max_retries=max_retries, temperature=temperature, outage_budget=outage_budget)
-        urls = dict.fromkeys(completions_url(url, name) for url in base_url.split(","))  # each once, in order
+        urls = completions_urls(base_url, name)
+        if any(url.startswith("https:") for url in urls):
+            ca_bundle()
         self.breakers = {url: Breaker(breaker_failures) for url in urls}
         self._turns = itertools.count()
         self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify
         self.outage = ""  # why calls were given up for an outage; empty: none was
+        self.answered = False  # whether any call ever was
+        self.last_failure: ChatError | None = None
+        self._refusals, self._given_up = 0, False  # calls in a row that were refused; whether no more are sent for it
+        self._changed: dict[str, list[str]] = {url: [] for url in urls}  # parts of requests that an endpoint refuses
         self.connect_timeout, self.read_timeout, self.total_timeout = connect_timeout, read_timeout, total_timeout
         self.max_retries, self.max_reply_bytes = max_retries, max_reply_bytes
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self.tape, self.name, self._last_failure = tape, name, ""
+        self.tape, self.name = tape, name
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
+        self._thinkers: set[str] = set()  # endpoints whose thoughts were told of
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[requests.Session, CuttableAdapter]]] = {url: [] for url in urls}  # open
         self._in_flight: dict[int, tuple[CuttableAdapter, float]] = {}  # thread id → its adapter and its deadline
@@ -113,18 +129,23 @@ class ChatClient:
         call = self.tape.find(self.name, request) if self.tape else None
         if call is None:
             call = self._call(request)
-            lost = self._closed.is_set() or getattr(call.reply, "reason", "") == "outage"
+            gone = self._closed.is_set() or self._given_up and not self.answered
+            lost = gone or getattr(call.reply, "reason", "") == "outage"
             if self.tape and not lost:  # these fail calls that the endpoint would have answered
                 call = self.tape.keep(self.name, request, call)
         reply, failed = call
         answered = isinstance(reply, ChatReply)
+        if answered:
+            self.answered = True
+        else:
+            self.last_failure = reply
         counts = Counter(f"errors {reason}" for reason in failed)
         counts.update(requests=1, retries=len(failed) - (not answered))
         if answered:  # where the endpoint tells no tokens, words stand in for them
             prompt, said = reply.prompt_tokens, reply.tokens
             counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
             counts["completion_tokens"] = len(reply.split()) if said is None else said
-            counts["without_usage"] = int(prompt is None or said is None)
+            counts.update(without_usage=prompt is None or said is None, length=reply.cut, thoughts=reply.thoughts)
         with self._lock:
             self._tally.update(counts)
         return reply
@@ -148,7 +169,8 @@ class ChatClient:
             pause = max(backoff(len(failed) - first - 1), failure.retry_after * (not self.outage_budget))
             # A pause that outlasts the deadline is not begun: the call has failed already.
             exhausted = len(failed) - first > self.max_retries or time.monotonic() + pause >= deadline
-            if not failure.retryable:
+            useless = self._is_refusal(failure) and not self.answered and len(failed) >= FIRST_ATTEMPTS
+            if not failure.retryable or useless:
                 break
             if exhausted and (spared or not self._may_be_out(failure, sent)):
                 break
@@ -157,13 +179,17 @@ class ChatClient:
                 deadline, first, spared = time.monotonic() + self.total_timeout, len(failed), True
             elif self._closed.wait(pause):
                 break
-            if failure.reason == "empty" and "seed" in request:  # a seeded server would say nothing again
+            if failure.reason in UNSAID and "seed" in request:  # a seeded server would say nothing again
                 request = request | {"seed": request["seed"] + 1}
+        self._note_lost(failure)
         return Call(failure, tuple(failed))
 
     def _admit(self, most_tokens: float) -> str:
         """Wait until a request may be sent, and return where to; ChatError "outage" when the budget is used up."""
         while not self._closed.is_set():
+            if self._given_up and not self.answered:
+                was = self.last_failure
+                raise ChatError(was.reason, was.message, retryable=False, status=was.status, words=was.words)
             for url, breaker in self.breakers.items():
                 if breaker.is_open and breaker.claim_probe():
                     self._probers.submit(self._probe, url)
@@ -172,7 +198,7 @@ class ChatClient:
                 break
             down = time.monotonic() - max(breaker.failing_since for breaker in self.breakers.values())
             if down >= self.outage_budget:
-                self.outage = f"no answer for {self.outage_budget:g} s; last: {self._last_failure}"
+                self.outage = self.outage or f"no answer for {self.outage_budget:g} s; last: {self.last_failure}"
                 raise ChatError("outage", self.outage, retryable=False)
             self._closed.wait(POLL)
         if self._closed.wait(self.quota.take(most_tokens)):
@@ -185,20 +211,42 @@ class ChatClient:
         """Send a request, and let the quota and the endpoint's breaker know what came of it."""
         used, failure = most_tokens, None  # where the endpoint does not say
         try:
-            reply = self._attempt(url, json.dumps(request).encode(), deadline)
+            reply = bound_usage(self._attempt_as_taken(url, request, deadline), most_tokens)
+            thoughts = reply.thoughts
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
             error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
-            failure, used = error, 0
+            self.last_failure = failure = error
+            used, thoughts = 0, error.reason == "only_thoughts"
         self.quota.take(used - most_tokens, requests=0)
-        if failure and failure.reason not in OWN_FAULT:
+        if thoughts:
+            self._tell_of_thoughts(url)
+        if failure and failure.reason in AWAY:
             self._note_failure(url, failure, probe)
         elif self.breakers[url].answered():
-            self.notify(f"{self.name or 'an endpoint'}: {url} answers again")
+            self.notify(f"{self.name or 'an endpoint'}: {shown_url(url)} answers again")
         if failure:
             raise failure
         return reply
+
+    def _attempt_as_taken(self, url: str, request: dict[str, Any], deadline: float) -> ChatReply:
+        """Send a request without the parts that an endpoint is known to refuse; again, whenever another one shows."""
+        while True:
+            changed = tuple(self._changed[url])
+            try:
+                return self._attempt(url, json.dumps(without(request, changed)).encode(), deadline)
+            except ChatError as error:
+                part = refused_part(error.status, error.words)
+                if not part or part in changed:
+                    raise
+                failure = error
+            with self._lock:
+                is_new = part not in self._changed[url]
+                self._changed[url] += [part] * is_new
+            if is_new:
+                said = self._redact(failure.message)
+                self.notify(f"{self.name or 'an endpoint'}: {said}; from now on {part} is {CHANGES[part].done}")
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
@@ -212,7 +260,10 @@ class ChatClient:
                 raise self._transport_error(url, error, deadline) from None
         if not 200 <= response.status_code < 300:
             raise self._status_error(url, response, raw)
-        return parse_reply(raw, self._key)
+        try:
+            return parse_reply(raw, self._key)
+        except ChatError as error:
+            raise ChatError(error.reason, f"{error.message}, from {shown_url(url)}", error.retryable) from None
 
     @contextmanager
     def _session(self, url: str, deadline: float) -> Iterator[requests.Session]:
@@ -243,6 +294,7 @@ class ChatClient:
             session.headers["Authorization"] = f"Bearer {self._key}"
         session.auth = lambda request: request  # changes nothing; without it, requests looks for a key in ~/.netrc
         session.trust_env = not is_loopback(urlsplit(url).hostname)  # no proxy between us and this machine
+        session.verify = ca_bundle()
         return session, adapter
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:
@@ -262,11 +314,13 @@ class ChatClient:
 
         requests (calls, made or replayed), retries (repeated attempts), errors (failed attempts by reason),
         prompt_tokens and completion_tokens (words, where the endpoint does not say), without_usage (calls for which it
-        did not say) and breaks (how often a breaker opened).
+        did not say), length (replies that ended at max_tokens), thoughts (replies that held some) and breaks (how often
+        a breaker opened).
         """
         with self._lock:
             tally = dict(self._tally)
-        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "breaks")
+        totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "length", "thoughts",
+                  "breaks")
         errors = {key.removeprefix("errors "): n for key, n in tally.items() if key.startswith("errors ")}
         return {key: tally.get(key, 0) for key in totals} | {"errors": errors}
 
@@ -281,26 +335,59 @@ class ChatClient:
     def _transport_error(self, url: str, error: Exception, deadline: float) -> ChatError:
         if self._closed.is_set():
             return ChatError("connect", CLOSED, retryable=False)
+        shown = shown_url(url)
         if time.monotonic() >= deadline:
-            return ChatError("timeout", f"no whole reply from {url} within total_timeout={self.total_timeout:g} s")
+            return ChatError("timeout", f"no whole reply from {shown} within total_timeout={self.total_timeout:g} s")
         if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-            return ChatError("timeout", f"{url} was silent for connect_timeout={self.connect_timeout:g} s or "
+            return ChatError("timeout", f"{shown} was silent for connect_timeout={self.connect_timeout:g} s or "
                                         f"read_timeout={self.read_timeout:g} s")
         while error.__context__ is not None:
             error = error.__context__  # the innermost one says what happened, e.g. ConnectionRefusedError
         cause = f"{type(error).__name__}: {shorten(self._redact(str(error)))}"
-        return ChatError("connect", f"connection to {url} failed ({cause})")
+        if isinstance(error, ssl.SSLCertVerificationError):  # no patience changes it
+            return ChatError("certificate", f"the certificate of {shown} is not trusted ({cause})", retryable=False)
+        return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
-        status = response.status_code
+        status, words = response.status_code, servers_words(raw)
         reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
-        return ChatError(reason, f"HTTP {status} from {url}: {servers_words(raw)}",
+        if target := response.headers.get("Location", "") if status < 400 else "":
+            target = re.sub(r"(?<=//)[^/]*@|[?#].*", "", urljoin(url, target))  # no password, no token
+            words = f"it redirects to {shorten(target, limit=200)}"
+        return ChatError(reason, f"HTTP {status} from {shown_url(url)}: {words}",
                          retryable=status >= 500 or status in RETRIED_4XX,
-                         retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()))
+                         retry_after=parse_retry_after(response.headers.get("Retry-After", ""), time.time()),
+                         status=status, words=words)
 
     def _redact(self, text: str) -> str:
         """Blot out the key. Do this before a text is shortened, or half of the key may stay."""
         return text.replace(self._key, "***") if self._key else text
+
+    @staticmethod
+    def _is_refusal(failure: ChatError) -> bool:
+        """Say whether an endpoint that is alive would not answer, and asked for no patience."""
+        return failure.reason not in AWAY and failure.status not in RETRIED_4XX
+
+    def _note_lost(self, failure: ChatError) -> None:
+        """Note how a call was lost; if the first ones were all refused, and no other is under way, send no more."""
+        with self._lock:
+            self._refusals = self._refusals + 1 if self._is_refusal(failure) else 0
+            alone = not self._in_flight  # a slow good answer may still be on its way
+            self._given_up |= self._refusals >= FIRST_REFUSALS and alone and not self.answered
+
+    @property
+    def refusal(self) -> str:
+        """Say in one line why every call has failed so far though the endpoints are alive; "" if that is not so."""
+        whose = URL_FLAGS.get(self.name, self.name or "the endpoint")
+        return f"{whose}: every request failed; {self.complaint}" if self._refusals and not self.answered else ""
+
+    @property
+    def complaint(self) -> str:
+        """Say in one line what came last instead of a reply, and which flag would mend it; "" if nothing has failed."""
+        if self.last_failure is None:
+            return ""
+        hint = way_out(self.name, self.last_failure) if self._is_refusal(self.last_failure) else ""
+        return f"last: {self.last_failure.message}" + (f"; {hint}" if hint else "")
 
     def _note_failure(self, url: str, error: ChatError, probe: bool) -> None:
         """Tell the breaker of a failure that is the endpoint's, not the request's own."""
@@ -309,14 +396,21 @@ class ChatClient:
         opened = self.breakers[url].failed(error.retry_after, probe)
         with self._lock:
             self._tally["breaks"] += opened
-            self._last_failure = str(error)
         if opened:
-            self.notify(f"{self.name or url}: {error}; left alone until a probe is answered")
+            self.notify(f"{self.name or 'an endpoint'}: {error}; left alone until a probe is answered")
+
+    def _tell_of_thoughts(self, url: str) -> None:
+        """Say once per endpoint that it sends thoughts in its text."""
+        with self._lock:
+            new = url not in self._thinkers
+            self._thinkers.add(url)
+        if new:
+            self.notify(f"{self.name or 'an endpoint'}: {shown_url(url)} sends thoughts in its text; they are cut away")
 
     def _may_be_out(self, failure: ChatError, since: float) -> bool:
         """Say whether a failure may be that of all endpoints: none has answered anybody since then."""
         unanswered = all(breaker.answered_at < since for breaker in self.breakers.values())
-        return bool(self.outage_budget) and failure.reason not in OWN_FAULT and unanswered
+        return bool(self.outage_budget) and failure.reason in AWAY and unanswered
 
     def _trip(self) -> None:
         """Open all breakers, as if for an outage."""
@@ -324,7 +418,7 @@ class ChatClient:
         with self._lock:
             self._tally["breaks"] += opened
         if opened:
-            self.notify(f"{self.name or 'endpoints'}: {self._last_failure}; left alone until a probe is answered")
+            self.notify(f"{self.name or 'endpoints'}: {self.last_failure}; left alone until a probe is answered")
 
     def _probe(self, url: str) -> None:
         """Send a short request to an endpoint that is out, to see whether it answers again."""
@@ -356,6 +450,16 @@ def read_key(api_key_env: str | None) -> str:
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"the environment variable {shown} holds characters that no HTTP header can carry")
     return key
+
+
+def ca_bundle() -> str | bool:
+    """Return the certificates to trust, as `requests` finds them but on this machine too; ValueError for a bad path."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if path := os.environ.get(name):
+            if not os.path.exists(path):
+                raise ValueError(f"the environment variable {name} names {shorten(path)!r}, which does not exist")
+            return path
+    return True
 
 
 def check_limits(zero: bool = False, **limits: float) -> None:

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import hmac
+import io
 import json
 import re
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,10 +20,38 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from endpoints.wire import RequestError, is_loopback
-from untrusted.plain_text import shorten
+from untrusted.plain_text import say, shorten
 
 MAX_REQUEST_BYTES = 1 << 20
+MAX_CONNECTIONS = 1024  # each has a thread, and a body in memory at most; further ones are sent away
+LINGER = 2.0  # seconds in which the rest of a refused request is taken in
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _PATHS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
+
+
+class Incoming(io.RawIOBase):
+    """The bytes of a connection: `seconds` of silence may pass before a request, and as many until it is whole.
+
+    A socket's own time-out begins anew with each byte, so that a request of one byte now and then never ends.
+    """
+
+    def __init__(self, connection: socket.socket, seconds: float):
+        self.connection, self.seconds = connection, seconds
+        self.deadline: float | None = None  # of the request that has begun; None: none has
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        """Read what is there, or wait for it; TimeoutError at the deadline."""
+        left = self.seconds if self.deadline is None else self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        count = self.connection.recv_into(buffer)
+        self.deadline = self.deadline or time.monotonic() + self.seconds
+        return count
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -29,18 +60,31 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: one packet per reply
-    timeout = 60  # seconds of silence until a connection is closed
+    timeout = 60  # seconds of silence until a connection is closed, and for a whole request from its first byte on
+
+    def setup(self) -> None:
+        """Read through `Incoming`."""
+        super().setup()
+        self.rfile.close()
+        self.incoming = Incoming(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self.incoming)
+
+    def handle_one_request(self) -> None:
+        """Start the clock anew for each request of a connection."""
+        self.incoming.deadline = None
+        super().handle_one_request()
 
     def do_POST(self) -> None:
         """Answer a request of any method."""
         try:
+            self._check_access()
             self._send(200, self._reply(self._read_body()))
         except RequestError as error:
             self._refuse(error.status, str(error))
         except ConnectionError:
             raise  # the client has gone: nobody is left to answer
         except Exception as error:  # a bug of ours must not look like a dead server
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
             self._refuse(500, f"internal error ({type(error).__name__})")
 
     do_GET = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_POST
@@ -55,17 +99,18 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(400, f"Content-Length is {shorten(length)!r}, not a number")
         if int(length) > MAX_REQUEST_BYTES:
             raise RequestError(413, f"the body has {length} bytes; the limit is {MAX_REQUEST_BYTES}")
+        raw = bytearray()  # grows as bytes come: who only announces them holds no memory
         try:
-            raw = self.rfile.read(int(length))
+            while len(raw) < int(length) and (part := self.rfile.read1(int(length) - len(raw))):
+                raw += part
         except TimeoutError:
-            raise RequestError(408, f"the body did not arrive within {self.timeout} s") from None
+            raise RequestError(408, f"the request did not arrive within {self.timeout} s") from None
         if len(raw) < int(length):
             raise RequestError(400, f"the body ended after {len(raw)} of {length} bytes")
         self.close_connection = not keep_alive
-        return raw
+        return bytes(raw)
 
     def _reply(self, raw: bytes) -> dict[str, Any]:
-        self._check_access()
         path = self.path.partition("?")[0]
         if path not in _PATHS:
             raise RequestError(404, f"there is no {shorten(path)!r} here, only {', '.join(_PATHS)}")
@@ -81,7 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.answer(raw)
 
     def _check_access(self) -> None:
-        """Refuse requests without the key, and those of web pages that reach this machine under another host name."""
+        """Refuse, before the body is read, requests without the key, and those of web pages by a foreign host name."""
+        keep_alive, self.close_connection = not self.close_connection, True
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         known = scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.server.key.encode())
         if self.server.key and not known:
@@ -90,6 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower()
         if is_loopback(self.server.server_address[0]) and not is_loopback(name):
             raise RequestError(403, f"this server listens to localhost, not to the host {shorten(host)!r}")
+        self.close_connection = not keep_alive
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse a request that http.server could not parse (its own errors are HTML)."""
@@ -104,6 +151,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, payload: dict[str, Any]) -> None:
         body = json.dumps(payload).encode()
+        self.connection.settimeout(self.timeout)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -124,8 +172,9 @@ class Handler(BaseHTTPRequestHandler):
         """Take in what the client still sends: closing on unread data resets the connection, and the reply is lost."""
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1.0)
-            for _ in range(1024):
+            until = time.monotonic() + LINGER
+            while (left := until - time.monotonic()) > 0:
+                self.connection.settimeout(left)
                 if not self.connection.recv(65_536):
                     break
 
@@ -138,6 +187,24 @@ class Server(ThreadingHTTPServer):
     answer: Callable[[bytes], dict[str, Any]] | None  # body of a chat completion request → reply
     models: list[str]  # names that /v1/models lists
     key: str  # what clients must send; empty: none
+    places: threading.BoundedSemaphore  # one for each connection that may be open
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own, or send it away if too many are open."""
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with suppress(OSError):
+            request.setblocking(False)
+            request.send(BUSY)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, and make its place free again."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report the bug of a handler on stderr, but not a client that has gone."""
@@ -173,4 +240,5 @@ def make_server(
         why = error.strerror or error
         raise ValueError(f"--port {port} of {address} is not free ({why}); choose another (0: any free)") from None
     server.answer, server.models, server.key = answer, list(models), key
+    server.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
     return server

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from endpoints.wire import Call, ChatError, ChatReply
+from untrusted.files import check_value, parse_json, read_lines
 from untrusted.plain_text import shorten
+
+START = b'{"endpoint": "'  # of every line, and so of the file: the mark by which a file is a tape, and ours to write to
+MAX_LINE = 8 << 20  # bytes of a call: a reply of 256 KiB, each character of which may take six bytes, and its errors
+CALL = {"endpoint": str, "request": str, "seed": int | None, "failed": list[str], "check": int}  # fields of each line
+REPLY = {"text": str, "prompt_tokens": int | None, "completion_tokens": int | None}
+NOTES = ("cut", "thoughts")  # attributes of a reply that are written where they are true
+FAILURE = {"error": str, "message": str}
 
 
 class Tape:
@@ -34,10 +42,12 @@ class Tape:
         self.path, self.recording = Path(path), recording
         self._calls: dict[str, Call] = {}
         self._lock = threading.Lock()
+        flag = "--record" if recording else "--replay"
+        if self.path.exists() and not self.path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{flag} {path} cannot be opened: it is not a plain file")
         try:
             self._file = self.path.open("ab" if recording else "rb", buffering=0)
         except OSError as error:
-            flag = "--record" if recording else "--replay"
             raise ValueError(f"{flag} {path} cannot be opened: {error.strerror}") from None
         with self._alone():
             cut = self._load()
@@ -80,16 +90,18 @@ class Tape:
     def _load(self) -> str:
         """Read all calls (later lines win); drop a last line that a kill cut short, and return a note about it."""
         size = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    if self.recording:
-                        self._file.truncate(size)
-                    return f"; line {number}, the last one, was cut short and is left out"
-                size += len(line)
-                key, call = _read_call(line, f"{self.path}, line {number}")
-                if not (self.recording and isinstance(call.reply, ChatError)):
-                    self._calls[key] = call
+        for number, line in enumerate(read_lines(self.path, MAX_LINE), start=1):
+            if number == 1 and line[: len(START)] != START[: len(line)]:  # a tape that was cut short begins so, too
+                raise ValueError(f"{'--record' if self.recording else '--replay'} {self.path} is not a recording: its"
+                                 f" first line does not begin with {START.decode()}; choose another file")
+            if not line.endswith(b"\n"):
+                if self.recording:
+                    self._file.truncate(size)
+                return f"; line {number}, the last one, was cut short and is left out"
+            size += len(line)
+            key, call = _read_call(line, f"{self.path}, line {number}")
+            if not (self.recording and isinstance(call.reply, ChatError)):
+                self._calls[key] = call
         return ""
 
 
@@ -105,21 +117,25 @@ def _write_call(endpoint: str, key: str, seed: int | None, call: Call) -> bytes:
         line |= {"error": reply.reason, "message": str(reply).removeprefix(f"{reply.reason}: ")}
     else:
         line |= {"text": str(reply), "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+        line |= {what: True for what in NOTES if getattr(reply, what)}
     return json.dumps(line | {"check": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
 
 
 def _read_call(line: bytes, where: str) -> tuple[str, Call]:
     """Read what `_write_call` wrote; ValueError that begins with `where` for anything else."""
     try:
-        found = json.loads(line)
+        found = parse_json(line, "it")
+        check_value(found, dict, "it")
+        notes = {what: bool for what in NOTES if what in found}
+        check_value(found, CALL | (FAILURE if "error" in found else REPLY | notes), "it")
         if found.pop("check") != zlib.crc32(json.dumps(found).encode()):
             raise ValueError("its checksum is wrong")
-        if "error" in found:
-            reply: ChatReply | ChatError = ChatError(found["error"], found["message"])
-        else:
-            reply = ChatReply(found["text"])
-            reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
-        return found["request"], Call(reply, tuple(found["failed"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{where}: damaged, or not a recorded call ({type(error).__name__}: {shorten(str(error))}); "
+    except ValueError as error:
+        raise ValueError(f"{where}: damaged, or not a recorded call ({shorten(str(error), 200)}); "
                          "remove the line to lose that call alone") from None
+    if "error" in found:
+        return found["request"], Call(ChatError(found["error"], found["message"]), tuple(found["failed"]))
+    reply = ChatReply(found["text"])
+    reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
+    reply.cut, reply.thoughts = (found.get(what, False) for what in NOTES)
+    return found["request"], Call(reply, tuple(found["failed"]))

@@ -1,6 +1,7 @@
 """What goes over the wire: requests, replies and their errors in the OpenAI chat format.
 
-In reading order: what a call returns, addresses, what the client reads, what the server reads.
+In reading order: what a call returns, addresses, what the client reads of errors (`speech.py` reads replies), what the
+server reads.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from untrusted.plain_text import json_type, plain_text, shorten, why_not_json
+from untrusted.files import parse_json
+from untrusted.plain_text import json_type, shorten
 
 Message = dict[str, str]  # {"role": ..., "content": ...}, as in the OpenAI chat format
 URL_FLAGS = {"simulator": "--simulator-url", "judge": "--judge-url"}  # by the name of the client
+
+
+# The endpoint is alive and the request was sound, but nothing was said: content null, or blank; a refusal; a reply that
+# broke off; thoughts alone. Another seed may help.
+UNSAID = {"no_text", "empty", "refused", "broken_off", "only_thoughts"}
 
 
 class ChatReply(str):
@@ -25,18 +32,31 @@ class ChatReply(str):
 
     tokens: int | None = None  # of the reply, thoughts included
     prompt_tokens: int | None = None
+    cut: bool = False  # it ended at max_tokens
+    thoughts: bool = False  # its text held thoughts, which are cut away
 
 
 class ChatError(Exception):
     """A chat call that failed; the message is one line and never holds the key.
 
-    reason: connect, timeout, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, empty, too_large or outage.
+    reason: connect, timeout, certificate, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, too_large, outage; or
+    one of UNSAID.
     retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
+    status: the HTTP status that is the cause, 0 if none is. words: what the server said with it.
     """
 
-    def __init__(self, reason: str, message: str, retryable: bool = True, retry_after: float = 0.0):
+    def __init__(
+        self, reason: str, message: str, retryable: bool = True, retry_after: float = 0.0, status: int = 0,
+        words: str = "",
+    ):  # fmt: skip
         super().__init__(f"{reason}: {message}")
         self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
+        self.status, self.words = status, words
+
+    @property
+    def message(self) -> str:
+        """Return the text without the reason."""
+        return str(self).removeprefix(f"{self.reason}: ")
 
 
 class Call(NamedTuple):
@@ -46,32 +66,58 @@ class Call(NamedTuple):
     failed: tuple[str, ...] = ()
 
 
+def completions_urls(base_urls: str, name: str = "") -> list[str]:
+    """Return the addresses of the chat completions of base URLs with commas between them, each once."""
+    urls = re.split(r",\s*(?=https?://|\Z)", base_urls, flags=re.IGNORECASE)  # a query may hold a comma
+    return list(dict.fromkeys(completions_url(url, name) for url in urls))
+
+
 def completions_url(base_url: str, name: str = "") -> str:
-    """Return the address of the chat completions of a base URL, with or without its /v1; `name`: whose, for errors.
+    """Return the address of the chat completions of a base URL as people paste it; `name`: whose, for errors.
 
-    >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/")
-    ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions')
+    A complete address stays as it is. /v1 is added only where there is no path. A query stays, at the end.
+
+    >>> completions_url("http://127.0.0.1:8100"), completions_url("https://host/api/v4/?api-version=1")
+    ('http://127.0.0.1:8100/v1/chat/completions', 'https://host/api/v4/chat/completions?api-version=1')
     """
-    parts = _split_url(base_url.strip(), f"{URL_FLAGS.get(name, name)}: " if name else "")
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    if not re.search(r"/v\d[^/]*(?:/|$)", path):
-        path += "/v1"
-    return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
+    base_url = base_url.strip()
+    parts, why = _split_url(base_url)
+    if why:
+        whose = f"{URL_FLAGS.get(name, name)}: " if name else ""
+        shown = "…" if "@" in base_url else shorten(re.split("[?#]", base_url)[0])  # no password, no key
+        raise ValueError(f"{whose}base URL {shown!r} {why}; it must look like http://host:port or https://host/v1")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path = f"{path or '/v1'}/chat/completions"
+    return parts._replace(path=path).geturl()
 
 
-def _split_url(base_url: str, whose: str) -> SplitResult:
+def shown_url(url: str) -> str:
+    """Return an address as messages may show it: without its query, which may hold a key.
+
+    >>> shown_url("https://host/v1/chat/completions?key=s3cret")
+    'https://host/v1/chat/completions?…'
+    """
+    return re.sub(r"(?s)\?.*", "?…", url)
+
+
+def _split_url(base_url: str) -> tuple[SplitResult, str]:
+    """Return the parts of an address, and why it cannot be used (empty: it can)."""
     try:
         parts = urlsplit(base_url)
-        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, a broken IPv6 address
-        valid = False
-    if valid and (parts.username is not None or parts.password is not None):
-        raise ValueError(
-            f"{whose}the base URL holds a user name or password; put the key into an environment variable instead")
-    if not valid or parts.query or parts.fragment or not base_url.isprintable() or " " in base_url:
-        shown = re.sub("//.*@|[?#].*", "…", base_url)  # not what may be a password or a key
-        raise ValueError(f"{whose}base URL {shorten(shown)!r} is not of the form http://host:port or https://host/v1")
-    return parts
+        host = parts.hostname if parts.port != 0 else None
+    except ValueError:
+        return SplitResult("", "", "", "", ""), "has a port that is no number, or a broken IPv6 address"
+    reasons = {
+        "holds a blank or a control character": not base_url.isprintable() or " " in base_url,
+        "does not begin with http:// or https://": parts.scheme not in ("http", "https"),
+        "holds a user name or password (put the key into an environment variable)": "@" in parts.netloc,
+        "holds a fragment (#…)": "#" in base_url,
+        "names no host": not parts.hostname,
+        "names the port 0": host is None,
+        "holds a comma (each of several URLs begins with http:// or https://)": "," in parts.netloc + parts.path,
+    }
+    return parts, next((why for why, true in reasons.items() if true), "")
 
 
 def is_loopback(host: str | None) -> bool:
@@ -80,46 +126,6 @@ def is_loopback(host: str | None) -> bool:
         return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return False
-
-
-def parse_reply(raw: bytes, secret: str = "") -> ChatReply:
-    """Return choices[0].message.content of a chat completion, stripped; raise ChatError if it is not text.
-
-    The text is plain (`plain_text`), and `secret` (the key) is blotted out. The reply's `tokens` is
-    usage.completion_tokens, which counts the thoughts of a reasoning model too, and its `prompt_tokens` is
-    usage.prompt_tokens.
-
-    >>> parse_reply(b'{"choices": [{"message": {"role": "assistant", "content": " Hi. "}}]}')
-    'Hi.'
-    """
-    if not raw.strip():
-        raise ChatError("empty", "the reply has no body")
-    try:
-        content = body = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ChatError("bad_json", f"the reply is not JSON: {_start_of(raw)}") from None
-    try:
-        for key in ("choices", 0, "message", "content"):
-            content = content[key]
-    except (KeyError, IndexError, TypeError):
-        raise ChatError("bad_schema", f"the reply has no choices[0].message.content: {_start_of(raw)}") from None
-    if not isinstance(content, str):
-        raise ChatError("bad_schema", f"choices[0].message.content is {json_type(content)}, not a string")
-    content = content.encode("utf-8", "replace").decode()  # tokenizers crash at a lone surrogate
-    text = plain_text(content.replace(secret, "***") if secret else content).strip()
-    if not text:
-        raise ChatError("empty", "choices[0].message.content is blank")
-    reply = ChatReply(text)
-    usage = body.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    reply.tokens, reply.prompt_tokens = (
-        n if type(n) is int and n > 0 else None for n in map(counts.get, ("completion_tokens", "prompt_tokens"))
-    )
-    return reply
-
-
-def _start_of(raw: bytes) -> str:
-    return repr(shorten(raw[:200].decode(errors="replace")))
 
 
 def parse_retry_after(header: str, now: float) -> float:
@@ -137,15 +143,18 @@ def parse_retry_after(header: str, now: float) -> float:
     return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
 
 
-def servers_words(raw: bytes) -> str:
-    """Return what an error body says, in one line: OpenAI's error.message, FastAPI's detail, or the body itself."""
-    words: Any = raw.decode(errors="replace")
-    with suppress(ValueError, RecursionError):
-        body = json.loads(raw)
-        if isinstance(body, dict):
-            error = body.get("error") or body.get("detail") or body.get("message") or body
-            words = error.get("message", error) if isinstance(error, dict) else error
-    return shorten(words if isinstance(words, str) else json.dumps(words), limit=300) or "(no explanation)"
+def servers_words(said: Any) -> str:
+    """Return what an error says, in one line: OpenAI's error.message, FastAPI's detail, or the body (bytes) itself."""
+    if isinstance(said, bytes):
+        words = said.decode(errors="replace")
+        with suppress(ValueError):
+            said = parse_json(said, "", any_number=True)
+        said = words if isinstance(said, bytes) else said
+    if isinstance(said, dict):
+        said = said.get("error") or said.get("detail") or said.get("message") or said
+    if isinstance(said, dict):
+        said = said.get("message", said)
+    return shorten(said if isinstance(said, str) else json.dumps(said), limit=300) or "(no explanation)"
 
 
 class RequestError(Exception):
@@ -157,11 +166,14 @@ class RequestError(Exception):
 
 
 def parse_request(raw: bytes) -> dict[str, Any]:
-    """Read the body of a chat completion request; RequestError unless its messages, seed, n and stream are sound."""
+    """Read the body of a chat completion request; RequestError unless its messages, seed, n and stream are sound.
+
+    A content that is a list of text parts becomes one text.
+    """
     try:
-        request = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON ({why_not_json(error)})") from None
+        request = parse_json(raw, "the body")
+    except ValueError as error:
+        raise RequestError(400, str(error)) from None
     if not isinstance(request, dict):
         raise RequestError(422, f"the body is {json_type(request)}, not an object")
     if request.get("stream"):
@@ -177,7 +189,19 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise RequestError(422, f"messages[{i}] is {json_type(message)}, not an object")
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined_parts(message["content"], f"messages[{i}].content")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise RequestError(422, f"messages[{i}].{key} is {json_type(message.get(key))}, not a string")
     return request
+
+
+def _joined_parts(parts: list[Any], where: str) -> str:
+    """Join the text parts of a message by line breaks; RequestError for any other kind."""
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            found = f"of type {shorten(str(kind))!r}" if kind else json_type(part)
+            raise RequestError(422, f'{where}[{i}] is {found}; only {{"type": "text", "text": …}} is taken here')
+    return "\n".join(part["text"] for part in parts)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line import exits
-from command_line.flags import add_flags, checkpoint_defaults
+from command_line.flags import add_flags, checkpoint_defaults, new_folder
 from config import Config, flag
 from dialogue import Dialogue
 from endpoints.calls import calls_note, cost
@@ -47,11 +47,12 @@ from evaluation.scenarios import SCENARIOS, choose_personas, make_dialogues
 from evaluation.subjects import METHODS, RLPA
 from learners.folder import resolve_checkpoint
 from records.metrics import DISTINCT, GUARDS, PROFILE_GUARDS, guards, rates, tally
+from records.outages import check_refusals
 from records.perplexity import Text, read_texts, text_scores
 from rewards import VERDICTS
 from simulator import Environment, open_environment
 from train_rlpa import Play
-from untrusted.plain_text import clean_text
+from untrusted.plain_text import clean_text, say
 from worlds import second
 from worlds.personas import Persona
 
@@ -61,7 +62,7 @@ PASSED = (  # flags that go to the rollout as they are; their help stands in con
     "history_profile", "decode_batch_size", "kv_gib", "reply_steps", "record", "replay", "price_in", "price_out",
     "dtype", "kernels", "threads", "seed",
 )  # fmt: skip
-OWN_FILES = ("results.json", "metrics.jsonl", "episodes.jsonl")  # a folder that holds one is not written to
+OWN_FILES = ("results.json", "results.csv", "episodes.jsonl", "curves.png", "metrics.jsonl")  # not written over
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Playing and measuring
@@ -105,6 +106,7 @@ def play(
     with subjects.progress(dialogues, args.turns, name, show=not args.quiet):
         by = subjects.play_checkpoint if isinstance(player, Path) else subjects.play_endpoint
         by(player, method, dialogues, how, config, env)
+    check_refusals(env)
     measured = measure(dialogues, args.turns, method == RLPA)
     summary = summarize(measured, args.seed, args.change_turn if args.scenario == "conflict" else None)
     summary = replace(summary, figures=summary.figures | corpus_figures(dialogues, perplexities))
@@ -113,7 +115,9 @@ def play(
     calls = {**calls, **cost(calls, config)}
     counts = counts_of(dialogues, args.turns)
     seconds = time.perf_counter() - start
-    return Played(name, dialogues, measured, summary, seconds, counts, calls, note, perplexities)
+    clients = filter(None, (env.user, env.judge, env.subject))
+    complaint = "; ".join(f"{client.name}: {client.complaint}" for client in clients if client.complaint)
+    return Played(name, dialogues, measured, summary, seconds, counts, calls, note, complaint, perplexities)
 
 
 def find_target(name: str, target: str) -> str | Path:
@@ -247,7 +251,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name, None))
     args.seed = args.seed or 0
     args.turns = args.turns if args.turns is not None else 70 if args.scenario == "long" else 10
-    args.out = args.out or Path(f"runs/evaluate_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    args.out = args.out or Path(new_folder("evaluate_"))
     check_args(args)
     return args
 
@@ -272,8 +276,8 @@ def check_args(args: argparse.Namespace) -> None:
     names = [name for name, _ in map(split_subject, args.subjects)]
     if repeated := [name for name, n in Counter(names).items() if n > 1]:
         raise ValueError(f"subject name {repeated[0]!r} is used more than once")
-    if taken := next((name for name in OWN_FILES if (args.out / name).exists()), None):
-        raise ValueError(f"--out {args.out} holds {taken} of an earlier run already; choose another folder")
+    if taken := next((name for name in OWN_FILES if os.path.lexists(args.out / name)), None):
+        raise ValueError(f"--out {args.out} holds {taken} already; choose another folder")
 
 
 def split_subject(text: str) -> tuple[str, str]:
@@ -316,7 +320,8 @@ def evaluate(args: argparse.Namespace) -> list[Played]:
     first = played[0]
     compared = {f"{p.name} - {first.name}": difference(p, first, args.seed) for p in played[1:]}
     write_results(args.out, args, played, compared)
-    draw(args.out / "curves.png", played, args)
+    with exits.decorative(str(args.out / "curves.png")):
+        draw(args.out / "curves.png", played, args)
     report(played, compared, args)  # last: a reader that goes away (… | head) costs no result
     return played
 
@@ -333,11 +338,11 @@ def run(argv: Sequence[str] | None) -> int:
     """Evaluate as the command line says; 75 if an outage left no dialogue of a subject, ValueError if an error did."""
     played = evaluate(parse_args(argv))
     if lost := [p for p in played if not p.summary.personas]:
-        causes = "; ".join(f"{p.name}: {', '.join(p.counts)}" for p in lost)
-        if "outage)" not in causes:
-            raise ValueError(f"no dialogue was left of {causes}; check the endpoints' URLs, models and keys")
+        causes = "; ".join(f"{p.name}: {', '.join(p.counts)} ({p.complaint})" for p in lost)
+        if not any("outage)" in cause for p in lost for cause in p.counts):
+            raise ValueError(f"no dialogue was left of {causes}")
         again = "evaluate again, with another --out, when they answer; what --record has kept is not asked again"
-        print(f"evaluation: no dialogue was left of {causes}; {again}", file=sys.stderr)
+        say(f"evaluation: {clean_text(f'no dialogue was left of {causes}; {again}')}", sys.stderr)
         return os.EX_TEMPFAIL
     return 0
 

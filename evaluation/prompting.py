@@ -8,7 +8,6 @@ answers one call at a time, and a batched sampler, which answers those of all di
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 
@@ -82,15 +81,6 @@ def rag(history: ledger.History) -> Generator[list[Message], str, str]:
 
 
 METHODS: dict[str, Method] = {"base": base, "reminder": reminder, "self_critic": self_critic, "cot": cot, "rag": rag}
-
-
-def without_thoughts(text: str) -> str:
-    """Cut off the thoughts with which a reasoning model may open its reply; they count as tokens only.
-
-    >>> without_thoughts("<think>A nurse.</think>\\n\\nHow was your shift?")
-    'How was your shift?'
-    """
-    return re.sub(r"\A\s*(?:<think>)?(?:(?!<think>).)*</think>\s*", "", text, flags=re.DOTALL)
 
 
 def retrieve(query: str, documents: Sequence[str], top: int, k1: float = 1.5, b: float = 0.75) -> list[int]:

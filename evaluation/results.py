@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -14,9 +15,11 @@ import numpy as np
 from dialogue import Dialogue
 from evaluation import subjects
 from evaluation.figures import LEVEL, RESAMPLES, Array, Estimate, Summary, shown
+from records.checkpoints import write_text
 from records.log import episode_record
 from records.metrics import DISTINCT, GUARDS
 from rewards import VERDICTS
+from untrusted.plain_text import clean_text, say
 
 LABELS = {
     "AVG": "AVG",
@@ -50,23 +53,24 @@ class Played:
     counts: dict[str, int]
     calls: dict[str, float]  # of user, judge and subject, with their tokens and cost
     calls_note: str
+    complaint: str  # what user, judge or subject said last instead of a reply; empty: nothing
     perplexities: Array  # (1 + R,) of the text of --perplexity and its resamples; NaN if it was not measured
 
 
 def report(played: list[Played], compared: dict[str, Summary], args: argparse.Namespace) -> None:
     """Print the tables, and what went wrong."""
     size = f"{len(played[0].dialogues)} personas x {args.turns} turns"
-    print(f"\n{args.scenario}, {args.world} world: {size}; value [{LEVEL:.0f} % interval]\n")
-    print(figures_table([p.name for p in played], [p.summary for p in played]), end="\n\n")
-    print(turns_table(played, args.turns), end="\n\n")
+    say(f"\n{args.scenario}, {args.world} world: {size}; value [{LEVEL:.0f} % interval]\n")
+    say(figures_table([p.name for p in played], [p.summary for p in played]) + "\n")
+    say(turns_table(played, args.turns) + "\n")
     if compared:
-        print("Differences on the same personas:\n")
-        print(figures_table(list(compared), list(compared.values())), end="\n\n")
+        say("Differences on the same personas:\n")
+        say(figures_table(list(compared), list(compared.values())) + "\n")
     for p in played:
-        notes = "; ".join(f"{name}: {n}" for name, n in p.counts.items())
-        print(f"{p.name}: {p.seconds:.1f} s" + (f"; {notes}" if notes else ""))
-        print(f"{p.name}: {p.calls_note}")
-    print(f"results: {args.out}")
+        notes = "; ".join(f"{clean_text(name)}: {n}" for name, n in p.counts.items())
+        say(f"{p.name}: {p.seconds:.1f} s" + (f"; {notes}" if notes else ""))
+        say(f"{p.name}: {p.calls_note}")
+    say(f"results: {clean_text(str(args.out))}")
 
 
 def table(rows: list[list[str]]) -> str:
@@ -135,16 +139,15 @@ def write_results(
         },
         "differences": {name: summary_record(summary) for name, summary in compared.items()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("subject", "personas", "metric", "turn", "value", "low", "high"))
-        for name, summary in {**{p.name: p.summary for p in played}, **compared}.items():
-            writer.writerows((name, summary.personas, *row) for row in csv_rows(summary))
-    with (folder / "episodes.jsonl").open("w", encoding="utf-8") as file:
-        for p in played:
-            for dialogue in p.dialogues:
-                file.write(json.dumps({"kind": p.name, **evaluated_record(dialogue)}) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(("subject", "personas", "metric", "turn", "value", "low", "high"))
+    for name, summary in {**{p.name: p.summary for p in played}, **compared}.items():
+        writer.writerows((name, summary.personas, *row) for row in csv_rows(summary))
+    write_text(folder / "results.csv", rows.getvalue())
+    episodes = [{"kind": p.name, **evaluated_record(dialogue)} for p in played for dialogue in p.dialogues]
+    write_text(folder / "episodes.jsonl", "".join(json.dumps(episode) + "\n" for episode in episodes))
 
 
 def csv_rows(summary: Summary) -> list[tuple]:

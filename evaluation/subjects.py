@@ -24,6 +24,7 @@ import rewards
 from config import Config
 from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, Turn, stream_seed
 from endpoints.client import ChatClient
+from endpoints.speech import split_thoughts
 from endpoints.wire import ChatError, ChatReply, Message
 from evaluation import prompting
 from kernels import set_backend
@@ -109,7 +110,8 @@ def ask_policy(sampler: Sampler, chat: ChatTokenizer, key: int, messages: list[M
     draws: list[Draw] = []
     yield Sample(key, prompt_ids, [seed], draws.append)
     sampler.adopt(key, 0)
-    reply = ChatReply(chat.visible(draws[0].token_ids).strip())
+    speech, _ = split_thoughts(chat.visible(draws[0].token_ids).strip())
+    reply = ChatReply(speech or "...")  # who says nothing is judged for it
     reply.tokens = len(draws[0].token_ids)
     return reply
 
@@ -150,7 +152,7 @@ class AskedSpeaker:
                 return answer
             answers.append(answer)
             try:
-                messages = steps.send(prompting.without_thoughts(answer) or "...")
+                messages = steps.send(answer)
             except StopIteration as end:
                 return read_reply(end.value, answers, dialogue, native)
 

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from config import Config, has_own_trunk
 from learners import sharding
 from learners.learner import Learner, is_sharded, load_optimizer, make_learner
-from learners.processes import world_size
+from learners.processes import rank, world_size
 from learners.weights import load_critic, load_policy, load_value_head
 from model import Critic, Qwen2ForCausalLM, ValueHead, draw_value_head
+from untrusted.plain_text import warn
 from worlds.first import generate_personas
 from worlds.personas import Persona, load_personas
 
@@ -102,9 +103,13 @@ def compute_dtype(config: Config, device: str) -> torch.dtype:
 
 def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
     """Return training personas and named evaluation sets; only sets from --eval-personas may share some with them."""
-    personas = load_personas(config.personas) if config.personas else synthetic_personas(config, "train", config.seed)
+    say = warn if rank() == 0 else lambda text: None  # all processes read the files, one of them tells
+    if config.personas:
+        personas = load_personas(config.personas, say)
+    else:
+        personas = synthetic_personas(config, "train", config.seed)
     if config.eval_personas:
-        return personas, {"heldout": load_personas(config.eval_personas)}
+        return personas, {"heldout": load_personas(config.eval_personas, say)}
     if not config.personas:  # the same for every --seed, so that runs can be compared
         return personas, {name: synthetic_personas(config, name, 0) for name in ("heldout", "unseen")}
     if len(personas) < 2:

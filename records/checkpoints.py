@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from learners.folder import CARRIED, SUFFIXES
+from untrusted.files import read_lines
 
 SUMS = "SHA256SUMS"
 
@@ -97,6 +98,8 @@ def damage(folder: Path) -> str:
     if files.pop(SUMS, None) is None:
         return f"{SUMS} is missing"
     for name, file in files.items():
+        if not file.is_file():
+            return f"{name} is no plain file"
         if file.suffix not in SUFFIXES and file.name not in CARRIED:
             return f"{name} is refused: it may be a pickle; a checkpoint holds {', '.join(SUFFIXES)} and known texts"
     try:
@@ -115,7 +118,7 @@ def damage(folder: Path) -> str:
 
 def read_sums(path: Path) -> dict[str, str]:
     """Read hashes by file name, from lines as sha256sum writes them; ValueError if one is none."""
-    lines = [re.fullmatch(rb"([0-9a-f]{64})  ([^\n]+)\n", line) for line in path.read_bytes().splitlines(keepends=True)]
+    lines = [re.fullmatch(rb"([0-9a-f]{64})  ([^\n]+)\n", line) for line in read_lines(path)]
     if not all(lines) or not lines:
         raise ValueError(f"{path.name} is damaged")
     return {os.fsdecode(line[2]): line[1].decode() for line in lines}
@@ -137,9 +140,11 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or as it was before, wherever one is killed."""
+    """Write a text file that is whole or as it was before, wherever one is killed; a link is replaced, not followed."""
     temporary = unborn(path)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:  # x: not through a link
+        file.write(text)
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from learners.folder import HELDOUT_FILE
 from learners.processes import all_sum, gather, world_size
 from packing import Packed
 from records.metrics import rates, sum_counters, tally
-from records.perplexity import perplexity, read_texts, text_scores
+from records.perplexity import parse_texts, perplexity, text_scores
 from records.state import State
 from simulator import Environment
 
@@ -84,7 +83,7 @@ def batch_statistics(packed: list[Packed], critic: bool, reference: bool) -> dic
 
 def retention(state: State) -> dict[str, float]:
     """Return the policy's perplexity on the text that the checkpoint brought along; {} if it brought none."""
-    path = Path(state.config.ckpt) / HELDOUT_FILE
-    if not path.is_file():
+    if HELDOUT_FILE not in state.files:
         return {}
-    return {"perplexity_sft": perplexity(text_scores(state.policy.sampled, state.chat, read_texts(path)))}
+    texts = parse_texts(state.files[HELDOUT_FILE], HELDOUT_FILE)
+    return {"perplexity_sft": perplexity(text_scores(state.policy.sampled, state.chat, texts))}

@@ -11,16 +11,19 @@ import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from command_line.exits import decorative
+from config import RUN_FORMAT
 from dialogue import Dialogue
 from records.checkpoints import fsync, unborn
 from records.plots import plot_curve
-from untrusted.plain_text import clean_text
+from untrusted.files import read_json
+from untrusted.plain_text import clean_text, say, warn
 
 RECORDS = ("metrics.jsonl", "episodes.jsonl")
 FINISHED = "finished"  # an empty file, written last of all: a run without it was stopped or killed
@@ -31,8 +34,8 @@ RUN_FILES = ("checkpoints", "tensorboard", *RECORDS, "curve.png", FINISHED, "con
 def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
     """Make a run folder and keep every other run out of it while the block runs; if it stays empty, remove it again.
 
-    Raises ValueError if another process is writing there, or, unless `resume`, if the folder holds anything; with
-    `overwrite` a run that it holds is removed.
+    Raises ValueError if another process is writing there; with `resume`, if a file of the run is a link; else if the
+    folder holds anything; with `overwrite` a run that it holds is removed.
     """
     folder = Path(path)
     try:
@@ -46,7 +49,9 @@ def claim_folder(path: str, resume: bool, overwrite: bool) -> Iterator[None]:
         os.close(lock)
         raise ValueError(f"--run-dir {folder} is in use: another process is writing there") from None
     try:
-        if not resume:
+        if resume:
+            refuse_links(folder)
+        else:
             clear_folder(folder, overwrite)
         yield
     finally:
@@ -60,17 +65,33 @@ def clear_folder(folder: Path, overwrite: bool) -> None:
     unborn(folder / "config.json").unlink(missing_ok=True)  # killed before its first file had its name
     if not any(folder.iterdir()):
         return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--run-dir {folder} is not empty, and holds no run; choose another folder")
+    if not is_run(folder):
+        raise ValueError(f"--run-dir {folder} is not empty, and holds no run (its config.json lacks the mark"
+                         f" {RUN_FORMAT!r}); choose another folder")  # fmt: skip
     if not overwrite:
         raise ValueError(
             f"--run-dir {folder} holds a run already; --resume or --overwrite it, or choose another folder"
         )
     for name in RUN_FILES:  # config.json last: killed in between, this is still a run
-        if (folder / name).is_dir():
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
             shutil.rmtree(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether `start_log` has marked a folder as a run: a model's has a config.json too."""
+    try:
+        return read_json(folder / "config.json").get("format") == RUN_FORMAT
+    except ValueError:
+        return False
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ValueError if one of a run's files is a link: what is appended or cut back could be anybody's file."""
+    for path in (*(folder / name for name in RUN_FILES), *(folder / "tensorboard").glob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; a run writes to files of its own only: put the file itself there")
 
 
 def log_files(folder: Path) -> list[Path]:
@@ -84,7 +105,7 @@ def cut_back(folder: Path, position: dict[str, int]) -> None:
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in log_files(folder)}
     for name, size in position.items():
         if sizes.get(name, 0) < size:
-            print(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes", file=sys.stderr)
+            warn(f"{folder / name} has lost records: {sizes.get(name, 0):,} of {size:,} bytes")
     for name, size in sizes.items():
         if name in position:
             os.truncate(folder / name, min(size, position[name]))
@@ -101,42 +122,63 @@ class RunLog:
         self.writer = None
         cut_back(self.folder, position)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+            with decorative("TensorBoard (--no-tensorboard)"):
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+                self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def show(self, action: Callable[[Any], None]) -> None:
+        """Call `action` with TensorBoard's writer, if there is one and as long as it works."""
+        if writer := self.writer:
+            self.writer = None
+            with decorative("TensorBoard (--no-tensorboard)"):
+                action(writer)
+                self.writer = writer
 
     def position(self) -> dict[str, int]:
         """Return the size in bytes of each file of records, once all of them are on disk."""
-        if self.writer:
-            self.writer.flush()
+        self.show(lambda writer: writer.flush())
         for file in log_files(self.folder):
             fsync(file)
         return {str(file.relative_to(self.folder)): file.stat().st_size for file in log_files(self.folder)}
 
     def metrics(self, iteration: int, kind: str, values: dict[str, float]) -> None:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
-        finite = {k: round(float(v), 6) for k, v in values.items() if math.isfinite(v)}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, "kind": kind, **finite}) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, iteration)
+        finite = {k: rounded(float(v)) for k, v in values.items() if math.isfinite(v)}
+        self.append("metrics.jsonl", [{"iteration": iteration, "kind": kind, **finite}])
+        for name, value in values.items():
+            self.show(lambda writer, name=name, value=value: writer.add_scalar(f"{kind}/{name}", value, iteration))
 
     def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
         """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""
-        with (self.folder / "episodes.jsonl").open("a", encoding="utf-8") as file:
-            for dialogue in dialogues:
-                file.write(json.dumps({"iteration": iteration, "kind": kind, **dialogue}) + "\n")
+        self.append("episodes.jsonl", [{"iteration": iteration, "kind": kind, **dialogue} for dialogue in dialogues])
+
+    def append(self, name: str, records: list[dict]) -> None:
+        """Append records to one of the files; ValueError if they cannot be written: they are the run's result."""
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        except OSError as error:
+            raise ValueError(f"{self.folder / name} cannot be written: {error.strerror}; --resume goes on") from None
 
     def close(self) -> None:
         """Close the event file."""
-        if self.writer:
-            self.writer.close()
+        self.show(lambda writer: writer.close())
 
     def draw(self) -> None:
         """Draw the learning curve; then, last of all, mark the run as finished."""
-        plot_curve(self.folder / "curve.png", self.folder)
+        with decorative(str(self.folder / "curve.png")):
+            plot_curve(self.folder / "curve.png", self.folder)
         (self.folder / FINISHED).touch()
+
+
+def rounded(value: float) -> float:
+    """Round to 6 decimals, and what is small to 6 digits: learning rates are.
+
+    >>> rounded(12345.67890123), rounded(5.123456789e-7)
+    (12345.678901, 5.12346e-07)
+    """
+    return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.6g}")
 
 
 def episode_record(dialogue: Dialogue) -> dict:
@@ -154,8 +196,8 @@ def show_transcripts(before: dict[str, list[Dialogue]], after: dict[str, list[Di
     """Print one held-out dialogue as the policy led it before and after training."""
     for when, played in (("before", before), ("after", after)):
         for dialogue in played.get("heldout/sampled", [])[:1]:
-            print("\n" + "\n".join(transcript(dialogue, when)))
-    print()
+            say("\n" + "\n".join(transcript(dialogue, when)))
+    say("")
 
 
 def transcript(dialogue: Dialogue, when: str) -> list[str]:

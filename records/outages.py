@@ -5,13 +5,17 @@ from __future__ import annotations
 import signal
 from collections import Counter
 
-from config import Config, flag
+from command_line.flags import ASKED, resume_command
+from config import Config
 from dialogue import Dialogue
-from learners.processes import gather
+from endpoints.client import ChatClient
+from endpoints.wire import URL_FLAGS
+from learners.processes import AgreedError, gather
 from records.log import RunLog
 from records.metrics import sum_counters
-from records.state import State, checkpoint_name, resume_command, save_checkpoint
+from records.state import State, checkpoint_name, save_checkpoint
 from simulator import Environment
+from untrusted.plain_text import clean_text, say
 
 
 class Stopped(Exception):
@@ -22,21 +26,43 @@ class Unavailable(RuntimeError):
     """User or judge are away, or lost too many dialogues. Raised on all ranks at once; the run can go on later."""
 
 
+def check_refusals(env: Environment) -> None:
+    """Raise AgreedError, on all ranks, if user or judge is alive but has refused every call of every rank so far.
+
+    Nobody need come back later: an address, a model, a key or a server must be changed.
+    """
+    for client in clients_of(env).values():
+        reports = gather((client.answered, client.refusal))
+        refusals = [refusal for _, refusal in reports if refusal]
+        if refusals and not any(answered for answered, _ in reports):
+            raise AgreedError(refusals[0])
+
+
 def check_batch(dialogues: list[Dialogue], config: Config, env: Environment) -> str:
     """Return what speaks against a batch, the same on all ranks; "" if enough of its dialogues survived.
 
-    Raises Unavailable, on all ranks, if an endpoint was out of reach for longer than --outage-budget.
+    Raises, on all ranks, Unavailable if an endpoint was out of reach for longer than --outage-budget, and AgreedError
+    if one has refused everything.
     """
-    clients = {"simulator_url": env.user, "judge_url": env.judge}
-    outages = [f"{flag(name)}: {client.outage}" for name, client in clients.items() if client and client.outage]
-    parts = gather((len(dialogues), Counter(d.dropped for d in dialogues if d.dropped), outages))
-    for outage in (outage for _, _, found in parts for outage in found):
+    check_refusals(env)
+    clients = clients_of(env)
+    outages = [f"{URL_FLAGS[name]}: {client.outage}" for name, client in clients.items() if client.outage]
+    failures = {name: client.complaint for name, client in clients.items() if client.last_failure}
+    parts = gather((len(dialogues), Counter(d.dropped for d in dialogues if d.dropped), outages, failures))
+    for outage in (outage for _, _, found, _ in parts for outage in found):
         raise Unavailable(f"{outage} (--outage-budget)")
-    size, lost = sum(n for n, _, _ in parts), sum_counters([causes for _, causes, _ in parts])
+    size, lost = sum(n for n, *_ in parts), sum_counters([causes for _, causes, *_ in parts])
     if size - lost.total() >= config.quorum * size:
         return ""
     causes = ", ".join(f"{cause} {n}" for cause, n in lost.most_common())
-    return f"{lost.total()} of {size} dialogues were lost ({causes}); --quorum {config.quorum:g} wants more"
+    worst = lost.most_common(1)[0][0].partition(":")[0]  # whose last words are told
+    last = next((f"; {found[worst]}" for *_, found in parts if worst in found), "")
+    return f"{lost.total()} of {size} dialogues were lost ({causes}); --quorum {config.quorum:g} wants more{last}"
+
+
+def clients_of(env: Environment) -> dict[str, ChatClient]:
+    """Return the clients of user and, if it is an endpoint, judge by their names."""
+    return {client.name: client for client in (env.user, env.judge) if client}
 
 
 def save_and_stop(end: Stopped | Unavailable, state: State, log: RunLog | None) -> int:
@@ -45,9 +71,10 @@ def save_and_stop(end: Stopped | Unavailable, state: State, log: RunLog | None) 
         save_checkpoint(state)
     if log:
         log.close()
-    hint = f"saved after iteration {state.iteration}; go on with: {resume_command(state.config)}"
+    asked = {name: value for name in ASKED if (value := getattr(state.config, name))}
+    hint = f"saved after iteration {state.iteration}; go on with: {resume_command(state.config.run_dir, asked)}"
     if isinstance(end, Unavailable):
         raise Unavailable(f"{end}; {hint}") from None
     if log:
-        print(hint)
+        say(clean_text(hint))
     return 0 if end.args[0] == signal.SIGTERM else 128 + end.args[0]

@@ -10,7 +10,6 @@ a line begins like an object), or plain text whose passages are parted by blank 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from dialogue import ChatTokenizer
 from kernels import linear_logprob
 from model import Qwen2ForCausalLM
+from untrusted.files import fits, parse_json, read_bytes
 
 OBJECT_START = re.compile(r"\A\s*[{]|^\s*[{]\s*\"", re.MULTILINE)  # a file that begins with one, or a line with its key
 Text = str | list[dict[str, str]]  # plain text, or the messages of a chat
@@ -30,11 +30,16 @@ Text = str | list[dict[str, str]]  # plain text, or the messages of a chat
 
 def read_texts(path: Path) -> list[Text]:
     """Read chats and passages from a file; ValueError, in one line with path and line number, if it is damaged."""
+    return parse_texts(read_bytes(path), str(path))
+
+
+def parse_texts(raw: bytes, path: str) -> list[Text]:
+    """Return the chats and passages that a file of this name holds."""
     try:
-        whole = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read text from {path}: {error}; --perplexity takes JSONL or plain text") from None
-    if path.suffix == ".jsonl" or OBJECT_START.search(whole):  # damaged JSONL must not pass for prose
+        whole = raw.decode("utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}; --perplexity takes JSONL or plain text") from None
+    if path.endswith(".jsonl") or OBJECT_START.search(whole):  # damaged JSONL must not pass for prose
         lines = enumerate(whole.split("\n"), 1)
         texts = [_read_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     else:
@@ -46,18 +51,22 @@ def read_texts(path: Path) -> list[Text]:
 
 def _read_line(line: str, where: str) -> Text:
     try:
-        found = json.loads(line)
+        found = parse_json(line.encode("utf-8", "replace"), where)
     except ValueError as error:
-        hint = "a file with a line that begins like a JSON object is read as JSONL"
-        raise ValueError(f"{where} is not JSON: {error}; {hint}") from None
-    if isinstance(found, dict) and isinstance(found.get("text"), str):
-        return found["text"]
+        raise ValueError(f"{error}; a file with a line that begins like a JSON object is read as JSONL") from None
+    if fits(found, {"text": str}):
+        return _encodable(found["text"])
     messages = found.get("messages") if isinstance(found, dict) else None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise ValueError(f'{where}: accepted are {{"messages": [{{"role": …, "content": …}}, …]}} and {{"text": …}}')
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where}: no message has the role assistant, so nothing is to be predicted")
-    return messages
+    return [{key: _encodable(message[key]) for key in ("role", "content")} for message in messages]
+
+
+def _encodable(text: str) -> str:
+    """Replace lone surrogates, which JSON can hold and a tokenizer cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _is_message(message: object) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -17,22 +16,27 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 
-from config import Config
+from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners import sharding
-from learners.folder import SINGLE, carried_files
+from learners.folder import SINGLE, carried_files, weight_files
 from learners.learner import Learner, is_sharded, optimizer_tensors
 from learners.loading import keep_freed_memory, load_all_personas, load_models, load_sharded, set_threads
 from learners.processes import Result, on_rank_0, rank
-from learners.weights import save_config, save_pretrained
+from learners.weights import save_config, save_pretrained, stored_tensors
 from model import Qwen2ForCausalLM
 from records import checkpoints
 from records.log import FINISHED, RunLog
 from simulator import Environment
+from untrusted.files import check_value, read_json
+from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds.personas import Persona
 
-PROGRESS = ("iteration", "updates", "evaluated", "best", "logs")  # what trainer.json holds of a State
+PROGRESS = ("iteration", "updates", "evaluated", "best", "logs", "sources")  # what trainer.json holds of a State
+READ = ("ckpt", "critic_ckpt", "personas", "eval_personas")  # files that a run's own config.json may name
+SOURCES = ("ckpt", "personas", "eval_personas")  # those of them that a resumed run reads again
+Size = Annotated[int, (0, 2**62)]  # bytes of a file
 
 
 @dataclass
@@ -47,13 +51,14 @@ class State:
     personas: list[Persona]
     eval_sets: dict[str, list[Persona]]
     env: Environment
-    iteration: int = 0  # iterations done
-    updates: int = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
+    iteration: Natural = 0  # iterations done
+    updates: Natural = 0  # optimizer steps scheduled so far, which is the place in the learning-rate schedule
     evaluated: bool = False  # what is due after the last iteration done has been evaluated
     reward: float = math.nan  # held-out reward of this iteration's policy, if it has been measured
     best: dict[str, float] = field(default_factory=dict)  # name of the best checkpoint, and its held-out reward
-    logs: dict[str, int] = field(default_factory=dict)  # sizes of the run's records at this point
+    logs: dict[str, Size] = field(default_factory=dict)  # sizes of the run's records at this point
     files: dict[str, bytes] = field(default_factory=dict)  # what is saved beside the policy's weights, by name
+    sources: dict[str, str] = field(default_factory=dict)  # SHA-256 of each of SOURCES; rank 0 alone knows them
     saved: str = ""  # name of the checkpoint that this process loaded or wrote last
 
     def mark(self, log: RunLog | None, evaluated: bool) -> None:
@@ -67,9 +72,17 @@ class State:
         """Iterations of the whole run: as asked for, or one pass over the personas, a last partial batch included."""
         return self.config.num_iterations or math.ceil(len(self.personas) / self.config.rollout_batch_size)
 
+    @property
+    def schedule_iterations(self) -> int:
+        """Iterations over which the learning rates rise and fall; later ones train at the lowest."""
+        return self.config.schedule_iterations or self.num_iterations
+
 
 def setup(config: Config, env: Environment, folder: Path | None = None, mesh: DeviceMesh | None = None) -> State:
     """Load personas, tokenizer and models, fresh or from a checkpoint's folder; with --shard over a mesh."""
+    progress = read_progress(folder) if folder else {}
+    if folder and rank() == 0:
+        check_sources(config, progress["sources"])
     personas, eval_sets = load_all_personas(config)
     policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
     set_threads(policy.model, config)
@@ -80,13 +93,64 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     files = chat.chat_files(carried_files(source))  # now, since the folder may change or go while the run lasts
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env, files=files)
     if folder:
-        progress = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        state = replace(state, saved=folder.name, **{name: progress[name] for name in PROGRESS})
+        state = replace(state, saved=folder.name, **progress)
         if (Path(config.run_dir) / FINISHED).exists() and state.evaluated and state.iteration >= state.num_iterations:
             raise ValueError(
                 f"--resume {config.run_dir}: its {state.iteration} iterations are done; give a larger --num-iterations"
             )
+        if state.iteration > state.num_iterations:  # it would never end
+            raise ValueError(
+                f"--resume {config.run_dir}: {folder.name} lies beyond its {state.num_iterations} iterations; give a"
+                " larger --num-iterations"
+            )
+    elif rank() == 0:
+        state.sources = {name: fingerprint(config, name) for name in SOURCES if getattr(config, name)}
     return state
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's trainer.json holds of a State; ValueError if it holds anything else."""
+    hints = get_type_hints(State, include_extras=True)
+    progress = {"sources": {}} | read_json(folder / "trainer.json")  # absent: of an earlier version
+    check_value(progress, {name: hints[name] for name in PROGRESS}, str(folder / "trainer.json"))
+    if len(progress["best"]) > 1:
+        raise ValueError(f"{folder / 'trainer.json'}, 'best' names {len(progress['best'])} checkpoints; it names one")
+    return progress
+
+
+def check_sources(config: Config, before: dict[str, str]) -> None:
+    """Raise ValueError if a file that a resumed run needs is gone, or another than the one that it began with.
+
+    The checkpoint that it began with is needed for the reference alone.
+    """
+    for name in (name for name in SOURCES if name in before and (name != "ckpt" or config.kl_coef)):
+        path = getattr(config, name)
+        try:
+            digest = fingerprint(config, name)
+        except (OSError, ValueError, SafetensorError) as error:
+            why = f"--kl-coef {config.kl_coef:g} needs it; " if name == "ckpt" else ""
+            raise ValueError(
+                f"{flag(name)} {path} cannot be read ({getattr(error, 'strerror', None) or error}); {why}say where it"
+                f" is now: --resume {config.run_dir} {flag(name)} …"
+            ) from None
+        if digest != before[name]:
+            raise ValueError(
+                f"{flag(name)} {path} is not what this run began with: its SHA-256 is {digest[:16]}…, not"
+                f" {shorten(before[name], 16)}; give the same content"
+            )
+
+
+def fingerprint(config: Config, name: str) -> str:
+    """Return the SHA-256 of a persona file, or of the weights in --ckpt, however they are cut into files."""
+    path = Path(getattr(config, name))
+    if name != "ckpt":
+        return checkpoints.sha256(path)
+    digests = {}
+    for file in weight_files(path):
+        for tensor_name, tensor in stored_tensors(file):
+            data = tensor.reshape(-1).view(torch.uint8).numpy()
+            digests[tensor_name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def save_checkpoint(state: State) -> None:
@@ -164,21 +228,19 @@ def save_texts(state: State, folder: Path) -> None:
 
 def newest_checkpoint(run_dir: str) -> Path:
     """Return a run's newest whole checkpoint, warning of damaged ones in one line each; ValueError if there is none."""
-
-    def warn(line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr)
-
     try:
         return checkpoints.newest(Path(run_dir) / "checkpoints", warn)
     except ValueError as error:
         raise ValueError(f"--resume {run_dir}: {error}; start the run anew with --run-dir and --overwrite") from None
 
 
-def resume_command(config: Config) -> str:
-    """Write the command that goes on with a run."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    several = ["--nproc-per-node", str(processes)] if processes > 1 else []
-    return shlex.join(["torchrun", *several, sys.argv[0], "--resume", config.run_dir])
+def resume_point(config: Config) -> Path:
+    """Return the checkpoint that a resumed run goes on from, and say so, with the files that are read beside it."""
+    folder = newest_checkpoint(config.run_dir)
+    named = [(name, getattr(config, name)) for name in READ]
+    files = ", ".join(f"{flag(name)} {clean_text(path)}" for name, path in named if path)
+    say(f"going on from {clean_text(str(folder))}; read, as the run's config.json names them: {files}")
+    return folder
 
 
 def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:

@@ -26,6 +26,9 @@ from typing import Any
 
 import rewards
 from command_line import exits
+from records.checkpoints import write_text
+from untrusted.files import check_value, parse_json, read_json, read_lines
+from untrusted.plain_text import clean_text, say, shorten
 from worlds.ledger import disclosed, split_fact
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -34,6 +37,8 @@ MAX_TEXT = 4000  # characters of a single text
 JOINERS = {"\u200c", "\u200d"}  # invisible, but part of words and of emoji; they reorder nothing
 DAMAGED = (KeyError, IndexError, TypeError, AttributeError, ValueError)  # what a record of another shape raises
 Record = dict[str, Any]
+ESTIMATE = dict.fromkeys(("value", "low", "high"), float | str | None)  # as evaluation writes it
+SUMMARY = {"personas": int, "figures": dict[str, ESTIMATE], "turns": dict[str, list[ESTIMATE]]}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -61,7 +66,7 @@ def read_training(folder: Path) -> Record:
     path = folder / "config.json"
     if not path.is_file():
         notes.append("config.json is missing: the settings of this run are not known.")
-    config = read_object(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     curves, longest = read_curves(folder / "metrics.jsonl", notes)
     if longest > MAX_POINTS:
         notes.append(
@@ -73,35 +78,22 @@ def read_training(folder: Path) -> Record:
 
 def read_evaluation(folder: Path) -> Record:
     """Read settings, figures and curves of an evaluation; ValueError if results.json is not one."""
-    results = read_object(folder / "results.json")
-    if missing := [key for key in ("settings", "subjects", "differences") if not isinstance(results.get(key), dict)]:
-        raise ValueError(f"{folder / 'results.json'} lacks {missing[0]!r}; is it of evaluation?")
+    path = folder / "results.json"
+    results = read_json(path, dict.fromkeys(("settings", "subjects", "differences"), dict))
     for name, summary in [*results["subjects"].items(), *results["differences"].items()]:
-        if not (isinstance(summary, dict) and {"personas", "figures", "turns"} <= set(summary)):
-            raise ValueError(f"{folder / 'results.json'} lacks personas, figures or turns of {name!r}")
+        known = {key: item for key, item in summary.items() if key in SUMMARY} if isinstance(summary, dict) else summary
+        check_value(known, SUMMARY, f"{path}: {shorten(name)!r}")
     return {"type": "evaluation", "notes": [], "config": results["settings"], "results": results}
 
 
-def read_object(path: Path) -> Record:
-    """Read a JSON file that holds one object; ValueError if it does not."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return found
-
-
-def read_lines(path: Path) -> Iterator[Record | None]:
+def read_records(path: Path) -> Iterator[Record | None]:
     """Yield the objects of a JSONL file, None for a damaged line (a run that still goes on may have cut one short)."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                found = json.loads(line)
-            except (ValueError, RecursionError):
-                found = None
-            yield found if isinstance(found, dict) else None
+    for line in read_lines(path):
+        try:
+            found = parse_json(line, "")
+        except ValueError:
+            found = None
+        yield found if isinstance(found, dict) else None
 
 
 def note_damage(path: Path, damaged: int, notes: list[str]) -> None:
@@ -119,7 +111,7 @@ def read_curves(path: Path, notes: list[str]) -> tuple[dict[str, dict[str, list]
     """Read metrics.jsonl: ({kind: {metric: points}}, records of the most frequent kind); see `decimate`."""
     series: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     damaged, records = 0, Counter[str]()
-    for record in read_lines(path):
+    for record in read_records(path):
         if record is None or not is_number(record.get("iteration")) or not isinstance(record.get("kind"), str):
             damaged += 1
             continue
@@ -168,7 +160,7 @@ def read_episodes(path: Path, max_dialogues: int, notes: list[str]) -> tuple[Rec
     if not path.is_file():
         notes.append("episodes.jsonl is missing: there are no dialogues to page through.")
         return {"recorded": 0, "dropped": 0, "turns": []}, []
-    for record in read_lines(path):
+    for record in read_records(path):
         try:
             key = group_of(record)
             sums = turn_sums(record)
@@ -205,6 +197,8 @@ def turn_sums(record: Record) -> Counter:
     sums: Counter = Counter()
     for t, turn in enumerate(record["turns"] if record["dropped"] is None else []):
         ledger = turn["candidates"][turn["chosen"]]["ledger"]
+        if not (is_number(ledger["evidence_f1"]) and is_number(ledger["max_f1"])):
+            raise ValueError("a turn without figures")
         sums.update({("n", t): 1, ("f1", t): ledger["evidence_f1"], ("max", t): ledger["max_f1"]})
     return sums
 
@@ -231,6 +225,8 @@ def dialogue_view(record: Record) -> Record:
         turns.append({"user": texts[-1], "persona": version, "told": told, "candidates": candidates})
         turns[-1]["chosen"] = turn["chosen"]
         if candidates:
+            if turn["chosen"] not in range(len(candidates)):
+                raise ValueError("a turn whose chosen candidate is not there")
             before = turn["candidates"][turn["chosen"]]["profile"]
     kept = {key: record.get(key) for key in ("iteration", "kind", "index", "persona_id", "dropped")}
     personas = [{"from": start + 1, "facts": list(versions[start])} for start in starts]
@@ -402,13 +398,13 @@ def run(argv: Sequence[str] | None) -> None:
     try:
         data = collect(args.runs, args.max_dialogues)
         page = render(data)
-        args.out.write_text(page, encoding="utf-8")
+        write_text(args.out, page)
     except OSError as error:  # a file that cannot be read or written; it is named
         raise ValueError(str(error)) from None
     for source in data["sources"]:
         for note in source["notes"]:
-            print(f"{source['name']}: {note}")
-    print(f"{args.out}: {len(data['dialogues'])} dialogues, {len(page.encode()) / 1e6:.1f} MB")
+            say(clean_text(f"{source['name']}: {note}"))
+    say(f"{clean_text(str(args.out))}: {len(data['dialogues'])} dialogues, {len(page.encode()) / 1e6:.1f} MB")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,6 +36,8 @@ from evaluation.figures import LEVEL, Array, Estimate, Summary, compare, shown, 
 from evaluation.results import LABELS, Played, summary_record
 from records.metrics import GUARDS
 from studies.summary import print_summary
+from untrusted.files import read_json
+from untrusted.plain_text import clean_text, say
 from worlds.first import generate_personas
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +125,7 @@ def is_made(run: str, seed: int, args: argparse.Namespace) -> bool:
     made = folder.with_suffix(".json")
     if not (made.is_file() and folder.is_dir()):
         return False
-    if json.loads(made.read_text(encoding="utf-8")) != command_of(run, seed, args)[1:]:
+    if read_json(made, list[str]) != command_of(run, seed, args)[1:]:
         raise ValueError(f"{folder} was made with other settings ({made}); choose another --runs")
     return True
 
@@ -139,10 +141,18 @@ class Making:
     start: float
 
 
+def remove_begun(folder: Path) -> None:
+    """Remove what an earlier start has left of a folder; ValueError if there was none, which FOLDER.log would show."""
+    log = folder.with_suffix(".log")
+    if folder.exists() and not log.is_file():
+        raise ValueError(f"{folder} was not begun here, for {log.name} is missing; choose another --runs")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def begin(run: str, seed: int, args: argparse.Namespace) -> Making:
     """Start the process of a run, anew if an earlier one was cut off; what it prints goes to FOLDER.log."""
     folder, start = folder_of(run, seed, args), time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_begun(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command_of(run, seed, args), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
@@ -156,7 +166,7 @@ def finish(made: Making, args: argparse.Namespace) -> str:
         return f"{made.run}, seed {made.seed}, ended with exit code {code}; see {made.folder.with_suffix('.log')}"
     command = command_of(made.run, made.seed, args)[1:]
     made.folder.with_suffix(".json").write_text(json.dumps(command) + "\n", encoding="utf-8")
-    print(f"{made.run}, seed {made.seed}: {time.perf_counter() - made.start:.0f} s", flush=True)
+    say(f"{made.run}, seed {made.seed}: {time.perf_counter() - made.start:.0f} s")
     return ""
 
 
@@ -227,9 +237,9 @@ def evaluate_rows(name: str, args: argparse.Namespace) -> dict[str, list[Played]
         seeds = args.seeds if row in RUNS or row in OFFLINE else args.seeds[:1]
         subjects = [f"{row}_{seed}={policy_of(row, seed, args)}" for seed in seeds]
         out = args.runs / "evaluated" / name / row.replace(" ", "_")
-        shutil.rmtree(out, ignore_errors=True)
+        remove_begun(out)
         flags = ["--personas", str(personas_file(args)), "--out", str(out), "--quiet", *flags_of(name, args)]
-        print(f"{name}: evaluating {row}", flush=True)
+        say(f"{name}: evaluating {row}")
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(log):  # its own tables
             chosen = [*subjects, "--method", PROMPTED.get(row, "rlpa"), *flags]
@@ -352,10 +362,11 @@ def run_study(name: str, args: argparse.Namespace) -> None:
     ]  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
+    with exits.decorative(str(args.out / f"{name}.png")):
+        draw(args.out / f"{name}.png", f"{study.question} ({about})", rows)
     record = {row.name: summary_record(row.summary) | {"AVG of seeds": row.seeds} for row in rows}
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{text[0]}\n\n{table(rows)}\n\n{args.out / name}.md", flush=True)
+    say(f"\n{text[0]}\n\n{table(rows)}\n\n{clean_text(str(args.out / name))}.md")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

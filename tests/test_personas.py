@@ -14,7 +14,7 @@ from worlds import first, ledger
 from worlds.personas import Persona, load_personas, split_sentences, usable_facts
 
 ALOE = Path(__file__).parents[1].parent / "shared" / "aloe"
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200, deadline=None, suppress_health_check=HealthCheck)
 
 
 @pytest.fixture
@@ -73,10 +73,36 @@ def test_facts_of_the_world_survive_the_file(load):
     assert [list(p.facts) for p in loaded] == generated
 
 
-@pytest.mark.parametrize("content", ["\ufeff" + '"He naps."', '"He naps."\r\n', '\n \t\n"He naps."   \n'])
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeff" + '"He naps."', '"He naps."\r\n', '\n \t\n"He naps."   \n', '"He naps."'.encode("utf-16"),
+     '\ufeff"He naps."'.encode("utf-16-be"), '["He naps."]',
+     '\n[\n  {"facts":\r\n ["He naps."],\n "slots": null}\n]\n'],
+)  # fmt: skip
 def test_tolerated_bytes(load, content):
-    """Guards: a byte order mark, CRLF or blank lines break the file."""
-    assert load(content)[0].facts == ("He naps.",)
+    """Guards: a byte order mark, a spreadsheet's UTF-16, CRLF, blank lines, one list or a null break the file."""
+    assert [persona.facts for persona in load(content)] == [("He naps.",)]
+
+
+def test_every_line_end_counts(load):
+    """Guards: a file with CR alone is one line, so that its second value is not JSON and no error finds its line."""
+    lines = ['"He naps."', "", '{"facts": ["x"]}', '{"id": null, "slots": {"Age": 34.0}}']
+    for end in ("\n", "\r", "\r\n"):
+        assert [p.persona_id for p in load(end.join(lines))] == ["people:1", "people:3", "people:4"]
+        with pytest.raises(ValueError, match="line 5: found a number"):
+            load(end.join([*lines, "5"]))
+    listed = load("[" + ",\n".join(line for line in lines if line) + "\n]")
+    assert [p.persona_id for p in listed] == ["people:1", "people:2", "people:3"]
+    assert listed[2].facts == ("Age: 34",)
+
+
+def test_what_is_left_out_is_said_once(load, capsys):
+    """Guards: facts that vanish without a word, because they are empty, null or repeated; and a line for each."""
+    load('{"facts": ["a", "A", "-", null]}\n{"slots": {"Age": null, "Others": ["b", "c"]}}\n"He naps."')
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "people.jsonl: 4 facts of 2 personas" in line
+    load('"He naps."\n"She naps."\n{"id": "b", "facts": ["He naps."]}')
+    assert "people.jsonl: 1 of 3 personas" in capsys.readouterr().err
 
 
 def test_line_separator_inside_a_string(load):
@@ -116,7 +142,7 @@ def test_sentence_split(prose, sentences):
     "line, found, accepted",
     [
         ("{bad", "{bad", "slots"),
-        ('"open', "not JSON", "prose"),
+        ('"open', "no usable JSON", "prose"),
         ("3", "a number (3)", "slots"),
         ("null", "null", "slots"),
         ("true", "a boolean (true)", "slots"),
@@ -127,14 +153,19 @@ def test_sentence_split(prose, sentences):
         ('{"id": 1}', "neither", "one of them"),
         ('{"facts": "x"}', 'a string ("x")', "list of strings"),
         ('{"facts": ["x", 1]}', '"facts"[1] is a number', "string"),
-        ('{"facts": ["x", null]}', "null", "string"),
+        ('{"facts": [null]}', "no usable fact", "letter or a digit"),
+        ('{"facts": null, "slots": null}', "neither", "one of them"),
+        ('{"facts": ["x"], "facts": ["y"]}', "key 'facts' stands twice", "slots"),
+        ('{"slots": {"Age": 3, "Age": 4}}', "key 'Age' stands twice", "slots"),
+        ('{"facts": [' + "[" * 900 + "]" * 900 + "]}", '"facts"[0] is a list', "string"),
+        ("name,age", "name,age", "slots"),
         ('{"facts": []}', "no usable fact", "letter or a digit"),
         ('{"facts": ["...", ""]}', "no usable fact", "letter or a digit"),
         ('{"facts": ["Age:"]}', "no usable fact", "letter or a digit"),
         ('"  "', "no usable fact", "letter or a digit"),
         ('{"slots": []}', "a list ([])", "object"),
         ('{"slots": {"Shoe size": 3}}', "'Shoe size'", "Occupation"),
-        ('{"slots": {"Age": null}}', "null", "a string"),
+        ('{"slots": {"Age": null}}', "no usable fact", "letter or a digit"),
         ('{"slots": {"Age": true}}', "a boolean", "a string"),
         ('{"slots": {"Age": 3.5}}', "a number (3.5)", "whole number"),
         ('{"slots": {"Age": {"x": 1}}}', "an object", "a string"),
@@ -142,7 +173,7 @@ def test_sentence_split(prose, sentences):
         ('{"id": true, "facts": ["x"]}', "a boolean", "a string or a whole number"),
         ('{"id": " ", "facts": ["x"]}', 'a string (" ")', "a string or a whole number"),
         ("[" * 100_000, "nested too deeply", "slots"),
-        ('{"slots": {"Age": ' + "9" * 5000 + "}}", "not JSON", "slots"),
+        ('{"slots": {"Age": ' + "9" * 5000 + "}}", "no usable JSON", "slots"),
         ('"He naps." junk', "junk", "prose"),
     ],
 )
@@ -157,18 +188,23 @@ def test_each_refusal_names_place_finding_and_way_out(load, line, found, accepte
 
 def test_refusals_of_whole_files(tmp_path, load):
     """Guards: a missing file, a folder, an empty or a binary file raises something else than a one-line ValueError."""
-    with pytest.raises(ValueError, match="nowhere.jsonl: No such file"):
+    with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
         load_personas(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match="directory; give a JSONL file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         load_personas(tmp_path)
-    with pytest.raises(ValueError, match="null"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_personas("a\0b")
     for empty in ("", "\n \n"):
         with pytest.raises(ValueError, match="holds no personas"):
             load(empty)
     with pytest.raises(ValueError, match="line 2: byte 0xff is not UTF-8"):
         load(b'"He naps."\n"caf\xff"')
-    with pytest.raises(ValueError, match="'ann' more than once"):
+    for cut in ("[", '["He naps."', '["He naps.",', '["He naps." "She"]', '["He naps."] "She"'):
+        with pytest.raises(ValueError, match="people.jsonl"):
+            load(cut)
+    with pytest.raises(ValueError, match="line 1: byte 0xfc is not UTF-8; save"):
+        load('"Jürgen naps."'.encode("cp1252"))
+    with pytest.raises(ValueError, match="line 2: .*'ann' is that of line 1"):
         load('{"id": "ann", "facts": ["x"]}\n{"id": "ann", "facts": ["y"]}')
 
 

@@ -723,7 +723,7 @@ class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
     counts = {"requests": 0, "errors": {}}
-    outage = ""
+    name, outage, refusal, last_failure, answered = "simulator", "", "", "", True
 
     def ask(self, messages, seed):
         return f"I am {seed % 90} years old. <|im_end|>"
@@ -929,7 +929,7 @@ def test_critic_warm_up_leaves_the_policy_alone(policy, critic):
     before = weights_of(policy), weights_of(critic)
     metrics = update(*learners, make_batches(packed, config), config, (0, 2), False)
     assert same(before[0], weights_of(policy)) and not same(before[1], weights_of(critic))
-    assert metrics["updates_skipped"] == 0
+    assert metrics["updates_skipped"] == 0 and metrics["critic_lr"] > 0 and "lr" not in metrics
 
 
 def test_learning_rate_schedule():
@@ -948,7 +948,9 @@ def test_the_schedule_reaches_the_optimizers(policy, critic):
     config = settings(num_epochs=2, warmup_share=0.0, min_lr_share=0.0)
     packed = prepared([random_dialogue(i, [[3, 4]]) for i in range(2)], policy, critic, config)
     learners = make_learner(policy, 1e-3, config), make_learner(critic, 1e-2, config)
-    update(*learners, make_batches(packed, config), config, (4, 20), True)
+    metrics = update(*learners, make_batches(packed, config), config, (4, 20), True)
+    mean = sum(0.5 * (1 + math.cos(math.pi * u / 19)) for u in (4, 5, 6, 7)) / 4
+    assert (metrics["lr"], metrics["critic_lr"]) == pytest.approx((1e-3 * mean, 1e-2 * mean))
     share = 0.5 * (1 + math.cos(math.pi * 7 / 19))  # updates 4, 5, 6 and 7 were taken
     assert [learner.optimizer.param_groups[0]["lr"] for learner in learners] == pytest.approx(
         [1e-3 * share, 1e-2 * share]

@@ -182,7 +182,7 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
     release = threading.Event()
     switch = Switch() if failure == "refuses" else Switch(lambda sock: release.wait(600))
     switch.down.set()
-    limits = {"total_timeout": 4, "read_timeout": 1} if failure == "hangs" else {"total_timeout": 20}
+    limits = {"total_timeout": 30, "read_timeout": 2} if failure == "hangs" else {"total_timeout": 200}
     with hostile_server(switch) as url:
         told: list[str] = []
         limits |= {"outage_budget": 600, "notify": told.append}
@@ -293,7 +293,7 @@ def test_replies_on_tape_do_not_depend_on_the_endpoint(tmp_path):
 def test_names_that_are_looked_up_for_ever_do_not_outlast_the_deadline(monkeypatch):
     """Guards a resolver that hangs: it knows no time-out, and no socket is there yet that could be cut off."""
     asked = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.wait(100) and [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.wait(1000) and [])
     with closing(ChatClient("http://some.example", "m", total_timeout=0.5, max_retries=5)) as client:
         assert client.ask(ASK).reason == "timeout" and not asked.is_set()
     asked.set()
@@ -323,7 +323,7 @@ def test_a_handshake_that_drips_does_not_outlast_the_deadline():
     def drip():
         sock = listening.accept()[0]
         sock.sendall(b"\x16\x03\x03\x40\x00")  # a TLS record of 16 KiB begins
-        for _ in range(600):
+        while True:
             try:
                 sock.sendall(b"\x02")
             except OSError:

@@ -335,7 +335,7 @@ def look(page: str, folder: Path, fragment: str = "", width: int = 1200) -> tupl
         --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=4000 --dump-dom"""
     place = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
     run = [CHROMIUM, *flags.split(), *place, f"{path.as_uri()}{fragment}"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, capture_output=True, text=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

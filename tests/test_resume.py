@@ -109,7 +109,7 @@ def test_every_damage_to_the_newest_checkpoint_falls_back(copy, capsys):
     assert newest_checkpoint(str(copy)) == newest and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["policy/pytorch_model.bin", "optimizer.pt", "state.pkl", "notes.txt"])
+@pytest.mark.parametrize("name", ["policy/pytorch_model.bin", "optimizer.pt", "state.pkl", "notes.md"])
 def test_pickles_are_refused_by_name(copy, name, capsys):
     """Guards code that runs when a stranger's checkpoint is read, even one whose SHA256SUMS vouches for it."""
     newest = copy / "checkpoints" / "iteration_000003"
@@ -122,12 +122,12 @@ def test_pickles_are_refused_by_name(copy, name, capsys):
     assert "not listed" in checkpoints.damage(newest) or "missing" in checkpoints.damage(newest)
 
 
-def test_a_run_without_a_whole_checkpoint_is_one_error(copy, capsys):
+def test_a_run_without_a_whole_checkpoint_is_one_error(arguments, copy, capsys):
     """Guards a silent new start over a damaged run: it says that none is whole, and what can be done."""
     for folder in checkpoints.published(copy / "checkpoints"):
         corrupt.flip(folder / "trainer.json")
     before = (copy / "metrics.jsonl").read_bytes()
-    assert train_rlpa.main(["--resume", str(copy)]) == 2
+    assert train_rlpa.main(["--resume", str(copy), *arguments[2:]]) == 2
     *warnings, error = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and "none of 3 checkpoints" in error and "--overwrite" in error
     assert (copy / "metrics.jsonl").read_bytes() == before
@@ -141,7 +141,7 @@ def events(run: Path) -> list[tuple]:
     return [v for v in values if "seconds" not in v[1] and "per_second" not in v[1]]
 
 
-def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
+def test_a_damaged_run_goes_on_from_the_checkpoint_before(arguments, copy, whole):
     """Guards records that stay behind the weights: all that came after the older checkpoint is cut off, and is made
     again bit for bit, in TensorBoard's files too; the damaged folder is replaced."""
     corrupt.cut(copy / "checkpoints" / "iteration_000003" / "critic" / "model.safetensors")
@@ -150,11 +150,26 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(copy, whole):
         with (copy / name).open("a") as file:
             file.write('{"iteration": 3, "kind": "tr')  # a kill cut it short
     (copy / "tensorboard" / "events.out.tfevents.9").write_bytes(b"of a process that saved nothing")
-    assert train_rlpa.main(["--resume", str(copy)]) == 0
+    assert train_rlpa.main(["--resume", str(copy), *arguments[2:]]) == 0
     assert_identical(copy, whole)
     assert len(events(whole)) > 100 and events(copy) == events(whole)
     ours, theirs = (json.loads((run / "config.json").read_text()) for run in (copy, whole))
     assert ours == theirs | {"run_dir": str(copy)}
+
+
+def test_more_iterations_do_not_stretch_the_schedule_unless_asked(arguments, copy, tmp_path, capsys):
+    """Guards learning rates that jump up again where a finished run goes on, and a jump that no record shows."""
+    stretched, rates = Path(shutil.copytree(copy, tmp_path / "stretched")), []
+    for run, *more in ((copy,), (stretched, "--schedule-iterations", "0")):
+        longer = ["--resume", str(run), *arguments[2:], "--num-iterations", "5", "--eval-every", "0", *more]
+        assert train_rlpa.main(longer) == 0
+        assert ("--schedule-iterations 0" in capsys.readouterr().out) == (run == copy)
+        assert json.loads((run / "config.json").read_text())["schedule_iterations"] == (3 if run == copy else 5)
+        rates.append([r["lr"] for r in records(run, "train")])
+        assert rates[-1] == [r["critic_lr"] for r in records(run, "train")]  # SETTINGS give both the same peak
+    held, longer = rates
+    assert held[0] > held[1] > held[2] > held[3] == held[4] == pytest.approx(1e-4)
+    assert longer[:3] == held[:3] and longer[3] > 2e-4 > longer[4]
 
 
 class Killed(BaseException):
@@ -276,7 +291,7 @@ def test_a_signal_saves_and_the_run_goes_on(arguments, whole, tmp_path, monkeypa
     assert signal.getsignal(number) == before
     said = capfd.readouterr()
     assert f"--resume {run}" in said.out.splitlines()[-1] and "Traceback" not in said.err
-    assert train_rlpa.main(["--resume", str(run)]) == 0
+    assert train_rlpa.main(["--resume", str(run), *arguments[2:]]) == 0
     assert_identical(run, whole)
 
 
@@ -324,7 +339,7 @@ def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
     assert train_rlpa.main([*one, "--run-dir", str(run), "--personas", "absent.jsonl"]) == 2
     assert not run.exists()  # a run that did not begin does not take the folder
     run.mkdir()
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps({"format": "rlpa run 1"}))
     other.mkdir()
     (other / ".config.json.tmp").write_text("{")  # killed before its first file had its name: nothing is lost
     assert train_rlpa.main([*one, "--run-dir", str(other)]) == 0
@@ -337,7 +352,7 @@ def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
     assert train_rlpa.main([*one, "--run-dir", str(other), "--overwrite"]) == 2
     assert "holds no run" in capsys.readouterr().err and (other / "thesis.tex").read_text() == "years"
     with claim_folder(str(run), resume=True, overwrite=False):
-        assert train_rlpa.main(["--resume", str(run), "--num-iterations", "2"]) == 2
+        assert train_rlpa.main(["--resume", str(run), *arguments[2:], "--num-iterations", "2"]) == 2
     assert "in use" in capsys.readouterr().err
 
 
@@ -390,7 +405,7 @@ def test_one_process_gets_sigterm_and_one_process_goes_on(arguments, whole, tmp_
     done = torchrun(tmp_path, signal.SIGTERM, *arguments, "--run-dir", str(run))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "saved after iteration 1" in done.stdout and "--nproc-per-node 2" in done.stdout
-    assert train_rlpa.main(["--resume", str(run)]) == 0
+    assert train_rlpa.main(["--resume", str(run), *arguments[2:]]) == 0
     assert_close(run, whole)
 
 
@@ -400,7 +415,7 @@ def test_two_processes_go_on_with_what_one_began(arguments, whole, tmp_path, mon
     with monkeypatch.context() as patch:
         send_in(patch, "rollout", signal.SIGTERM)
         assert train_rlpa.main([*arguments, "--run-dir", str(run)]) == 0
-    done = torchrun(tmp_path, 0, "--resume", str(run))
+    done = torchrun(tmp_path, 0, "--resume", str(run), *arguments[2:])
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close(run, whole)
 

@@ -230,12 +230,12 @@ def test_early_candidates_are_judged_while_late_ones_decode(policy, chat, monkey
 
     def patient(seed: int) -> str:
         asked.set()
-        waits.append(decoded.wait(60))
+        waits.append(decoded.wait(1000))
         return verdict(seed)
 
     def watched(self):
         if self.draws and len(self.draws) < N:  # the turn's first has ended
-            assert asked.wait(60)
+            assert asked.wait(1000)
         late = asked.is_set() and bool(self.draws)
         ended = step(self)
         if late:
@@ -412,7 +412,7 @@ def test_replies_wait_for_their_step():
     slow, taken = threading.Event(), []
     scheduler = Scheduler(Decoding(7), Config(ckpt="x", reply_steps=5), Environment(None, None))
     threading.Timer(0.1, slow.set).start()
-    one = ask_in_turn(scheduler, taken, lambda: slow.wait(60) and "a", lambda: "b")
+    one = ask_in_turn(scheduler, taken, lambda: slow.wait(1000) and "a", lambda: "b")
     other = ask_in_turn(scheduler, taken, lambda: "c")
     scheduler.run([one, other])
     assert taken == [(5, "a"), (5, "c"), (10, "b")]  # from step 7 on nothing decodes: the clock is put on
@@ -422,7 +422,7 @@ def test_replies_as_they_come():
     """Guards --reply-steps 0 against one slow reply that holds up all others; when idle, it waits for the next one."""
     slow, taken = threading.Event(), []
     scheduler = Scheduler(Decoding(0), Config(ckpt="x", reply_steps=0), Environment(None, None))
-    one = ask_in_turn(scheduler, taken, lambda: slow.wait(60) and "slow")
+    one = ask_in_turn(scheduler, taken, lambda: slow.wait(1000) and "slow")
     other = ask_in_turn(scheduler, taken, lambda: "fast", lambda: slow.set())
     scheduler.run([one, other])
     assert [reply for _, reply in taken if reply] == ["fast", "slow"]

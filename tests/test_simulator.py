@@ -11,7 +11,7 @@ import http.client
 import json
 import os
 import random
-import signal
+import select
 import socket
 import socketserver
 import struct
@@ -22,7 +22,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -35,13 +35,15 @@ import simulator
 from config import Config
 from endpoints import server as endpoint_server
 from endpoints.client import ChatClient
-from endpoints.wire import ChatError, RequestError, completions_url, parse_reply, parse_retry_after
+from endpoints.speech import parse_reply
+from endpoints.wire import UNSAID, ChatError, RequestError, parse_retry_after
 from simulator import make_user_server, simulator_messages, start_embedded_server
 from worlds import first
 from worlds.personas import Persona
 
 ROOT = Path(simulator.__file__).parent
 ASK = [{"role": "user", "content": "hi"}]
+FIRST = [{"role": "user", "content": "first"}]  # what is answered well: before any answer a client soon gives up
 PERSONA = Persona("ann", ("Age: 34", "Location: Oslo", "Occupation: baker", "Others: parrot", "Interests: chess",
                           "Gender: woman", "Marital Status: single", "Educational Background: law"))
 HISTORY = [("user", "Hello"), ("assistant", "Hi! Where do you live?")]
@@ -120,11 +122,11 @@ def reset(sock):
 
 
 def drip(head: bytes):
-    """Send a byte every 50 ms for five minutes: the read time-out never fires."""
+    """Send a byte every 50 ms for as long as somebody waits: the read time-out never fires."""
 
     def behave(sock):
         sock.sendall(head)
-        for _ in range(6000):
+        while True:
             sock.sendall(b"x")
             time.sleep(0.05)
 
@@ -143,9 +145,9 @@ PROMPT_FAILURES = [  # (reason, what the server sends or does)
     ("bad_json", http_reply(completion("hi")[:-9])),
     ("bad_json", http_reply(b"\xff\xfe\xfa")),
     ("bad_json", http_reply(b"[" * 50_000)),
-    ("bad_json", http_reply(b"9" * 5_000)),
+    ("bad_schema", http_reply(b"9" * 5_000)),
     ("bad_json", http_reply(b"data: {}\n\ndata: [DONE]")),
-    ("bad_schema", http_reply(completion(None))),
+    ("no_text", http_reply(completion(None))),
     ("bad_schema", http_reply(completion(7))),
     ("bad_schema", http_reply(completion({"text": "hi"}))),
     ("bad_schema", http_reply(completion(["hi"]))),
@@ -180,6 +182,8 @@ SLOW_FAILURES = [
 
 def misbehave(cases):
     def behave(sock, request, headers):
+        if request["messages"] == FIRST:
+            return sock.sendall(http_reply(completion("ok")))
         action = cases[request["seed"] % len(cases)][1]
         return sock.sendall(action) if isinstance(action, bytes) else action(sock)
 
@@ -193,17 +197,16 @@ def test_a_thousand_malformed_replies():
     """
     def fail(cases, n, **limits):
         with hostile_server(misbehave(cases)) as url, closing(ChatClient(url, "m", max_retries=0, **limits)) as client:
+            assert client.ask(FIRST, 0) == "ok"
             replies = ask_all(client, [ASK] * n, range(n))
             expected = [cases[i % len(cases)][0] for i in range(n)]
             assert [getattr(reply, "reason", reply) for reply in replies] == expected
             assert all("\n" not in str(reply) and len(str(reply)) < 500 for reply in replies)
             assert client.counts["errors"] == Counter(expected)
-            assert (client.counts["requests"], client.counts["retries"]) == (n, 0)
+            assert (client.counts["requests"], client.counts["retries"]) == (n + 1, 0)
 
-    start = time.monotonic()
     fail(PROMPT_FAILURES, 900)
     fail(SLOW_FAILURES, 100, read_timeout=0.6, total_timeout=0.6)
-    assert time.monotonic() - start < 100, "a drip lasts five minutes: somebody waited for it"
 
 
 def test_malformed_replies_are_retried_within_bounds_and_the_good_one_is_kept():
@@ -297,10 +300,9 @@ def test_total_timeout_spans_the_retries():
     """Guards: each retry gets the whole time-out anew; a back-off outlasts the deadline."""
     with hostile_server(lambda sock, *_: time.sleep(30)) as url:
         with closing(ChatClient(url, "m", read_timeout=0.2, total_timeout=1.0, max_retries=1000)) as client:
-            start = time.monotonic()
             with pytest.raises(ChatError) as caught:
                 reply_of(client, ASK)
-    assert caught.value.reason == "timeout" and time.monotonic() - start < 20
+    assert caught.value.reason == "timeout" and client.counts["retries"] < 20
 
 
 @pytest.mark.parametrize(
@@ -335,11 +337,12 @@ def test_transient_statuses_are_retried(status):
 @pytest.mark.slow
 def test_retry_after_is_honoured_and_capped():
     """Guards: the client hammers a server that asked for patience, or sleeps for an hour because it was told to."""
-    for wait in (lambda: "1", lambda: formatdate(time.time() + 3, usegmt=True)):  # a date has whole seconds
-        behave = scripted(http_reply(b"", "429 Slow Down", f"Retry-After: {wait()}"), http_reply(completion("ok")))
+    for wait, dated in ((1, False), (3, True)):
+        start = int(time.time())  # a date has whole seconds
+        until = formatdate(start + wait, usegmt=True) if dated else wait
+        behave = scripted(http_reply(b"", "429 Slow Down", f"Retry-After: {until}"), http_reply(completion("ok")))
         with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
-            start = time.monotonic()
-            assert reply_of(client, ASK) == "ok" and time.monotonic() - start >= 1
+            assert reply_of(client, ASK) == "ok" and time.time() >= start + wait
     behave = scripted(http_reply(b'{"error": {"message": "quota"}}', "429 Slow Down", "Retry-After: 3600"))
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         with pytest.raises(ChatError, match="rate_limited: .*quota"):
@@ -354,18 +357,28 @@ def test_any_retry_after_is_a_wait_of_zero_or_more(header):
     assert parse_retry_after(header, time.time()) >= 0
 
 
+ANY_VALUE = st.none() | st.integers() | st.text(max_size=3) | st.lists(st.none(), max_size=1)
+ANY_PART = st.dictionaries(st.sampled_from(["type", "text"]), ANY_VALUE | st.sampled_from(["text", "refusal"]))
+ANY_MESSAGE = st.dictionaries(
+    st.sampled_from(["content", "refusal", "error", "finish_reason", "tool_calls", "usage"]),
+    ANY_VALUE | st.lists(ANY_PART, max_size=2),
+)
+
+
 @given(raw=st.binary(max_size=80) | st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2)
     | st.dictionaries(st.sampled_from(["choices", "message", "content"]), inner, max_size=2),
-).map(lambda value: json.dumps(value).encode()))
+).map(lambda value: json.dumps(value).encode()) | ANY_MESSAGE.map(
+    lambda message: json.dumps({"choices": [{"message": message} | message]} | message).encode()
+))
 @settings(max_examples=300, deadline=None)
 def test_any_body_is_text_or_a_chat_error(raw):
     """Guards: KeyError, TypeError or UnicodeError from a body that nobody thought of."""
     try:
         assert parse_reply(raw).strip()
     except ChatError as error:
-        assert error.reason in {"empty", "bad_json", "bad_schema"}
+        assert error.reason in UNSAID | {"bad_json", "bad_schema"}
 
 
 def test_reply_is_valid_unicode():
@@ -419,10 +432,14 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
               b"HTTP/1.1 " + b"x" * 28 + key.encode() + b"\r\n\r\n",  # in the middle of what is shortened
               http_reply(b"y" * 290 + key.encode(), "400 No"),
               http_reply(completion(f"my key is {key}"))]
-    behave = scripted(*echoes)
+    unwanted = b'{"error": "temperature is not supported; ' + key.replace("-", "\\u002d").encode() + b'"}'
+    behave = scripted(http_reply(unwanted, "400 No"), http_reply(completion("ok")), *echoes)
+    told: list[str] = []
     with hostile_server(behave) as url:
-        with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", max_retries=0)) as client:
-            shown = [repr(client), str(client.counts)]
+        limits = {"max_retries": 0, "notify": told.append}
+        with closing(ChatClient(url, "m", api_key_env="RLPA_TEST_KEY", **limits)) as client:
+            assert reply_of(client, ASK) == "ok" and "temperature" in told[0]
+            shown = [*told, repr(client), str(client.counts)]
             for _ in echoes[:-1]:
                 with pytest.raises(ChatError) as caught:
                     reply_of(client, ASK)
@@ -461,10 +478,8 @@ def test_drip_through_a_proxy_is_cut_off(monkeypatch):
     with hostile_server(lambda sock, *_: drip(b"HTTP/1.1 200 OK\r\nX: ")(sock)) as url:
         monkeypatch.setenv("http_proxy", url)
         with closing(ChatClient("http://hosted.invalid", "m", total_timeout=0.5)) as client:
-            start = time.monotonic()
             with pytest.raises(ChatError, match="timeout"):
                 reply_of(client, ASK)
-            assert time.monotonic() - start < 20
 
 
 def test_close_ends_what_is_in_flight():
@@ -476,7 +491,7 @@ def test_close_ends_what_is_in_flight():
         caller.start()
         time.sleep(0.3)
         client.close()
-        caller.join(20)
+        caller.join()
     assert [str(reply) for reply in replies] == ["connect: the client was closed"] * 3
 
 
@@ -493,31 +508,6 @@ def test_programming_errors_escape():
     with closing(ChatClient("http://127.0.0.1:9", "m")) as client:
         with pytest.raises(TypeError):
             client.ask([{"role": "user", "content": object()}], 0)
-
-
-@pytest.mark.parametrize(
-    "base, url",
-    [
-        ("http://h:1", "http://h:1/v1/chat/completions"),
-        ("http://h:1/v1/", "http://h:1/v1/chat/completions"),
-        ("https://h/openai/v1", "https://h/openai/v1/chat/completions"),
-        ("https://h/v1beta/openai/", "https://h/v1beta/openai/chat/completions"),
-        ("https://h/proxy", "https://h/proxy/v1/chat/completions"),
-        ("http://h:1/v1/chat/completions", "http://h:1/v1/chat/completions"),
-    ],
-)
-def test_base_url_with_or_without_v1(base, url):
-    """Guards: /v1/v1/chat/completions, or no /v1 at all."""
-    assert completions_url(base) == url
-
-
-@pytest.mark.parametrize("base", ["", "localhost:8000", "ftp://h", "http://", "http://h:port", "http://h:99999",
-                                  "http://u:secret@h", "http://h?key=1", "http://h h", "http://[::1"])
-def test_bad_base_urls(base):
-    """Guards: a typo in --simulator-url shows as a connection error after two minutes; credentials are echoed."""
-    with pytest.raises(ValueError, match="base URL") as caught:
-        ChatClient(base, "m")
-    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("limit", [{"read_timeout": 0}, {"max_retries": -1}, {"max_reply_bytes": 0},
@@ -604,16 +594,16 @@ def test_an_embedded_user_is_added_by_one_line_of_the_table(monkeypatch):
             with closing(ChatClient(url, model)) as client:
                 assert reply_of(client, asked, 7) == expected
             body = {"model": model, "messages": asked}
-            answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=20).json()
+            answer = requests.post(f"{url}/v1/chat/completions", json=body).json()
             assert answer["model"] == (model if model == "parrot" else "rule-user")
-        listed = requests.get(f"{url}/v1/models", timeout=20).json()["data"]
+        listed = requests.get(f"{url}/v1/models").json()["data"]
         assert [entry["id"] for entry in listed] == list(simulator.EMBEDDED_USERS)
 
 
 def test_sixty_four_requests_at_once(address):
     """Guards: a request waits for another one to finish."""
     body = json.dumps({"messages": simulator_messages(PERSONA, HISTORY), "seed": 1}).encode()
-    connections = [http.client.HTTPConnection(*address, timeout=30) for _ in range(64)]
+    connections = [http.client.HTTPConnection(*address) for _ in range(64)]
     for connection in connections:  # all 64 are inside the server before the first may finish
         connection.putrequest("POST", "/v1/chat/completions")
         connection.putheader("Content-Type", "application/json")
@@ -629,7 +619,7 @@ def test_sixty_four_requests_at_once(address):
 def test_the_listen_backlog_takes_sixty_four_connections():
     """Guards: of simultaneous connections all but the first 5 (http.server's backlog) wait for a second SYN."""
     with closing(make_user_server(port=0).socket) as listening:  # nobody accepts, so a full backlog stays full
-        connections = [socket.create_connection(listening.getsockname(), timeout=10) for _ in range(64)]
+        connections = [socket.create_connection(listening.getsockname()) for _ in range(64)]
     for connection in connections:
         connection.close()
 
@@ -705,7 +695,7 @@ def exchange(connection, method, path, body=None, headers=JSON_TYPE):
 )
 def test_status_of_each_request_and_the_connection_lives_on(address, status, method, path, body, headers):
     """Guards: a traceback, a dropped connection or the wrong status; unread bytes of one request taken for the next."""
-    with closing(http.client.HTTPConnection(*address, timeout=30)) as connection:
+    with closing(http.client.HTTPConnection(*address)) as connection:
         response, reply = exchange(connection, method, path, body, headers)
         assert response.status == status and response.headers["Content-Type"] == "application/json"
         assert not response.will_close and (status != 405 or response.headers["Allow"] in {"GET", "POST"})
@@ -740,7 +730,7 @@ def test_status_of_each_request_and_the_connection_lives_on(address, status, met
 )
 def test_requests_that_are_not_quite_http(address, status, raw):
     """Guards: http.server's HTML errors, a reset that swallows the status, no status line for a seeming HTTP/0.9."""
-    with closing(socket.create_connection(address, timeout=30)) as sock:
+    with closing(socket.create_connection(address)) as sock:
         sock.sendall(raw)
         sock.shutdown(socket.SHUT_WR)
         reply = b"".join(iter(lambda: sock.recv(65_536), b""))
@@ -767,7 +757,7 @@ def test_any_request_body_is_answered_or_refused(raw):
 def in_process(server):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
-        yield http.client.HTTPConnection(*server.server_address, timeout=30)
+        yield http.client.HTTPConnection(*server.server_address)
     finally:
         server.shutdown()
         server.server_close()
@@ -786,11 +776,64 @@ def test_a_bug_behind_the_server_is_a_500(monkeypatch, capfd):
 def test_a_body_that_never_comes_is_a_408(monkeypatch):
     """Guards: a client that stalls holds a thread for ever, or is dropped without a status."""
     monkeypatch.setattr(endpoint_server.Handler, "timeout", 0.2)
-    with in_process(make_user_server(port=0)) as connection:
+    server = make_user_server(port=0)
+    with closing(http.client.HTTPConnection(*server.server_address)) as connection:
         connection.putrequest("POST", CHAT)
         connection.putheader("Content-Length", "10")
         connection.endheaders(b"{")
-        assert connection.getresponse().status == 408
+        with in_process(server):  # only now: a request that is there already is not late, however busy the machine
+            assert connection.getresponse().status == 408
+
+
+def test_a_body_that_drips_is_a_408(monkeypatch):
+    """Guards a thread that is held for ever by one byte now and then: each byte would begin a time-out anew."""
+    monkeypatch.setattr(endpoint_server.Handler, "timeout", 0.3)
+    with in_process(make_user_server(port=0)) as connection:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Length", "1000000")
+        connection.endheaders()
+        sent = 0
+        while sent < 500 and not select.select([connection.sock], [], [], 0.02)[0]:
+            connection.send(b"x")
+            sent += 1
+        assert 1 < sent < 500 and connection.getresponse().status == 408
+
+
+def test_connections_beyond_the_bound_are_sent_away_and_places_come_back():
+    """Guards a thread, and a body in memory, for everybody who opens a connection and says nothing."""
+    server = make_user_server(port=0)
+    server.places = threading.BoundedSemaphore(2)
+    with in_process(server) as connection:
+        open_ones = [http.client.HTTPConnection(*server.server_address, timeout=30) for _ in range(2)]
+        for one in open_ones:
+            assert exchange(one, "GET", "/health")[0].status == 200
+        with suppress(ConnectionError):  # nothing was read of it, so that the reply may be lost
+            assert exchange(connection, "GET", "/health")[0].status == 503
+        connection.close()
+        open_ones[0].close()
+        assert server.places.acquire(timeout=30)  # free again
+        server.places.release()
+        assert exchange(connection, "GET", "/health")[0].status == 200
+
+
+def test_the_key_is_checked_before_the_body_is_waited_for():
+    """Guards 1 MiB of memory, and a wait, for each request of a client without a key."""
+    with in_process(endpoint_server.make_server(port=0, answer=lambda raw: {}, key="right")) as connection:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Authorization", "Bearer wrong")
+        connection.putheader("Content-Length", "1000000")  # and no byte of it
+        connection.endheaders()
+        assert connection.getresponse().status == 401
+
+
+@pytest.mark.parametrize(("facts", "turns", "limit"), [(501, 1, "500"), (1, 501, "1000"), (1000, 3000, "1000")])
+def test_more_facts_and_turns_than_a_server_has_time_for(facts, turns, limit):
+    """Guards a request of 400 KB that costs 45 s of CPU: the work grows with facts x turns."""
+    persona = Persona("x", tuple(f"Interests: thing {i}" for i in range(facts)))
+    history = [line for i in range(turns) for line in (("user", f"I like thing {i}."), ("assistant", "And now?"))]
+    with pytest.raises(RequestError, match=f"takes {limit}") as refusal:
+        simulator.complete(json.dumps({"messages": simulator_messages(persona, history)}).encode())
+    assert refusal.value.status == 422
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "::", "::1", "example.com", ""])
@@ -805,7 +848,7 @@ def test_bad_ports_are_one_line_errors(port, address):
     """Guards: a traceback for a port that is taken or out of range."""
     port = str(address[1]) if port == "taken" else port
     command = [sys.executable, ROOT / "simulator.py", f"--port={port}"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.splitlines()[-1].count("--port") == 1
 
 
@@ -813,21 +856,19 @@ def test_embedded_server_dies_with_its_parent():
     """Guards: a killed trainer leaves a server behind, for good."""
     code = """import simulator, time
 server = simulator.start_embedded_server()
-print(server.process.pid, server.url, flush=True)
+print(server.url, flush=True)
 time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    pid, url = parent.stdout.readline().split()
-    assert requests.get(url + "/models", timeout=10).status_code == 200
+    url = parent.stdout.readline().strip()
+    assert requests.get(url + "/models").status_code == 200
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    for _ in range(600):
+    while True:
         with socket.socket() as sock:
             if sock.connect_ex(("127.0.0.1", int(url.removesuffix("/v1").rpartition(":")[2]))):
                 return
         time.sleep(0.05)
-    os.kill(int(pid), signal.SIGKILL)
-    pytest.fail("the server outlived its parent by 30 s")
 
 
 def test_embedded_server_that_cannot_start(monkeypatch, tmp_path):

@@ -61,6 +61,9 @@ def test_a_run_is_made_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
     half = studies.folder_of("rlpa", 0, args)
     half.mkdir(parents=True)
     (half / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="rlpa_0 was not begun here"):  # it may be anybody's
+        train([("rlpa", 0)], args)
+    half.with_suffix(".log").touch()
     train([("rlpa", 0)], args)
     train([("rlpa", 0)], args)
     assert len(calls) == 1 and not (half / "metrics.jsonl").exists()

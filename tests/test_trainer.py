@@ -26,7 +26,7 @@ from small_run import chat_server, records, running_user, write_checkpoint
 import rewards
 import sampler
 import train_rlpa
-from command_line.flags import parse_args
+from command_line.flags import parse_args, run_settings
 from config import Config
 from dialogue import ChatTokenizer, Dialogue, render_turn
 from endpoints.client import ChatClient
@@ -43,9 +43,9 @@ ROOT = Path(train_rlpa.__file__).parent
 SMALL = {
     "rollout_batch_size": 4, "minibatch_size": 2, "microbatch_tokens": 1000, "max_turns": 2, "num_candidates": 2,
     "max_new_tokens": 10, "num_personas": 20, "num_iterations": 2, "eval_every": 1, "eval_dialogues": 2,
-    "episodes_every": 1, "save_every": 1, "lr": 3e-3, "critic_lr": 3e-3, "max_retries": 1, "request_timeout": 20,
-    "tensorboard": False,
+    "episodes_every": 1, "save_every": 1, "lr": 3e-3, "critic_lr": 3e-3, "tensorboard": False,
 }  # fmt: skip
+CALLS = ("--max-retries", 1, "--request-timeout", 20)
 
 
 # ------------------------------------------------------------------------------------------------------------- fixtures
@@ -78,7 +78,7 @@ def personas_file(path: Path, names: list[str]) -> str:
 
 def go(*argv: object) -> None:
     """Run the trainer in this process; it must succeed."""
-    assert train_rlpa.main([str(a) for a in argv]) == 0
+    assert train_rlpa.main([str(a) for a in (*CALLS, *argv)]) == 0
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ def test_bad_resumes_are_one_line(ckpt, tmp_path, refused):
 def test_the_exit_code_of_the_program(ckpt):
     """Guards `sys.exit(main())`: a shell sees 2 and one line, no traceback and no usage text."""
     command = [sys.executable, "train_rlpa.py", "--ckpt", str(ckpt), "--credit", "token"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and "--credit" in done.stderr and "token" in done.stderr
 
@@ -245,7 +245,7 @@ def test_a_run_writes_its_folder(ckpt, tmp_path, capsys):
     run = tmp_path / "run"
     go("--ckpt", ckpt, "--run-dir", run, "--tensorboard")
     written = json.loads((run / "config.json").read_text())
-    assert written["num_iterations"] == 2 and written["run_dir"] == str(run) and Config(**written)
+    assert written["num_iterations"] == 2 and written["run_dir"] == str(run) and Config(**run_settings(run))
     train = records(run, "train")
     assert [r["iteration"] for r in train] == [1, 2]
     for name in ("reward", "recall", "kl_ref", "approx_kl", "clip_frac", "entropy", "explained_variance", "policy_loss",
@@ -365,15 +365,17 @@ def test_resume_equals_the_uninterrupted_run(ckpt, user_url, tmp_path, monkeypat
     with (broken / "episodes.jsonl").open("a") as file:
         file.write('{"iteration": 4, "kind": "train", "turns": [{"user')
     (broken / "checkpoints" / ".iteration_000004.tmp").mkdir()
-    go("--resume", broken)
+    go("--resume", broken, "--simulator-url", user_url)
 
     assert identical(tensors(broken, 2), tensors(whole, 2))
     assert len(tensors(whole, 4)) > 50 and identical(tensors(broken, 4), tensors(whole, 4))
     assert not identical(tensors(broken, 2), tensors(broken, 4))
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert records(broken, name=name) == records(whole, name=name)
-    assert "--num-iterations" in refused("--resume", broken)  # it is complete now
-    go("--resume", broken, "--num-iterations", 5)
+    assert "--num-iterations" in refused("--resume", broken, "--simulator-url", user_url)  # it is complete now
+    (broken / "finished").unlink()
+    assert "beyond its 3 iterations" in refused("--resume", broken, "--num-iterations", 3, "--simulator-url", user_url)
+    go("--resume", broken, "--num-iterations", 5, "--simulator-url", user_url)
     assert [r["iteration"] for r in records(broken, "train")] == [1, 2, 3, 4, 5]
 
 
@@ -444,7 +446,7 @@ def test_an_iteration_without_any_dialogue(ckpt, tmp_path):
 
     def refuse(text: str) -> int:
         asked.append(text)
-        return 403
+        return 403 if len(asked) > 1 else "Hi."  # if nothing was ever answered, the run would end at once
 
     run = tmp_path / "run"
     with hearing(refuse) as url:
@@ -462,7 +464,7 @@ def test_an_iteration_without_any_dialogue(ckpt, tmp_path):
     saved = load_policy(run / "checkpoints" / "iteration_000002" / "policy")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), load_policy(ckpt).parameters(), strict=True))
     # An optimizer that never stepped has no state to restore; nobody is there to be waited for.
-    go("--resume", run, "--num-iterations", 3, "--outage-budget", 0)
+    go("--resume", run, "--num-iterations", 3, "--outage-budget", 0, "--simulator-url", url)
 
 
 def free_port() -> int:

@@ -29,6 +29,7 @@ from learners.folder import HELDOUT_FILE
 from learners.processes import all_sum_gradients, leave, rank, world_size
 from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
+from untrusted.plain_text import say
 from worlds.first import COMPLAINTS, VALUES, fill, generate_personas, user_reply
 from worlds.ledger import SLOTS, asked_slots, disclosed, split_fact
 
@@ -386,7 +387,7 @@ def main() -> None:
     policy = random_policy(config, args.seed)
     correlate(policy)
     if rank() == 0:
-        print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, vocabulary {chat.vocab_size}")
+        say(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, vocabulary {chat.vocab_size}")
     fine_tune(policy, chat, args)
     if rank() == 0:
         save_pretrained(policy, args.out)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import unicodedata
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 _ACTING = {"Cc", "Cf", "Cs"}  # controls (ESC, NUL, BEL, …); direction overrides and invisible "tags"; lone surrogates
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # joiners of letters and emoji: invisible, but reorder nothing
@@ -49,7 +52,11 @@ def indented(text: str) -> str:
 def json_type(value: Any) -> str:
     """Name what JSON calls a value, and show it: what was found where something else was wanted."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return f"{names.get(type(value), 'null')} ({shorten(json.dumps(value))})" if value is not None else "null"
+    try:
+        shown = shorten(json.dumps(value))
+    except RecursionError:
+        shown = "nested too deeply"
+    return f"{names.get(type(value), 'null')} ({shown})" if value is not None else "null"
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -65,3 +72,18 @@ def shorten(text: str, limit: int = 80) -> str:
 def why_not_json(error: Exception) -> str:
     """Say in a few words why a text could not be read as JSON."""
     return "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error).split(":")[0])
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a plain text and its line break at once, past any progress bar; the one place where programs print.
+
+    file: where to; None: sys.stdout. What strangers wrote may stand in the text once it is on one line (`clean_text`,
+    `shorten`): the line breaks of our own layout stay.
+    """
+    tqdm.write(plain_text(text), file=file)
+    (file or sys.stdout).flush()
+
+
+def warn(text: str) -> None:
+    """Print a warning on one line of stderr."""
+    say(f"warning: {clean_text(text)}", sys.stderr)

@@ -1,19 +1,20 @@
-"""Personas: the people that simulated users play, read from JSONL files.
+"""Personas: the people that simulated users play, read from JSON files.
 
 In reading order: a file into JSON values, a value into a persona, prose into sentences.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from untrusted.plain_text import clean_text, json_type, shorten, why_not_json
+from untrusted.files import read_bytes
+from untrusted.plain_text import clean_text, json_type, shorten, warn, why_not_json
 from worlds.ledger import SLOTS, split_fact
 
 
@@ -26,75 +27,114 @@ class Persona:
 
 
 ACCEPTED = 'an object with "facts" (list of strings) or "slots" (the ten of the paper), or a string of prose'
+MAX_BYTES = 2**30  # of a persona file: about two million personas; it is read at once
 
 
-def load_personas(path: str | Path) -> list[Persona]:
-    """Read personas from a JSONL file, in file order.
+def load_personas(path: str | Path, warn: Callable[[str], None] = warn) -> list[Persona]:
+    """Read personas from a JSON or JSONL file, in file order.
 
-    Each line holds one or more JSON values back to back (line 6 of ALOE's `profile.jsonl` holds two). A value is
-    {"facts": ["Age: 34", ...]} or {"slots": {"Age": 34, "Interests": ["chess", "opera"], ...}}, either with an optional
-    "id", or a bare string of prose, which is split into facts by sentence.
+    The file holds JSON values back to back (line 6 of ALOE's `profile.jsonl` holds two), on lines of their own or not,
+    or one list of them. A value is {"facts": ["Age: 34", ...]} or {"slots": {"Age": 34, "Interests": ["chess"], ...}},
+    either with an optional "id", or a bare string of prose, which is split into facts by sentence. A null is taken for
+    absent.
 
-    Raises ValueError, in one line with the path and the line number, for anything else.
+    Raises ValueError, in one line with the path and the line number, for anything else. What is left out (facts that
+    are empty, null or repeated) is counted in one warning.
     """
-    personas = [
-        _parse_persona(value, f"{Path(path).stem}:{line_id}", f"{path}, line {line_id.split('.')[0]}")
-        for line_id, value in _json_values(path)
-    ]
+    personas, lines, left_out = [], {}, []
+    for line, k, value in _json_values(_read_text(path), path):
+        where, default_id = f"{path}, line {line}", f"{Path(path).stem}:{line}" + (f".{k}" if k > 1 else "")
+        persona, texts = _parse_persona(value, default_id, where)
+        if first := lines.get(persona.persona_id):
+            raise ValueError(f'{where}: "id" {shorten(persona.persona_id)!r} is that of line {first} already; '
+                             "ids must be unique")
+        lines[persona.persona_id] = line
+        personas.append(persona)
+        left_out += [len(texts) - len(persona.facts)] if len(texts) > len(persona.facts) else []
     if not personas:
         raise ValueError(f"{path} holds no personas; each line must be {ACCEPTED}")
-    if repeated := [name for name, n in Counter(p.persona_id for p in personas).items() if n > 1]:
-        raise ValueError(f'{path} uses the persona "id" {repeated[0]!r} more than once; ids must be unique')
+    if left_out:
+        warn(f"{path}: {sum(left_out)} facts of {len(left_out)} personas are left out: empty, null or repeated")
+    if twins := len(personas) - len({persona.facts for persona in personas}):
+        warn(f"{path}: {twins} of {len(personas)} personas have the same facts as an earlier one")
     return personas
 
 
-_BLANKS = re.compile(r"[ \t]*")
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_LINE_END = re.compile(r"\r\n?|\n")  # no others: U+2028 is legal in a JSON string
 
 
-def _json_values(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("line" or "line.k" for the k-th value on it, value) for every JSON value of a JSONL file."""
-    decoder = json.JSONDecoder()
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines: U+2028 is legal in JSON
-        line, at, count = line.strip(" \t\r"), 0, 0
-        while at < len(line):
-            try:
-                value, at = decoder.raw_decode(line, at)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {shorten(line[at : at + 60])!r} is not JSON "
-                                 f"({why_not_json(error)}); accepted: {ACCEPTED}") from None
-            count += 1
-            yield (str(number) if count == 1 else f"{number}.{count}"), value
-            at = _BLANKS.match(line, at).end()
+def _json_values(text: str, path: str | Path) -> Iterator[tuple[int, int, Any]]:
+    """Yield (line, k, value) for every JSON value: it begins on that line, as the k-th one."""
+    decoder = json.JSONDecoder(object_pairs_hook=_without_twins, parse_float=_parse_float)
+    at, end = _BLANKS.match(text).end(), len(text.rstrip())
+    in_list = text.startswith("[", at)  # [persona, persona, …]
+    if in_list and not text.endswith("]", at + 1, end):
+        raise ValueError(f"{path} begins with a list that its last character does not close; accepted: {ACCEPTED}")
+    line, counted, k, at, end = 1, 0, 0, at + in_list, end - in_list
+    while (at := _BLANKS.match(text, at).end()) < end:
+        ends = len(_LINE_END.findall(text, counted, at))
+        line, counted, k = line + ends, at, 1 if ends else k + 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+            at = _BLANKS.match(text, at).end()
+            if in_list and not text.startswith("," if at < end else "]", at):
+                raise ValueError("a comma of the list is missing")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {line}: {shorten(text[at : at + 60])!r} is no usable JSON "
+                             f"({why_not_json(error)}); accepted: {ACCEPTED}") from None
+        at += in_list
+        yield line, k, value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; json itself would keep the last of several values without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {shorten(key, 40)!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _parse_float(digits: str) -> int | float:
+    """Read 34.0 as 34: tables that lack some numbers write all of them so."""
+    value = float(digits)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def _read_text(path: str | Path) -> str:
+    raw = read_bytes(Path(path), MAX_BYTES)
+    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read personas from {path}: {error.strerror}; give a JSONL file") from None
+        return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
-                         "save the file as UTF-8") from None
+        line = len(re.findall(rb"\r\n?|\n", raw[: error.start])) + 1
+        raise ValueError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not {error.encoding.upper()}; "
+                         "save the file as UTF-8 text, one JSON value per line") from None
 
 
-def _parse_persona(value: Any, default_id: str, where: str) -> Persona:
-    """Turn one JSON value into a persona, or raise ValueError that begins with `where`."""
+def _parse_persona(value: Any, default_id: str, where: str) -> tuple[Persona, list[str | None]]:
+    """Turn one JSON value into a persona and the facts it was given, or raise ValueError that begins with `where`."""
     if isinstance(value, str):
         persona_id, texts = default_id, split_sentences(clean_text(value))
     elif isinstance(value, dict):
         persona_id, texts = _parse_object(value, default_id, where)
     else:
         raise ValueError(f"{where}: found {json_type(value)}; accepted: {ACCEPTED}")
-    facts = usable_facts(texts)
+    facts = usable_facts(text for text in texts if text is not None)
     if not facts:
         raise ValueError(f"{where}: no usable fact in {shorten(json.dumps(value))}; a fact needs a letter or a digit")
-    return Persona(persona_id, facts)
+    return Persona(persona_id, facts), texts
 
 
-def _parse_object(value: dict[str, Any], default_id: str, where: str) -> tuple[str, list[str]]:
+def _parse_object(value: dict[str, Any], default_id: str, where: str) -> tuple[str, list[str | None]]:
     if unknown := sorted(set(value) - {"id", "facts", "slots"}):
         raise ValueError(f'{where}: unknown key {shorten(unknown[0])!r}; accepted keys: "id", "facts", "slots"')
+    value = {key: item for key, item in value.items() if item is not None}
     if ("facts" in value) == ("slots" in value):
         found = "both" if "facts" in value else "neither"
         raise ValueError(f'{where}: found {found} of "facts" and "slots"; accepted: one of them')
@@ -105,28 +145,28 @@ def _parse_object(value: dict[str, Any], default_id: str, where: str) -> tuple[s
     return clean_text(str(persona_id)), texts
 
 
-def _list_facts(facts: Any, where: str) -> list[str]:
+def _list_facts(facts: Any, where: str) -> list[str | None]:
     if not isinstance(facts, list):
         raise ValueError(f'{where}: "facts" is {json_type(facts)}; accepted: a list of strings')
     for i, fact in enumerate(facts):
-        if not isinstance(fact, str):
+        if not isinstance(fact, str | None):
             raise ValueError(f'{where}: "facts"[{i}] is {json_type(fact)}; accepted: a string')
     return facts
 
 
-def _slot_facts(slots: Any, where: str) -> list[str]:
-    """Render slots as "Slot: value" facts, one per element of a list value."""
+def _slot_facts(slots: Any, where: str) -> list[str | None]:
+    """Render slots as "Slot: value" facts, one per element of a list value; None for a null."""
     if not isinstance(slots, dict):
         raise ValueError(f'{where}: "slots" is {json_type(slots)}; accepted: an object')
-    facts = []
+    facts: list[str | None] = []
     for slot, content in slots.items():
         if slot not in SLOTS:
             raise ValueError(f"{where}: unknown slot {shorten(slot)!r}; accepted slots: {', '.join(SLOTS)}")
         for element in content if isinstance(content, list) else [content]:
-            if type(element) not in (str, int):
+            if element is not None and type(element) not in (str, int):
                 raise ValueError(f'{where}: slot "{slot}" holds {json_type(element)}; '
                                  "accepted: a string, a whole number or a list of them")
-            facts.append(f"{slot}: {element}")
+            facts.append(None if element is None else f"{slot}: {element}")
     return facts
 
 
