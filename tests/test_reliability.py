@@ -31,7 +31,7 @@ import train_rlpa
 from benchmarks import chaos, fuzz_text
 from dialogue import ChatTokenizer
 from endpoints import client as endpoint_client
-from endpoints import wire
+from endpoints import speech
 from endpoints.client import ChatClient
 from endpoints.tape import Tape
 from endpoints.throttle import BACKOFF_CAP, Breaker, Quota, backoff
@@ -531,7 +531,7 @@ def test_no_text_forges_anything(texts):
 
 @pytest.mark.parametrize(
     ("module", "name", "finds"),
-    [(rewards, "indented", "forged role"), (wire, "plain_text", "acting character in a reply"),
+    [(rewards, "indented", "forged role"), (speech, "plain_text", "acting character in a reply"),
      (personas, "clean_text", "forged fact"), (log, "clean_text", "terminal escape"),
      (report, "visible", "acting character on the page"), (report, "embed", "forged markup")],
 )  # fmt: skip
@@ -608,7 +608,9 @@ def test_a_key_in_the_wrong_place_is_not_shown():
         with pytest.raises(ValueError) as caught:
             endpoint_client.read_key(name)
         assert "0123456789" not in str(caught.value) and "NAME" in str(caught.value)
-    for url in (f"https://host/v1?key={KEY}", f"https://user:{KEY}@host/v1", f"https://user:{KEY}@host:port/v1"):
+    with closing(ChatClient(f"http://127.0.0.1:9/v1?key={KEY}", "m", max_retries=0)) as client:
+        assert "0123456789" not in str(client.ask(ASK)) + client.complaint and "http://127.0.0.1:9/" in client.complaint
+    for url in (f"https://host/v1#{KEY}", f"https://user:{KEY}@host/v1", f"https://user:{KEY}@host:port/v1"):
         with pytest.raises(ValueError) as caught:
             ChatClient(url, "m")
         assert "0123456789" not in str(caught.value)
