@@ -26,7 +26,7 @@ CARRIED = (
     "chat_template.jinja",  # these five are for others, who chat with what is saved
     "rlpa.json", HELDOUT_FILE,  # its own settings and held-out text
 )  # fmt: skip
-SUFFIXES = tuple(sorted({Path(name).suffix for name in (CONFIG, SINGLE, *CARRIED)}))  # none can run code when read
+SUFFIXES = (".json", ".jsonl", ".safetensors")  # of other files that a run saves; nothing here runs code when read
 ADAPTER = "adapter_config.json"  # not part of one: it tells a LoRA folder
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
 

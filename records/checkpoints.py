@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from learners.folder import SUFFIXES
+from learners.folder import CARRIED, SUFFIXES
 from untrusted.files import read_lines
 
 SUMS = "SHA256SUMS"
@@ -100,8 +100,8 @@ def damage(folder: Path) -> str:
     for name, file in files.items():
         if not file.is_file():
             return f"{name} is no plain file"
-        if file.suffix not in SUFFIXES:
-            return f"{name} is refused: it may be a pickle, and a checkpoint holds only {', '.join(SUFFIXES)}"
+        if file.suffix not in SUFFIXES and file.name not in CARRIED:
+            return f"{name} is refused: it may be a pickle; a checkpoint holds {', '.join(SUFFIXES)} and known texts"
     try:
         listed = read_sums(folder / SUMS)
         for name in sorted(listed | files):
