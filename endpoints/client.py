@@ -167,6 +167,7 @@ class ChatClient:
                 failure = error
             failed.append(failure.reason)
             pause = max(backoff(len(failed) - first - 1), failure.retry_after * (not self.outage_budget))
+            pause *= failure.reason not in UNSAID  # the server is well: another seed need not wait
             # A pause that outlasts the deadline is not begun: the call has failed already.
             exhausted = len(failed) - first > self.max_retries or time.monotonic() + pause >= deadline
             useless = self._is_refusal(failure) and not self.answered and len(failed) >= FIRST_ATTEMPTS

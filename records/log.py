@@ -68,7 +68,8 @@ def clear_folder(folder: Path, overwrite: bool) -> None:
     if not is_run(folder):
         raise ValueError(f"--run-dir {folder} is not empty, and holds no run (its config.json lacks the mark"
                          f" {RUN_FORMAT!r}); choose another folder")  # fmt: skip
-    if not overwrite:
+    begun = any((folder / name).exists() for name in ("checkpoints", *RECORDS))  # else it was refused before it did
+    if begun and not overwrite:
         raise ValueError(
             f"--run-dir {folder} holds a run already; --resume or --overwrite it, or choose another folder"
         )
