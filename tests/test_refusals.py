@@ -226,7 +226,8 @@ def test_programs_end_at_once_with_the_servers_words(ckpt, user_url, tmp_path, c
     with quirk("model-404") as url:
         says = f"HTTP 404 from {url}/v1/chat/completions: The model `rule-user` does not exist."
         for _ in range(2):  # a run that has recorded nothing leaves its folder free for the next try
-            line = ended(capsys, 2, train_rlpa.main, "--ckpt", ckpt, "--simulator-url", url, "--run-dir", tmp_path / "t")
+            flags = "--ckpt", ckpt, "--simulator-url", url, "--run-dir", tmp_path / "t"
+            line = ended(capsys, 2, train_rlpa.main, *flags)
             assert line == f"train_rlpa.py: --simulator-url: every request failed; last: {says};" \
                 " check --simulator-model and the address"
         out = ["--out", tmp_path / "o", "--num-personas", 4, "--turns", 2, "--quiet"]
