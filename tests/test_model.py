@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.throughput import forget_peak, in_child, memory_status
+from kernels.prefill_attention import Chunk, Chunks
 from kernels.tree_attention import Block, Tree
 from learners import weights as weights_module
 from learners.weights import INDEX, SINGLE, load_critic, load_policy, resolve_checkpoint, save_pretrained
-from model import Cached, Chunk, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
+from model import Cached, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from sampler import generate
 
 transformers = pytest.importorskip("transformers", reason="the parity tests compare with transformers' Qwen2")
@@ -165,7 +166,7 @@ def cached_forward(policy: Qwen2ForCausalLM, cache: KVCache, parts: list[tuple[i
         slots += range(before, before + len(ids))
         first += len(ids)
     rows = torch.tensor([chunk.row for chunk in chunks for _ in range(chunk.first, chunk.last)])
-    context = Cached(cache, rows, torch.tensor(slots), chunks=chunks)
+    context = Cached(cache, rows, torch.tensor(slots), chunks=Chunks(chunks))
     return policy(torch.cat([ids for _, ids, _ in parts])[None], torch.tensor([slots]), context)[0]
 
 
