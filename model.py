@@ -14,10 +14,9 @@ H query heads, Hkv key and value heads, Dh width of a head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.decode_attention import decode_attention
+from kernels.prefill_attention import Chunks, prefill_attention
 from kernels.rmsnorm import rmsnorm
 from kernels.rope import rope, rope_into_cache
 from kernels.rows import Rows
@@ -184,16 +184,13 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
     return angles.cos(), angles.sin()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Tree | None) -> Tensor:
-    """Attend with queries (B, H, T, Dh) to keys and values (B, Hkv, S, Dh); return (B, H, T, Dh).
-
-    mask: a token tree, or (T, S) bool, True where a query sees a key; None: causal.
-    """
-    if isinstance(mask, Tree):
-        return tree_attention(q, k, v, mask)
-    if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+def attend(q: Tensor, k: Tensor, v: Tensor, tree: Tree | None) -> Tensor:
+    """Attend with queries (B, H, T, Dh) to k and v (B, Hkv, T, Dh), in a token tree or causally: (B, H, T, Dh)."""
+    if tree is not None:
+        return tree_attention(q, k, v, tree)
+    if flash_attn_func and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -457,15 +454,6 @@ class KVCache:
             stored[row, :, prompt : prompt + tokens] = own.clone()  # the two overlap
 
 
-class Chunk(NamedTuple):
-    """Tokens [first, last) of a forward: the new tokens of one cache row, which then has `used` slots in use."""
-
-    row: int
-    first: int
-    last: int
-    used: int
-
-
 @dataclass(frozen=True)
 class Cached:
     """What N packed tokens attend to: rows of a KV cache, where their own keys and values are stored first.
@@ -478,7 +466,7 @@ class Cached:
     rows: Tensor  # (N,) long: where each token's key and value go
     slots: Tensor  # (N,) long
     decoding: Rows | None = None
-    chunks: Sequence[Chunk] = ()
+    chunks: Chunks | None = None
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Store k and v (N, Hkv, Dh) in the cache, then attend with q (N, H, Dh) to its rows; return (N, H, Dh)."""
@@ -487,11 +475,4 @@ class Cached:
         q = rope_into_cache(q, k, v, cos, sin, keys, values, self.rows, self.slots)
         if self.decoding is not None:
             return decode_attention(q, keys, values, self.decoding)
-        out = torch.empty_like(q)
-        for row, first, last, used in self.chunks:
-            new, mask = last - first, None  # None: the chunk begins its row, and attention is plainly causal
-            if new < used:  # the new tokens stand in the last of the row's S slots
-                mask = torch.ones(new, used, dtype=torch.bool, device=q.device).tril_(used - new)
-            seen = keys[row : row + 1, :, :used], values[row : row + 1, :, :used]  # (1, Hkv, S, Dh)
-            out[first:last] = attend(q[None, first:last].transpose(1, 2), *seen, mask)[0].transpose(0, 1)
-        return out
+        return prefill_attention(q, keys, values, self.chunks)

@@ -33,10 +33,11 @@ from config import Config
 from dialogue import ChatTokenizer
 from kernels.backend import use_triton
 from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
+from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
 from learners.processes import world_size
-from model import Cached, Chunk, KVCache, Qwen2ForCausalLM, rope_tables
+from model import Cached, KVCache, Qwen2ForCausalLM, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
 BUCKETS = (1, 2, 4, 8, *range(16, 1025, 16))  # numbers of candidates that a CUDA graph is captured for
@@ -294,7 +295,7 @@ class Sampler:
             token_ids += prompt[kept:]
         group, self.queued = self.queued[: len(chunks)], self.queued[len(chunks) :]
         token_ids, rows, slots = torch.tensor([token_ids, rows, slots], device=self.device)  # (N,) each
-        hidden = self.compute(token_ids, slots, Cached(self.cache, rows, slots, chunks=chunks))  # (N, D)
+        hidden = self.compute(token_ids, slots, Cached(self.cache, rows, slots, chunks=Chunks(chunks)))  # (N, D)
         last = hidden[torch.tensor([chunk.last - 1 for chunk in chunks], device=self.device)]  # (prompts, D)
         lanes = torch.tensor(
             [

@@ -35,7 +35,9 @@ from kernels.linear_logprob import dlogits_kernel, fold_kernel
 
 # not "from kernels import rmsnorm": a package's attribute may be the function of that name
 rmsnorm, rope, swiglu = (importlib.import_module(f"kernels.{name}") for name in ("rmsnorm", "rope", "swiglu"))
-decode, sampling = (importlib.import_module(f"kernels.{name}") for name in ("decode_attention", "sample_head"))
+decode, prefill, sampling = (
+    importlib.import_module(f"kernels.{name}") for name in ("decode_attention", "prefill_attention", "sample_head")
+)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: A100, H100/H200, B200
 FP32, BF16, INT64 = "*fp32", "*bf16", "*i64"
 
@@ -145,6 +147,15 @@ def decode_cases(model: Model) -> list[Case]:
     return [*cases, with_tile(decode.merge_splits_kernel, types, decode.MERGE, (), **sizes)]
 
 
+def prefill_case(model: Model) -> Case:
+    """Make the case of prefill attention at one model's sizes."""
+    tile = prefill.FP32_TILE if model.dtype == FP32 else prefill.TILE
+    types = dict.fromkeys(("q", "keys", "values", "out"), model.dtype)
+    types |= dict(tiles="*i32", capacity="i32", scale="fp32")
+    sizes = dict(HKV=model.Hkv, G=model.H // model.Hkv, DH=model.Dh, DIM=model.Dh, UPCAST=False)
+    return with_tile(prefill.prefill_kernel, types, tile, (), **sizes)
+
+
 def sampling_cases() -> list[Case]:
     """List the two kernels of sampling from the head, at each number of rows that has a tile of its own."""
     cases = []
@@ -159,7 +170,8 @@ def sampling_cases() -> list[Case]:
     return [*cases, with_tile(sampling.merge_blocks_kernel, types, sampling.MERGE, ())]
 
 
-CASES = head_cases() + sampling_cases() + [case for m in MODELS for case in model_cases(m) + decode_cases(m)]
+CASES = [*head_cases(), *sampling_cases(), *map(prefill_case, MODELS)]
+CASES += [case for m in MODELS for case in model_cases(m) + decode_cases(m)]
 MODEL_SIZES = ("blocks",)  # the vocabulary's: the same in every call of a run
 
 

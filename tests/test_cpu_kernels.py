@@ -7,10 +7,11 @@ import torch
 from test_tree_attention import random_trees
 
 from kernels import cpu, set_backend
+from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
 from kernels.sample_head import sample
 from kernels.tree_attention import reference_tree_attention, tree_attention
-from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
+from model import Cached, KVCache, Qwen2Config, random_policy
 from sampler import Sampler, cached_trunk, generate
 
 pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_library()[1] or "there is a library")
@@ -59,7 +60,7 @@ def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
             first += len(ids[row])
         rows = torch.repeat_interleave(torch.arange(B), prompts)
         slots = torch.cat([torch.arange(int(p)) for p in prompts])
-        found.append(by(torch.cat(ids), slots, cache, rows, slots, chunks, None))
+        found.append(by(torch.cat(ids), slots, cache, rows, slots, Chunks(chunks), None))
         draw = torch.Generator().manual_seed(9)
         for step in range(3):
             place = torch.tensor([p for p in range(B * n) if step == 0 or p % 5])  # some have ended
@@ -69,7 +70,7 @@ def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
             new = torch.randint(101, (len(place),), generator=draw)
             at = prompts[rows] + step * n + candidates
             decoding = Rows(prompts, lengths, members, place)
-            found.append(by(new, prompts[rows] + step, cache, rows, at, (), decoding))
+            found.append(by(new, prompts[rows] + step, cache, rows, at, None, decoding))
         return torch.cat(found)
 
     def by_torch(model):

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.prefill_attention import Chunk, Chunks
 from kernels.tree_attention import Block, Tree
 from learners.weights import load_critic, save_pretrained
-from model import Cached, Chunk, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
+from model import Cached, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
 from sampler import generate
 
 transformers = pytest.importorskip("transformers", reason="the parity tests compare with transformers' Qwen2")
@@ -160,7 +161,7 @@ def cached_forward(policy: Qwen2ForCausalLM, cache: KVCache, parts: list[tuple[i
         slots += range(before, before + len(ids))
         first += len(ids)
     rows = torch.tensor([chunk.row for chunk in chunks for _ in range(chunk.first, chunk.last)])
-    context = Cached(cache, rows, torch.tensor(slots), chunks=chunks)
+    context = Cached(cache, rows, torch.tensor(slots), chunks=Chunks(chunks))
     return policy(torch.cat([ids for _, ids, _ in parts])[None], torch.tensor([slots]), context)[0]
 
 

@@ -136,7 +136,7 @@ def test_prefill_in_groups(policy, monkeypatch):
 
     def noted(self, token_ids, slots, context):
         if context.chunks:
-            sizes.append([chunk.last - chunk.first for chunk in context.chunks])
+            sizes.append([chunk.last - chunk.first for chunk in context.chunks.chunks])
         return compute(self, token_ids, slots, context)
 
     monkeypatch.setattr(Sampler, "compute", noted)

@@ -10,6 +10,7 @@ from test_decode_kernels import running
 
 from kernels.backend import INTERPRETED, jit, set_backend, tl
 from kernels.decode_attention import decode_attention, reference_decode
+from kernels.prefill_attention import Chunk, Chunks, attend_chunks, prefill_attention
 from kernels.rows import Rows
 from kernels.sample_head import exponential, reference_exponentials, reference_sample, sample_head
 
@@ -215,6 +216,45 @@ def test_a_graph_holds_a_step():
             held.copy_(new)
         graph.replay()
         torch.testing.assert_close(out, decode_attention(q, keys, values, on_device(step)))
+
+
+# ------------------------------------------------------------------------------------------------------------- prefill
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H, Hkv, Dh", HEADS)
+def test_prefill_equals_fp64(H, Hkv, Dh, dtype):
+    """Guards tiles: chunks below, at and above their edges, that begin a row or continue it, in any order of rows."""
+    block = module("prefill_attention").FP32_TILE["BLOCK_M"]
+    sizes = [(block, 0), (1, 0), (block - 1, 2 * block + 5), (1, block), (2 * block + 1, 3)]  # new tokens, stored ones
+    B, S, chunks, first = len(sizes), 4 * block, [], 0
+    for row, (new, stored) in zip((2, 0, 4, 1, 3), sizes, strict=True):
+        chunks.append(Chunk(row, first, first + new, stored + new))
+        first += new
+    q, keys, values = attention_case(first, B, H, Hkv, Dh, S, dtype)
+    truth = attend_chunks(*(x.double() for x in (q, keys, values)), chunks)
+    plain = attend_chunks(q, keys, values, chunks)
+    for row, _, _, used in chunks:
+        keys[row, :, used:], values[row, :, used:] = math.nan, math.nan
+    with spoilt_memory():
+        ours = prefill_attention(q, keys, values, Chunks(chunks))
+    assert ours.dtype == q.dtype
+    assert_within(ours, plain, truth, dtype)
+
+
+def test_a_prefill_is_one_launch_and_its_tiles_are_cut_once(monkeypatch):
+    """Guards what a prefill costs: a call for each chunk and layer, or tiles that are sent to the device for each."""
+    chunks = Chunks([Chunk(0, 0, 3, 3), Chunk(1, 3, 8, 9)])
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((grid, args[3]))
+
+    monkeypatch.setattr(module("prefill_attention"), "prefill_kernel", Kernel())
+    for _ in range(3):  # layers
+        prefill_attention(*attention_case(8, 2, 4, 2, 16, 12, torch.float32), chunks)
+    assert [grid for grid, _ in launches] == [(4, 2)] * 3 and len({id(tiles) for _, tiles in launches}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

@@ -228,7 +228,8 @@ def test_swiglu_of_strided_tensors():
 
 def test_the_model_is_as_exact_on_the_triton_path():
     """Guards the wiring: a delta that is added twice or not at all, and a cache that differs from a forward."""
-    from model import Cached, Chunk, KVCache, Qwen2Config, random_policy
+    from kernels.prefill_attention import Chunk, Chunks
+    from model import Cached, KVCache, Qwen2Config, random_policy
 
     policy = random_policy(Qwen2Config(50, 32, 40, 2, 4, 2, initializer_range=0.3), seed=0)
     token_ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -245,7 +246,7 @@ def test_the_model_is_as_exact_on_the_triton_path():
                 lengths = torch.full((2,), last, device=DEVICE)
                 context = Cached(cache, rows, slots, decoding=Rows(lengths, lengths, each[:, None], each))
             else:
-                context = Cached(cache, rows, slots, chunks=[Chunk(0, 0, 3, 3), Chunk(1, 3, 6, 3)])
+                context = Cached(cache, rows, slots, chunks=Chunks([Chunk(0, 0, 3, 3), Chunk(1, 3, 6, 3)]))
             hidden = policy(token_ids[:, first:last].reshape(1, -1), slots[None], context)
             found.append(hidden.view(2, last - first, -1))
         return torch.cat(found, 1)
