@@ -141,6 +141,7 @@ def test_a_run_may_save_less_and_says_that_it_cannot_go_on(arguments, whole, tmp
     assert train_rlpa.main([*arguments, "--save", kept, "--run-dir", str(run)]) == 0
     assert records(run) == records(whole)
     files = {str(f.relative_to(run / "checkpoints")) for f in run.rglob("*.safetensors")}
+    assert ("policy: " in capsys.readouterr().out.splitlines()[-2]) == (kept == "policy")
     names = ["iteration_000001", "iteration_000002", "iteration_000003"] if kept == "policy" else []
     assert files == {f"{name}/policy/model.safetensors" for name in names}
     for name in names[2:]:
@@ -148,10 +149,9 @@ def test_a_run_may_save_less_and_says_that_it_cannot_go_on(arguments, whole, tmp
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         folder = run / "checkpoints" / name
         assert checkpoints.damage(folder) == "" and (folder / "policy" / "tokenizer.json").exists()
-    capsys.readouterr()
     assert train_rlpa.main(["--resume", str(run), *arguments[2:], "--num-iterations", "4"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        f"error: --resume {run}: --save {kept} left nothing to go on from; start anew, with --save run"
+    assert capsys.readouterr().err.splitlines()[-1:] == [
+        f"train_rlpa.py: --resume {run}: --save {kept} left nothing to go on from; start anew, with --save run"
     ]
 
 
