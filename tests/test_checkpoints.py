@@ -90,6 +90,13 @@ def loading_peak(folder: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+def test_attention_is_never_planned_by_cudnn(saved):
+    """Guards the prefill on Hopper, where cuDNN would plan anew for each of thousands of shapes."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_policy(saved)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_loading_holds_one_set_of_weights(tmp_path):
     """Guards a peak of twice the weights: the file's pages and their copy, which a large model does not fit in."""
     save_pretrained(random_policy(Qwen2Config(5_000, 512, 2048, 12, 8, 2), seed=0), tmp_path)

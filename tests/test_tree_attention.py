@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -131,6 +133,33 @@ def test_all_layers_share_one_mask(monkeypatch, checkpointing):
     tree = Tree(places, torch.full((5,), 5), [Block(5, None)])
     policy(places[None], places[None], tree).sum().backward()
     assert made == [1]
+
+
+BACKWARD = {f"bwd_{name}" for name in ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_warps", "num_stages")}
+
+
+@pytest.mark.parametrize(("T", "Dh", "capability", "expected"), [
+    (129, 64, (9, 0), {"fwd_num_warps"}), (500, 128, (9, 0), BACKWARD), (500, 128, (8, 0), set()),
+    (128, 128, (9, 0), "dense"), (1, 64, (9, 0), "dense"),
+])  # fmt: skip
+def test_cuda_gets_flex_options_that_do_not_spill(monkeypatch, T, Dh, capability, expected):
+    """Guards spills on Hopper, and a graph of their own for rows of one block: torch.compile makes eight at most."""
+    module, calls = sys.modules["kernels.tree_attention"], []
+
+    def flex(q, k, v, block_mask, enable_gqa, kernel_options):
+        calls.append(set(kernel_options or ()))
+
+    monkeypatch.setattr(module, "compiled_flex_attention", lambda: flex)
+    monkeypatch.setattr(module, "reference_tree_attention", lambda *_: calls.append("dense"))
+    monkeypatch.setattr(Tree, "block_mask", None)  # no operation runs on a fake device
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        places = torch.arange(T)
+        q, k, v = (torch.empty(1, h, T, Dh, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+        tree_attention(q, k, v, Tree(places, places + 1, [Block(T, None)], q.dtype))
+    assert calls == [expected]
+    names = {name.removeprefix("fwd_").removeprefix("bwd_") for name in expected if expected != "dense"}
+    assert names <= FlexKernelOptions.__annotations__.keys()
 
 
 def test_misuse_is_named():
