@@ -138,7 +138,8 @@ def check_settings(settings: dict, path: Path) -> dict:
     hints = get_type_hints(Config, include_extras=True)
     for name, value in settings.items():
         if name not in hints:
-            raise ValueError(f"{path} sets {shorten(name, 40)!r}, which is no setting of this trainer")
+            is_model = "; it is a model's, not a run's" if "model_type" in settings else ""
+            raise ValueError(f"{path} sets {shorten(name, 40)!r}, which is no setting of this trainer{is_model}")
         check_value(value, hints[name], f"{path}: {flag(name)}")
     return settings
 
