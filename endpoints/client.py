@@ -320,14 +320,12 @@ class ChatClient:
         requests (calls, made or replayed), retries (repeated attempts), errors (failed attempts by reason),
         prompt_tokens and completion_tokens (words, where the endpoint does not say), without_usage (calls for which it
         did not say), length (replies that ended at max_tokens), thoughts (replies that held some), ran_on (replies that
-        went on behind the end of their turn) and breaks (how often
-        a breaker opened).
+        went on behind the end of their turn) and breaks (how often a breaker opened).
         """
         with self._lock:
             tally = dict(self._tally)
         totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "length", "thoughts",
-                  "ran_on",
-                  "breaks")
+                  "ran_on", "breaks")
         errors = {key.removeprefix("errors "): n for key, n in tally.items() if key.startswith("errors ")}
         return {key: tally.get(key, 0) for key in totals} | {"errors": errors}
 
