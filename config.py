@@ -203,8 +203,9 @@ def refuse_ignored(config: Config, given: Collection[str]) -> None:
         ignored = {"reward_at": "--gae-level token: a turn's rewards are summed"}
         if config.credit == "turn":
             ignored["gae_lambda"] = "--credit dialogue: with --gae-level turn, a turn alone is one step"
-    for name in ignored.keys() & set(given):
-        raise ValueError(f"{flag(name)} {getattr(config, name)} needs {ignored[name]}")
+    for name, needed in ignored.items():
+        if name in given:
+            raise ValueError(f"{flag(name)} {getattr(config, name)} needs {needed}")
 
 
 def dry_run_devices(config: Config) -> tuple[int, float]:
