@@ -97,11 +97,10 @@ def test_the_correction_weighs_the_policy_loss_alone(policy, critic):  # noqa: F
     config = settings(kl_estimator="k3", kl_coef=0.3, dual_clip=1.2)
     (p,) = prepared([random_dialogue(0, [[5, 4], [3, 6]])], policy, critic, config)
     noise = torch.randn(2, len(p.targets), generator=torch.Generator().manual_seed(1))
-    p.sampler_logprobs = p.old_logprobs + 0.7 * noise[0]
-    weights = (p.old_logprobs - p.sampler_logprobs).exp().clamp(max=1.5)
+    p.old_logprobs = p.old_logprobs + 0.3 * noise[0]  # as after some steps: some ratios are beyond the clip
+    p.sampler_logprobs = p.old_logprobs - 0.7 * noise[1]
+    weights = (0.7 * noise[1]).exp().clamp(max=1.5)
     assert 0 < (weights == 1.5).sum() < len(weights)
-    p.old_logprobs = p.old_logprobs + 0.3 * noise[1]  # as after some steps: some ratios are beyond the clip
-    p.sampler_logprobs = p.old_logprobs - weights.log() - (weights == 1.5)
     hidden = policy_hidden(policy, together([p])).detach().requires_grad_()
     new = policy.logits(hidden).log_softmax(-1).gather(1, p.targets[:, None])[:, 0]
     known = p.old_logprobs, p.advantages, p.ref_logprobs
