@@ -31,6 +31,7 @@ class Config:
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
     run_dir: str = ""  # where everything is written; empty: runs/<date-time>_<process>
     overwrite: bool = False  # remove the run that --run-dir holds already
+    save: Literal["run", "policy", "nothing"] = "run"  # run: all that --resume needs; policy: its weights, in --dtype
     resume: str = ""  # a run folder to go on with from its newest checkpoint; addresses and key are given anew
     seed: Natural = 0  # every random stream is derived from it and from what the stream is for
 

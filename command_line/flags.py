@@ -157,6 +157,8 @@ def resumed_config(given: dict) -> Config:
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
         )
     settings = run_settings(run_dir)
+    if (kept := settings.get("save", "run")) != "run":
+        raise ValueError(f"--resume {run_dir}: --save {kept} left nothing to go on from; start anew, with --save run")
     for name in given.keys() & set(MOVED):
         if not (given[name] and settings.get(name)):
             raise ValueError(f"{path} holds {flag(name)} {settings.get(name) or '(none)'}; another one is another run")
