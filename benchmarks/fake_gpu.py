@@ -7,7 +7,8 @@ Torch's FakeTensorMode runs `run_iteration` as it is: prefill, decoding with CUD
 check devices, dtypes and shapes as on a card. Triton's launches are not run. Each is checked instead: its arguments
 against the kernel's parameters, the device and contiguity of its tensors, the limits of its grid. What is read from the
 device is made up: a random id, or 1.0. This finds tensors on the wrong device, arguments that no kernel has, and
-branches that do not run at all. It does not find a wrong number. Compiled flex_attention is replaced (`dense_attention`).
+branches that do not run at all. It does not find a wrong number. Compiled flex_attention is replaced by
+`dense_attention`.
 
 A build of torch without CUDA refuses streams and events. So `no_gpu.cpp`, which says yes to all of them, is compiled
 and loaded before torch is; a C++ compiler is needed.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The first hour on a GPU:   bash benchmarks/gpu.sh DIR [more]
 #
-# Without "more": the card, tiny's training, whole iterations of three shapes, correctness of the kernels, benchmarks;
-# about 9 minutes. With "more", as a second command: what peers (requirements-bench.txt) and torch.compile measure, the
-# 7B shape, and one GPU's part of a 7B update. Each step is a process with its own limit; it writes what it has measured as it
-# goes, and a step that fails ends no other. DIR gets at most 8 files:
+# Without "more": the card, tiny's training, whole iterations of three shapes, correctness of the kernels, benchmarks.
+# With "more", as a second command: what peers (requirements-bench.txt) and torch.compile measure, and the 7B shape. All
+# steps together end within $TOTAL seconds [590]; what comes too late is left out. Each step is a process with its own
+# limit. It writes what it has measured as it goes, and a step that fails ends no other. DIR gets at most 8 files:
 #
 #   steps.txt   each step's exit code and seconds (124: it ran into its limit)     log.txt    everything that was printed
 #   train.json  iterations (benchmarks.gpu_train)     parts.json  the card, decode steps, trees (benchmarks.gpu_parts)
@@ -21,14 +21,22 @@ cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
-: > "$OUT/steps.txt"
+cuda=$("$PYTHON" -c "import torch; print(int(torch.cuda.is_available()))") || exit 2
+: > "$OUT/steps.txt" && : > "$OUT/log.txt" || exit 2
 failed=()
+TOTAL=${TOTAL:-$([ "$cuda" = 1 ] && echo 590 || echo 7200)} # seconds: a lent machine's longest command is 600
 
 say() { echo "$@" | tee -a "$OUT/log.txt"; }
 
 step() { # step NAME SECONDS COMMAND…: run it, with its output in the log too; remember a failure
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
+    [ "$limit" -le $((TOTAL - SECONDS - 10)) ] || limit=$((TOTAL - SECONDS - 10))
+    if [ "$limit" -lt 10 ]; then
+        say "== $name: left out, $TOTAL s are used up" && echo "$name: left out" >> "$OUT/steps.txt"
+        failed+=("$name (left out)")
+        return 0
+    fi
     say "== $name (at most $limit s): $*"
     timeout -s INT --kill-after 10 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt"
     code=${PIPESTATUS[0]}
@@ -37,16 +45,19 @@ step() { # step NAME SECONDS COMMAND…: run it, with its output in the log too;
     return "$code"
 }
 
-checked() { # checked FILE SECONDS: run a file of kernel tests; one that fails runs again and says where
-    step "${1##*/}" "$2" "$PYTHON" -m pytest -p no:cacheprovider --tb=short "$1" ||
-        CUDA_LAUNCH_BLOCKING=1 step "${1##*/} again, launches one by one" 60 \
-            "$PYTHON" -m pytest -p no:cacheprovider --tb=short -x "$1"
+checked() { # checked FILE: run a file of kernel tests, interpreted without a GPU; where one fails, say in which launch
+    local name=${1##*/} pytest=("$PYTHON" -m pytest -p no:cacheprovider -W ignore::RuntimeWarning --tb=short "$1")
+    if [ "$cuda" != 1 ]; then
+        TRITON_INTERPRET=1 step "$name" 900 "${pytest[@]}"
+    else
+        step "$name" 60 "${pytest[@]}" || CUDA_LAUNCH_BLOCKING=1 step "$name again, launches one by one" 60 "${pytest[@]}" -x
+    fi
 }
 
 bench() { # bench SIZE SECONDS PATTERN [OPTION…]: the kernels at one size; a tiny one without a GPU
     local size=$1 seconds=$2 pattern=$3
     shift 3
-    [ "$cuda" = 1 ] || pattern="test_bench_kernel and tiny"
+    [ "$cuda" = 1 ] || pattern="kernel and tiny"
     step "kernels $size${*:+ $*}" $((seconds + 30)) "$PYTHON" -m pytest -p no:cacheprovider \
         -W ignore::pytest.PytestConfigWarning tests/test_bench_kernels.py -k "$pattern" --bench-seconds "$seconds" \
         --bench-json "$OUT/bench-$size.json" "$@"
@@ -63,7 +74,6 @@ parts() { # parts NAME SECONDS
     step "$1" "$2" "$PYTHON" -m benchmarks.gpu_parts --out "$OUT/parts.json" "$1"
 }
 
-cuda=$("$PYTHON" -c "import torch; print(int(torch.cuda.is_available()))") || exit 2
 {
     nvidia-smi -L 2>&1 || true
     "$PYTHON" -c "
@@ -76,7 +86,6 @@ if [ "$cuda" != 1 ]; then
     say "no CUDA device: kernels are interpreted, sizes are tiny; no figure here is a GPU's"
     echo "no CUDA device" >> "$OUT/versions.txt"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    interpret="env TRITON_INTERPRET=1"
 fi
 
 if [ -z "$MORE" ]; then
@@ -90,8 +99,7 @@ if [ -z "$MORE" ]; then
     train 90 --shape 1.5B --critic shared
     train 120 --shape 3B --critic shared
     for file in tests/triton_*.py; do
-        if [ "$cuda" = 1 ]; then checked "$file" 60; else step "${file##*/}" 600 ${interpret-} "$PYTHON" -m pytest \
-            -p no:cacheprovider -W ignore::RuntimeWarning --tb=short "$file"; fi
+        checked "$file"
     done
     parts decode 60
     parts tree 60
