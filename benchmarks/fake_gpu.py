@@ -1,7 +1,9 @@
 """Whole iterations on a GPU that is not there: every tensor has a device, a dtype and a shape, and no numbers.
 
-    python -m benchmarks.fake_gpu                    every shape and setting: prints a line for each
-    python -m benchmarks.fake_gpu --pairwise         a dozen of them, with two layers: every pair of values occurs
+    python -m benchmarks.fake_gpu                    every shape and setting, 144 cases: prints a line for each
+    python -m benchmarks.fake_gpu --pairwise         13 of them, in which every pair of values occurs
+
+A case has two layers of its shape, which differ in what surrounds them; `--layers 0` takes all.
 
 Torch's FakeTensorMode runs `run_iteration` as it is: prefill, decoding with CUDA graphs, statistics, update. Operators
 check devices, dtypes and shapes as on a card. Triton's launches are not run. Each is checked instead: its arguments
@@ -49,7 +51,6 @@ if __name__ == "__main__" and "--help" not in sys.argv and "-h" not in sys.argv:
     load_device()
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
@@ -57,6 +58,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from benchmarks.gpu_train import SHAPES, random_state  # noqa: E402
 from config import Config  # noqa: E402
 from kernels import tree_attention  # noqa: E402
+from kernels.backend import triton  # noqa: E402
 from simulator import Environment, open_environment  # noqa: E402
 from train_rlpa import run_iteration  # noqa: E402
 
@@ -221,8 +223,8 @@ def settings(case: dict) -> Config:
     return Config(ckpt="fake", num_iterations=1, **critic, **rest, **LENGTHS)
 
 
-def run_case(case: dict, layers: int | None, env: Environment) -> Counter:
-    """Run one iteration of a case on the fake card, with fewer layers if so many are given; return its launches."""
+def run_case(case: dict, layers: int, env: Environment) -> Counter:
+    """Run one iteration of a case on the fake card, with so many layers, or all (0); return its launches."""
     seen.clear()
     shape, config = SHAPES[case["shape"]], settings(case)
     shape = replace(shape, num_hidden_layers=layers) if layers else shape
@@ -261,13 +263,14 @@ def pairs_of(case: dict) -> set[tuple]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairwise", action="store_true", help="a dozen cases with two layers [all, with all layers]")
-    few = parser.parse_args().pairwise
+    parser.add_argument("--pairwise", action="store_true", help="13 cases [all 144]")
+    parser.add_argument("--layers", type=int, default=2, metavar="N", help="layers of each shape [2; 0: all]")
+    args = parser.parse_args()
     failed = 0
     with open_environment(Config(ckpt="fake")) as env:
-        for case in pairwise_cases() if few else every_case():
+        for case in pairwise_cases() if args.pairwise else every_case():
             try:
-                launches = run_case(case, 2 if few else None, env)
+                launches = run_case(case, args.layers, env)
                 print("ok    ", *case.values(), f" {launches.total()} launches of {len(launches)} kernels", flush=True)
             except Exception as error:  # whatever a case raises is its result, and the next one runs
                 failed += 1

@@ -94,7 +94,7 @@ def test_a_wrong_launch_is_found(why, change):
             launched(**{"x": x} | change(x))
 
 
-# ------------------------------------------------------------------------------------------------------- whole iterations
+# ---------------------------------------------------------------------------------------------------- whole iterations
 
 
 def test_iterations_of_a_random_policy(tmp_path, capsys):
