@@ -371,7 +371,9 @@ class Sampler:
             self.advance(lanes.clone())
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # All graphs compute in one pool of memory: one replays at a time, and what it returns has been sent by then.
+        pool = next((other.pool() for other, *_ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
             _, logprobs = self.advance(lanes)
         self.lengths.copy_(lengths)
         self.graphs[bucket] = graph, lanes, logprobs
@@ -462,8 +464,8 @@ def kv_budget(config: Config, device: torch.device) -> int:
     if config.kv_gib:
         return int(config.kv_gib * 2**30)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
-        return int(0.9 * (torch.cuda.mem_get_info(device)[0] + unused))
+        torch.cuda.empty_cache()  # torch keeps what was freed; what it still keeps now are holes, too small for a cache
+        return int(0.9 * torch.cuda.mem_get_info(device)[0])
     return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / world_size())
 
 

@@ -3,6 +3,7 @@
 The oracle of most tests is the same prompt, sampled alone by `generate`, which a full forward per token checks first.
 """
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable
 
@@ -11,9 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import sampler as sampler_module
+from config import Config
 from kernels.sample_head import sample
+from learners.loading import let_segments_grow
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from sampler import STEP, Draw, Sampler, generate
+from sampler import STEP, Draw, Sampler, generate, kv_budget
 
 CONFIG = Qwen2Config(vocab_size=53, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -522,6 +525,28 @@ def test_the_cache_may_be_filled_to_the_last_slot(policy):
         assert sampler.start(0, PROMPTS[2], range(n)) and sampler.cache.shape == (1, 9 + 20 * n)
         expected = generate(policy, [PROMPTS[2]], n=n, max_new_tokens=20, stop_ids=[], seeds=range(n))
         assert_same(finish(sampler), expected)
+
+
+def test_the_budget_on_cuda_is_what_is_free_in_whole(monkeypatch):
+    """Guards out of memory in a later rollout: what torch keeps in pieces is given back first, and counts as taken."""
+    free = {"bytes": 1000}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.update(bytes=5000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)  # 1000 of it in holes
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    assert kv_budget(Config(), torch.device("cuda")) == 4500
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_told_otherwise(monkeypatch, given):
+    """Guards the same, and a user's own settings of the allocator."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "max_split_size_mb:64")  # restored at the end
+        if name != given:
+            monkeypatch.delenv(name)
+    let_segments_grow()
+    found = {name: os.environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ}
+    assert found == ({given: "max_split_size_mb:64"} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 # ---------------------------------------------------------------------------------------------------------------- lag
