@@ -22,7 +22,14 @@ from kernels import set_backend
 from learners import sharding
 from learners.folder import SINGLE, carried_files, weight_files
 from learners.learner import Learner, is_sharded, optimizer_tensors
-from learners.loading import keep_freed_memory, load_all_personas, load_models, load_sharded, set_threads
+from learners.loading import (
+    keep_freed_memory,
+    let_segments_grow,
+    load_all_personas,
+    load_models,
+    load_sharded,
+    set_threads,
+)
 from learners.processes import Result, on_rank_0, rank
 from learners.weights import save_config, save_pretrained, stored_tensors
 from model import Qwen2ForCausalLM
@@ -84,6 +91,7 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     if folder and rank() == 0:
         check_sources(config, progress["sources"])
     personas, eval_sets = load_all_personas(config)
+    let_segments_grow()
     policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
     set_threads(policy.model, config)
     keep_freed_memory()

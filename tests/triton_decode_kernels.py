@@ -11,7 +11,7 @@ from test_decode_kernels import running
 from kernels.backend import INTERPRETED, jit, set_backend, tl
 from kernels.decode_attention import decode_attention, reference_decode
 from kernels.prefill_attention import Chunk, Chunks, attend_chunks, prefill_attention
-from kernels.rows import Rows
+from kernels.rows import Rows, adopt
 from kernels.sample_head import exponential, reference_exponentials, reference_sample, sample_head
 
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -36,7 +36,9 @@ def module(name: str):
 
 
 def draw(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
+    """Draw normals on the device: a CPU takes minutes for those of all tests at Qwen's sizes."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=DEVICE)).to(dtype)
 
 
 def assert_within(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
@@ -218,6 +220,36 @@ def test_a_graph_holds_a_step():
         torch.testing.assert_close(out, decode_attention(q, keys, values, on_device(step)))
 
 
+# --------------------------------------------------------------------------------------------------------------- adopt
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, candidate, tokens", [(2, 0, 80), (2, 1, 1), (4, 3, 33), (3, 0, 32), (5, 2, 65)])
+def test_adopt_equals_copies(n, candidate, tokens, dtype):
+    """Guards slots that overlap, offsets and edges of steps: each tensor is as after a copy, all else untouched."""
+    B, Hkv, Dh, prompt, layers = 3, 2, 128 if CUDA else 12, 7, 36 if CUDA else 2
+    tensors = [draw(B, Hkv, prompt + n * tokens + 3, Dh, dtype=dtype, seed=seed) for seed in range(2 * layers)]
+    expected = [stored.clone() for stored in tensors]
+    for stored in expected:
+        stored[1, :, prompt : prompt + tokens] = stored[1, :, prompt + candidate : prompt + n * tokens : n].clone()
+    adopt(tensors, 1, prompt, tokens, candidate, n)
+    assert all(map(torch.equal, tensors, expected))
+
+
+def test_adopt_is_one_launch(monkeypatch):
+    """Guards what a turn costs: two launches for each layer's keys, and for its values."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda addresses, *args, **options: launches.append((grid, addresses.tolist()))
+
+    monkeypatch.setattr(module("rows"), "adopt_kernel", Kernel())
+    tensors = [draw(1, 2, 9, 16, seed=seed) for seed in range(6)]
+    adopt(tensors, 0, 1, 3, 1, 2)
+    assert launches == [((6, 2), [stored.data_ptr() for stored in tensors])]
+
+
 # ------------------------------------------------------------------------------------------------------------- prefill
 
 
@@ -279,6 +311,13 @@ def test_noise_at_its_ends():
     assert ((out.cpu().double() - truth).abs() / truth).max() < 5e-6
 
 
+def product(hidden, weight) -> torch.Tensor:
+    """Return logits as plain torch has them: of bf16 inputs summed in fp32 by tensor cores, as the kernel's are."""
+    if CUDA and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
 def check_sample(hidden, weight, temperature, seeds, steps) -> torch.Tensor:
     """Compare one call to fp64: the very ids, but for ties to within rounding, and their log-probs; return the ids."""
     ids, logprobs = sample_head(hidden, weight, temperature, seeds, steps)
@@ -288,7 +327,7 @@ def check_sample(hidden, weight, temperature, seeds, steps) -> torch.Tensor:
     assert (keys.gather(1, ids[:, None])[:, 0] >= keys.amax(1) - tolerance).all()
     assert (ids != keys.argmax(1)).sum() <= len(ids) // 50  # ties are rare
     truth = z.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    plain = (hidden.float() @ weight.float().T / (temperature or 1.0)).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    plain = (product(hidden, weight) / (temperature or 1.0)).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     assert logprobs.dtype == torch.float32 and ids.dtype == torch.long
     eps = torch.finfo(torch.float32).eps * max(1.0, float(z.abs().max()))
     assert (logprobs.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 4 * eps
