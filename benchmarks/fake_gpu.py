@@ -71,8 +71,8 @@ VALUES = {  # of each setting that makes a branch; k1 … exact: --kl-estimator
     "dtype": ("bfloat16", "float32"),
 }
 LENGTHS = dict(
-    rollout_batch_size=2, minibatch_size=2, decode_batch_size=2, max_turns=3, num_candidates=4, max_new_tokens=4,
-    microbatch_tokens=200, num_personas=8,
+    rollout_batch_size=2, minibatch_size=2, decode_batch_size=1, max_turns=2, num_candidates=4, max_new_tokens=4,
+    microbatch_tokens=400, num_personas=8,
 )  # fmt: skip
 STOPS = (2,)  # the id of <|im_end|> in tiny's tokenizer
 seen: Counter = Counter()  # launches by kernel
