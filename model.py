@@ -27,7 +27,7 @@ from kernels.decode_attention import decode_attention
 from kernels.prefill_attention import Chunks, prefill_attention
 from kernels.rmsnorm import rmsnorm
 from kernels.rope import rope, rope_into_cache
-from kernels.rows import Rows
+from kernels.rows import Rows, adopt
 from kernels.swiglu import swiglu
 from kernels.tree_attention import Tree, tree_attention
 from untrusted.files import check_value, read_json
@@ -449,9 +449,7 @@ class KVCache:
 
         The row then holds `prompt` slots of prompt and `tokens` of the candidate, one after another.
         """
-        for stored in self.keys + self.values:
-            own = stored[row, :, prompt + candidate : prompt + n * tokens : n]
-            stored[row, :, prompt : prompt + tokens] = own.clone()  # the two overlap
+        adopt(self.keys + self.values, row, prompt, tokens, candidate, n)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ import os
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from config import Config
 from dialogue import ChatTokenizer
-from kernels.backend import use_triton
+from kernels.backend import send, use_triton
 from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
 from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
@@ -68,6 +69,13 @@ class Row:
     def running(self) -> bool:
         """Say whether one of the candidates is still running."""
         return any(not draw.stop_reason for draw in self.draws)
+
+
+class Sent(NamedTuple):
+    """Tensors on their way to the host, and the event of their arrival; None: they are there."""
+
+    tensors: list[Tensor]
+    arrived: torch.cuda.Event | None
 
 
 class Sampler:
@@ -121,7 +129,7 @@ class Sampler:
         self.lanes = torch.zeros(7, 0, dtype=torch.long, device=self.device)  # (7, R)
         self.stride = torch.tensor([0, 1, n, 1, 0, 0, 0], device=self.device)[:, None]  # what each step adds to a lane
         self.padding = torch.tensor([0, 0, 0, 0, -1, -1, 0], device=self.device)[:, None]  # a lane of no candidate
-        self.pending: deque[tuple[list[Draw], Tensor, Tensor]] = deque()  # sampled, but not read by the host yet
+        self.pending: deque[tuple[list[Draw], Sent]] = deque()  # sampled, but not read by the host yet
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by bucket: graph, lanes, log-probs
         self.trunk = cached_trunk(policy)
         self.resize([], 0, 0)
@@ -273,11 +281,14 @@ class Sampler:
         while self.queued:
             ended += self.prefill()
         if self.draws:
-            # The torch path reads numbers on the host, which a CUDA graph cannot.
-            graphs = self.device.type == "cuda" and use_triton(self.policy.head_weight)
-            token, logprob = self.replay() if graphs else self.advance(self.lanes)
+            token, logprob = self.replay() if self.uses_graphs else self.advance(self.lanes)
             ended += self.read(self.draws, token, logprob)
         return ended
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Say whether a step is a CUDA graph: the torch path reads numbers on the host, which a graph cannot."""
+        return self.device.type == "cuda" and use_triton(self.policy.head_weight)
 
     def prefill(self) -> list[Draw]:
         """Compute the first queued prompts, at most PREFILL_TOKENS together, and sample each candidate's first token.
@@ -294,17 +305,15 @@ class Sampler:
             slots += range(kept, len(prompt))
             token_ids += prompt[kept:]
         group, self.queued = self.queued[: len(chunks)], self.queued[len(chunks) :]
-        token_ids, rows, slots = torch.tensor([token_ids, rows, slots], device=self.device)  # (N,) each
+        token_ids, rows, slots = send([token_ids, rows, slots], self.device)  # (N,) each
         hidden = self.compute(token_ids, slots, Cached(self.cache, rows, slots, chunks=Chunks(chunks)))  # (N, D)
-        last = hidden[torch.tensor([chunk.last - 1 for chunk in chunks], device=self.device)]  # (prompts, D)
-        lanes = torch.tensor(
-            [
-                [0, len(prompt), len(prompt) + c, 0, row, row * self.n + c, seeds[c]]
-                for row, _, prompt, seeds in group
-                for c in range(self.n)
-            ],
-            device=self.device,
-        ).T.contiguous()  # (7, prompts * n)
+        last = hidden[send([chunk.last - 1 for chunk in chunks], self.device)]  # (prompts, D)
+        lanes = [
+            [0, len(prompt), len(prompt) + c, 0, row, row * self.n + c, seeds[c]]
+            for row, _, prompt, seeds in group
+            for c in range(self.n)
+        ]
+        lanes = send(lanes, self.device).T.contiguous()  # (7, prompts * n)
         joined = lanes[ROW, :: self.n]
         self.prompt[joined] = lanes[POSITION, :: self.n]
         if self.uniforms.shape[2]:
@@ -350,7 +359,7 @@ class Sampler:
             lanes[:, :R], lanes[:, R:] = self.lanes, self.padding
             self.lanes = lanes[:, :R]
         graph.replay()
-        return lanes[TOKEN, :R].clone(), logprobs[:R].clone()
+        return lanes[TOKEN, :R], logprobs[:R]  # the next replay overwrites them; `read` has sent them by then
 
     def capture(self, bucket: int) -> None:
         """Capture `advance` for this many lanes; excess lanes are padding, which belongs to no row."""
@@ -362,7 +371,9 @@ class Sampler:
             self.advance(lanes.clone())
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # All graphs compute in one pool of memory: one replays at a time, and what it returns has been sent by then.
+        pool = next((other.pool() for other, *_ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
             _, logprobs = self.advance(lanes)
         self.lengths.copy_(lengths)
         self.graphs[bucket] = graph, lanes, logprobs
@@ -387,15 +398,28 @@ class Sampler:
         self.lengths[rows] = self.prompt[rows] + self.n * lanes[STEP]  # the token that is fed next included
         self.growth[rows] = self.n
 
+    def to_host(self, *tensors: Tensor) -> Sent:
+        """Copy tensors to the host behind what the device does now; the host does not wait for it."""
+        if self.device.type != "cuda":
+            return Sent([*tensors], None)
+        copies = [x.to("cpu", non_blocking=True, copy=True) for x in tensors]  # into pinned memory: torch sees to it
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Sent(copies, arrived)
+
     def read(self, draws: list[Draw], token: Tensor, logprob: Tensor) -> list[Draw]:
         """Append sampled tokens to their draws, up to `lag` steps late; candidates that ended leave the lanes.
 
-        Returns the draws that ended.
+        The host waits for the tokens of the older step alone: the GPU computes the newer one meanwhile. Returns the
+        draws that ended.
         """
-        self.pending.append((draws, token, logprob))
+        self.pending.append((draws, self.to_host(token, logprob)))
         ended = []
         while len(self.pending) > self.lag:
-            draws, token, logprob = self.pending.popleft()
+            draws, sent = self.pending.popleft()
+            if sent.arrived:
+                sent.arrived.synchronize()
+            token, logprob = sent.tensors
             for draw, token_id, value in zip(draws, token.tolist(), logprob.tolist(), strict=True):
                 if draw.stop_reason:  # it ended in the step before, which the host has read only now
                     continue
@@ -412,7 +436,7 @@ class Sampler:
         if ended:
             going = [i for i, draw in enumerate(self.draws) if not draw.stop_reason]
             self.draws = [self.draws[i] for i in going]
-            self.use_lanes(self.lanes[:, torch.tensor(going, dtype=torch.long, device=self.device)])
+            self.use_lanes(self.lanes[:, send(going, self.device)])
         if not self.draws:
             self.pending.clear()
         return ended
@@ -440,8 +464,8 @@ def kv_budget(config: Config, device: torch.device) -> int:
     if config.kv_gib:
         return int(config.kv_gib * 2**30)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
-        return int(0.9 * (torch.cuda.mem_get_info(device)[0] + unused))
+        torch.cuda.empty_cache()  # torch keeps what was freed; what it still keeps now are holes, too small for a cache
+        return int(0.9 * torch.cuda.mem_get_info(device)[0])
     return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / world_size())
 
 

@@ -28,7 +28,7 @@ from endpoints.speech import split_thoughts
 from endpoints.wire import ChatError, ChatReply, Message
 from evaluation import prompting
 from kernels import set_backend
-from learners.loading import compute_dtype, keep_freed_memory, set_threads
+from learners.loading import compute_dtype, keep_freed_memory, let_segments_grow, set_threads
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from sampler import Draw, Sampler, make_sampler
@@ -64,6 +64,7 @@ def counted_by(candidate: Candidate) -> str:
 
 def load_checkpoint(folder: Path, config: Config) -> tuple[Qwen2ForCausalLM, ChatTokenizer]:
     """Load a policy for sampling; ValueError in one line if folder or tokenizer is amiss."""
+    let_segments_grow()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(folder, dtype=compute_dtype(config, device), device=device).requires_grad_(False)
     chat = ChatTokenizer.from_folder(folder, policy.config.vocab_size)

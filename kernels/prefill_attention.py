@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from kernels.backend import INTERPRETED, jit, tl, use_triton
+from kernels.backend import INTERPRETED, jit, send, tl, use_triton
 
 TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=3)  # 64 keys a step would spill on an A100 at Dh 128
 FP32_TILE = dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
@@ -64,7 +64,7 @@ class Chunks:
     def tiles(self, block: int, device: torch.device) -> Tensor:
         """Return the tiles on a device, (tiles, 4) int32."""
         if block not in self.kept:
-            self.kept[block] = torch.tensor(self.cut(block), dtype=torch.int32, device=device)
+            self.kept[block] = send(self.cut(block), device).int()
         return self.kept[block]
 
 

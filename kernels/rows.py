@@ -6,7 +6,8 @@
 
 The n candidates of a turn start together, so token j of candidate c lies in slot P + j n + c. The prompt is stored once
 and read once for all candidates. Behind it each candidate sees only its own slots. With n = 1 a row is a plain
-sequence. Nothing is moved when a candidate ends.
+sequence. Nothing is moved when a candidate ends. When a turn is over, `adopt` moves the winner's tokens next to one
+another, in all layers by one launch: an array holds the addresses of the layers' keys and values.
 
 Letters: B rows of the cache, n candidates of each, R running candidates with one query each, S slots that are read.
 """
@@ -21,6 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.backend import jit, send, tl, use_triton
+
+ADOPT = dict(BLOCK=32, num_warps=4)  # tokens a step
 EVEN = 1.25  # rows are read in one call if padding them to the longest one reads at most this factor more
 
 
@@ -80,3 +84,52 @@ class Rows:
         n, slot = self.members.shape[1], torch.arange(int(length.max()), device=self.prompt.device)
         own = (slot - prompt) % n == torch.arange(n, device=slot.device)[:, None]
         return torch.where(((slot < prompt) | own) & (slot < length), 0.0, -torch.inf)
+
+
+# --------------------------------------------------------------------------------------------------------------- adopt
+
+
+@jit(do_not_specialize=("row", "prompt", "tokens", "candidate", "capacity"))
+def adopt_kernel(
+    addresses, like, row, prompt, tokens, candidate, capacity,
+    CANDIDATES: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move a candidate's tokens together in KV head `program_id` 1 of tensor `program_id` 0.
+
+    addresses (tensors,) int64, each that of a contiguous (B, HKV, capacity, DH) of the type of `like`. Token i goes
+    from slot prompt + candidate + i * CANDIDATES to prompt + i, which is never behind. So whoever goes upwards writes
+    only where all has been read, provided that a step's reads are over before its writes: hence the barrier.
+    """
+    stored = tl.load(addresses + tl.program_id(0)).to(like.dtype)
+    stored = tl.multiple_of(stored, 16)
+    stored += ((row.to(tl.int64) * HKV + tl.program_id(1)) * capacity + prompt) * DH
+    dim, offset = tl.arange(0, DIM)[None, :], tl.arange(0, BLOCK)[:, None]
+    for first in range(0, tokens, BLOCK):
+        token = first + offset
+        inside = (token < tokens) & (dim < DH)
+        own = tl.load(stored + (candidate + token * CANDIDATES) * DH + dim, mask=inside)
+        tl.debug_barrier()
+        tl.store(stored + token * DH + dim, own, mask=inside)
+
+
+def adopt(tensors: list[Tensor], row: int, prompt: int, tokens: int, candidate: int, n: int) -> None:
+    """Keep one of a row's n candidates in tensors (B, Hkv, capacity, Dh) of one shape and type, each contiguous.
+
+    The row then holds `prompt` slots of prompt and `tokens` of the candidate, one after another.
+
+    >>> stored = torch.arange(8.0).view(1, 1, 8, 1)
+    >>> adopt([stored], row=0, prompt=2, tokens=3, candidate=1, n=2)
+    >>> stored.flatten().tolist()[:5]
+    [0.0, 1.0, 3.0, 5.0, 7.0]
+    """
+    if use_triton(tensors[0]):
+        # Asked for anew each time: addresses kept from before a resize would lead into freed memory.
+        addresses = send([stored.data_ptr() for stored in tensors], tensors[0].device)
+        _, Hkv, capacity, Dh = tensors[0].shape
+        sizes = dict(CANDIDATES=n, HKV=Hkv, DH=Dh, DIM=1 << (Dh - 1).bit_length())
+        grid = len(tensors), Hkv
+        adopt_kernel[grid](addresses, tensors[0], row, prompt, tokens, candidate, capacity, **sizes, **ADOPT)
+        return
+    for stored in tensors:
+        own = stored[row, :, prompt + candidate : prompt + n * tokens : n]
+        stored[row, :, prompt : prompt + tokens] = own.clone()  # the two overlap

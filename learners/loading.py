@@ -132,6 +132,15 @@ def set_threads(policy: nn.Module, config: Config) -> None:
     torch.set_num_threads(config.threads or (1 if tiny else max(1, (os.cpu_count() or 1) // world_size())))
 
 
+def let_segments_grow() -> None:
+    """Let torch's CUDA allocator map memory page by page, unless the environment says otherwise; call it before CUDA.
+
+    Else what updates free lies in pieces, and no later KV cache fits into one of them.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first allocation
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks up to 32 MiB: given back, each of the next forward's temporaries is paged in anew.
 

@@ -35,8 +35,9 @@ from kernels.linear_logprob import dlogits_kernel, fold_kernel
 
 # not "from kernels import rmsnorm": a package's attribute may be the function of that name
 rmsnorm, rope, swiglu = (importlib.import_module(f"kernels.{name}") for name in ("rmsnorm", "rope", "swiglu"))
-decode, prefill, sampling = (
-    importlib.import_module(f"kernels.{name}") for name in ("decode_attention", "prefill_attention", "sample_head")
+decode, prefill, sampling, rows = (
+    importlib.import_module(f"kernels.{name}")
+    for name in ("decode_attention", "prefill_attention", "sample_head", "rows")
 )
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: A100, H100/H200, B200
 FP32, BF16, INT64 = "*fp32", "*bf16", "*i64"
@@ -156,6 +157,14 @@ def prefill_case(model: Model) -> Case:
     return with_tile(prefill.prefill_kernel, types, tile, (), **sizes)
 
 
+def adopt_case(model: Model) -> Case:
+    """Make the case of a candidate's adoption at one model's sizes."""
+    types = dict(addresses=INT64, like=model.dtype)
+    types |= dict.fromkeys(("row", "prompt", "tokens", "candidate", "capacity"), "i32")
+    sizes = dict(CANDIDATES=4, HKV=model.Hkv, DH=model.Dh, DIM=model.Dh)
+    return with_tile(rows.adopt_kernel, types, rows.ADOPT, (), **sizes)
+
+
 def sampling_cases() -> list[Case]:
     """List the two kernels of sampling from the head, at each number of rows that has a tile of its own."""
     cases = []
@@ -170,7 +179,7 @@ def sampling_cases() -> list[Case]:
     return [*cases, with_tile(sampling.merge_blocks_kernel, types, sampling.MERGE, ())]
 
 
-CASES = [*head_cases(), *sampling_cases(), *map(prefill_case, MODELS)]
+CASES = [*head_cases(), *sampling_cases(), *map(prefill_case, MODELS), *map(adopt_case, [MODELS[0], *MODELS[2:]])]
 CASES += [case for m in MODELS for case in model_cases(m) + decode_cases(m)]
 MODEL_SIZES = ("blocks",)  # the vocabulary's: the same in every call of a run
 

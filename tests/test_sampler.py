@@ -3,16 +3,20 @@
 The oracle of most tests is the same prompt, sampled alone by `generate`, which a full forward per token checks first.
 """
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import sampler as sampler_module
+from config import Config
 from kernels.sample_head import sample
+from learners.loading import let_segments_grow
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
-from sampler import STEP, Draw, Sampler, generate
+from sampler import STEP, Draw, Sampler, generate, kv_budget
 
 CONFIG = Qwen2Config(vocab_size=53, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, rope_theta=5000.0)  # fmt: skip
@@ -523,6 +527,28 @@ def test_the_cache_may_be_filled_to_the_last_slot(policy):
         assert_same(finish(sampler), expected)
 
 
+def test_the_budget_on_cuda_is_what_is_free_in_whole(monkeypatch):
+    """Guards out of memory in a later rollout: what torch keeps in pieces is given back first, and counts as taken."""
+    free = {"bytes": 1000}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.update(bytes=5000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)  # 1000 of it in holes
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    assert kv_budget(Config(), torch.device("cuda")) == 4500
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_told_otherwise(monkeypatch, given):
+    """Guards the same, and a user's own settings of the allocator."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "max_split_size_mb:64")  # restored at the end
+        if name != given:
+            monkeypatch.delenv(name)
+    let_segments_grow()
+    found = {name: os.environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ}
+    assert found == ({given: "max_split_size_mb:64"} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 # ---------------------------------------------------------------------------------------------------------------- lag
 
 
@@ -544,6 +570,64 @@ def test_reading_late_changes_nothing(policy, n):
     assert {1, 2, 20} <= set(lengths) if n == 4 else 20 in lengths
     # The first step gives two tokens, the prefill's and a decoded one.
     assert list(steps) == [max(1, length - 1) for length in lengths] and list(late_steps) == lengths
+
+
+class CudaInName(str):
+    """A device's name that says it were CUDA, where all is computed on a CPU."""
+
+    type = "cuda"
+
+
+class Calls(TorchFunctionMode):
+    """Note what a CUDA machine would queue or wait for: copies that do not wait, events, replays, pinned tensors."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen, calls = [], self
+
+        class Event:
+            def record(self):
+                self.number = sum(call.startswith("record") for call in calls.seen) + 1
+                calls.seen.append(f"record {self.number}")
+
+            def synchronize(self):
+                calls.seen.append(f"wait {self.number}")
+
+        def replay(sampler):
+            calls.seen.append("replay")
+            return sampler.advance(sampler.lanes)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(Sampler, "replay", replay)
+        monkeypatch.setattr(Sampler, "uses_graphs", True)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.to and kwargs.get("non_blocking") and kwargs.get("copy"):
+            self.seen.append("copy")
+        elif func is torch.tensor:
+            assert kwargs.pop("pin_memory", False), "a copy from memory that is not pinned waits for the device"
+        return func(*args, **kwargs)
+
+
+def test_the_host_waits_for_the_older_step_only(policy, monkeypatch):
+    """Guards the lag of a GPU: step t's copy and event are queued behind its replay, and then t - 1's are waited for.
+
+    And lists of numbers go to the device pinned, so that closing up the lanes does not wait for step t either.
+    """
+    expected = generate(policy, PROMPTS[:3], n=4, max_new_tokens=5, stop_ids=STOPS, seeds=range(12))
+    sampler = new_sampler(policy, n=4, max_new_tokens=5, lag=1)
+    for key in range(3):
+        assert sampler.start(key, PROMPTS[key], range(4 * key, 4 * key + 4))
+    sampler.device = CudaInName("cpu")
+    with Calls(monkeypatch) as calls:
+        draws = finish(sampler)
+    assert_same(draws, expected)
+    assert len({len(draw.token_ids) for draw in draws}) > 1  # lanes close up in between
+    seen, steps = ["copy", "copy", "record 1"], calls.seen.count("replay")
+    for step in range(2, steps + 2):
+        seen += ["replay", "copy", "copy", f"record {step}", f"wait {step - 1}"]
+    assert calls.seen == seen and steps == 5
 
 
 # ------------------------------------------------------------------------------------------------- errors, small print

@@ -11,7 +11,7 @@ from test_decode_kernels import running
 from kernels.backend import INTERPRETED, jit, set_backend, tl
 from kernels.decode_attention import decode_attention, reference_decode
 from kernels.prefill_attention import Chunk, Chunks, attend_chunks, prefill_attention
-from kernels.rows import Rows
+from kernels.rows import Rows, adopt
 from kernels.sample_head import exponential, reference_exponentials, reference_sample, sample_head
 
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -218,6 +218,36 @@ def test_a_graph_holds_a_step():
             held.copy_(new)
         graph.replay()
         torch.testing.assert_close(out, decode_attention(q, keys, values, on_device(step)))
+
+
+# --------------------------------------------------------------------------------------------------------------- adopt
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, candidate, tokens", [(2, 0, 80), (2, 1, 1), (4, 3, 33), (3, 0, 32), (5, 2, 65)])
+def test_adopt_equals_copies(n, candidate, tokens, dtype):
+    """Guards slots that overlap, offsets and edges of steps: each tensor is as after a copy, all else untouched."""
+    B, Hkv, Dh, prompt, layers = 3, 2, 128 if CUDA else 12, 7, 36 if CUDA else 2
+    tensors = [draw(B, Hkv, prompt + n * tokens + 3, Dh, dtype=dtype, seed=seed) for seed in range(2 * layers)]
+    expected = [stored.clone() for stored in tensors]
+    for stored in expected:
+        stored[1, :, prompt : prompt + tokens] = stored[1, :, prompt + candidate : prompt + n * tokens : n].clone()
+    adopt(tensors, 1, prompt, tokens, candidate, n)
+    assert all(map(torch.equal, tensors, expected))
+
+
+def test_adopt_is_one_launch(monkeypatch):
+    """Guards what a turn costs: two launches for each layer's keys, and for its values."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda addresses, *args, **options: launches.append((grid, addresses.tolist()))
+
+    monkeypatch.setattr(module("rows"), "adopt_kernel", Kernel())
+    tensors = [draw(1, 2, 9, 16, seed=seed) for seed in range(6)]
+    adopt(tensors, 0, 1, 3, 1, 2)
+    assert launches == [((6, 2), [stored.data_ptr() for stored in tensors])]
 
 
 # ------------------------------------------------------------------------------------------------------------- prefill
