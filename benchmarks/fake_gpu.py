@@ -71,8 +71,8 @@ VALUES = {  # of each setting that makes a branch; k1 … exact: --kl-estimator
     "dtype": ("bfloat16", "float32"),
 }
 LENGTHS = dict(
-    rollout_batch_size=2, minibatch_size=2, decode_batch_size=2, max_turns=2, num_candidates=4, max_new_tokens=4,
-    microbatch_tokens=200, num_personas=8,
+    rollout_batch_size=2, minibatch_size=2, decode_batch_size=1, max_turns=2, num_candidates=4, max_new_tokens=4,
+    microbatch_tokens=400, num_personas=8,
 )  # fmt: skip
 STOPS = (2,)  # the id of <|im_end|> in tiny's tokenizer
 seen: Counter = Counter()  # launches by kernel
@@ -93,7 +93,7 @@ def check_launch(kernel: triton.runtime.JITFunction, *args, grid, warmup: bool, 
     assert all(isinstance(value, int) and value > 0 for value in launch.values()), f"{kernel.__name__}: {launch}"
     for parameter in kernel.params:
         check_argument(f"{kernel.__name__}({parameter.name})", given[parameter.name], parameter.is_constexpr)
-    seen[kernel.__name__] += 1
+    seen[f"{kernel.__module__.removeprefix('kernels.')}.{kernel.__name__}"] += 1
 
 
 def check_argument(name: str, value: object, constant: bool) -> None:
@@ -163,6 +163,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, block_mask, enable_gqa: boo
     """Stand in for compiled flex_attention: check what it is given, and return what has its shape and gradients."""
     assert q.device == k.device == v.device == CARD and q.dtype == k.dtype == v.dtype
     assert block_mask.kv_num_blocks.device == CARD and block_mask.seq_lengths == (q.shape[2], k.shape[2])
+    seen["flex_attention"] += 1
     return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
 
 
@@ -181,12 +182,12 @@ class Stream:
 
 def card() -> dict[str, object]:
     """Return what `torch.cuda` says of an H200 on which nothing runs."""
-    gib = 2**30
+    gib, hopper = 2**30, dict(major=9, minor=0)
     return dict(
         is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda *_: "NVIDIA H200",
         set_device=lambda *_: None, synchronize=lambda *_: None, empty_cache=lambda: None,
         mem_get_info=lambda *_: (130 * gib, 140 * gib), memory_reserved=lambda *_: 0, memory_allocated=lambda *_: 0,
-        get_device_properties=lambda *_: SimpleNamespace(multi_processor_count=132, L2_cache_size=50 << 20, major=9),
+        get_device_properties=lambda *_: SimpleNamespace(multi_processor_count=132, L2_cache_size=50 << 20, **hopper),
         Stream=Stream, Event=Stream, current_stream=lambda *_: Stream(), stream=lambda *_: nullcontext(),
         CUDAGraph=lambda *_, **__: SimpleNamespace(replay=lambda: None), graph=lambda *_, **__: nullcontext(),
         graph_pool_handle=lambda: (0, 0), is_current_stream_capturing=lambda: False,
@@ -266,15 +267,17 @@ def main() -> None:
     parser.add_argument("--pairwise", action="store_true", help="13 cases [all 144]")
     parser.add_argument("--layers", type=int, default=2, metavar="N", help="layers of each shape [2; 0: all]")
     args = parser.parse_args()
-    failed = 0
+    failed, everything = 0, Counter()
     with open_environment(Config(ckpt="fake")) as env:
         for case in pairwise_cases() if args.pairwise else every_case():
             try:
                 launches = run_case(case, args.layers, env)
                 print("ok    ", *case.values(), f" {launches.total()} launches of {len(launches)} kernels", flush=True)
+                everything += launches
             except Exception as error:  # whatever a case raises is its result, and the next one runs
                 failed += 1
                 print("FAILED", *case.values(), f" {type(error).__name__}: {error}"[:2000], flush=True)
+    print("launches of all cases:", *(f"{name} {count}" for name, count in sorted(everything.items())), sep="\n  ")
     sys.exit(1 if failed else 0)
 
 

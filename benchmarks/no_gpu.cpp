@@ -27,11 +27,13 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 namespace at {
 struct CUDAHooks : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  Allocator* getPinnedMemoryAllocator() const override { return GetAllocator(DeviceType::CPU); }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 }  // namespace at
