@@ -25,7 +25,7 @@ lint: $(VENV)/dev
 tiny: $(VENV)/runtime
 	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) -m tiny.make --out tiny
 
-# On a GPU machine, with the Python that has its torch: make bench-gpu OUT=DIR PYTHON=python3
+# On a GPU machine, with the Python that has its torch: make bench-gpu OUT=DIR PYTHON=python3 (then gpu.sh DIR more)
 bench-gpu:
 	@test -n "$(OUT)" || { echo "usage: make bench-gpu OUT=folder PYTHON=python3"; exit 2; }
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUT)

@@ -7,6 +7,7 @@ Defaults are the published ones (arXiv 2505.15456), except --history-profile. A 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_type_hints
 
@@ -30,6 +31,7 @@ class Config:
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
     run_dir: str = ""  # where everything is written; empty: runs/<date-time>_<process>
     overwrite: bool = False  # remove the run that --run-dir holds already
+    save: Literal["run", "policy", "nothing"] = "run"  # run: all that --resume needs; policy: its weights, in --dtype
     resume: str = ""  # a run folder to go on with from its newest checkpoint; addresses and key are given anew
     seed: Natural = 0  # every random stream is derived from it and from what the stream is for
 
@@ -81,9 +83,10 @@ class Config:
     # --- advantages
     advantage: Literal["gae", "rloo", "grpo"] = "gae"  # by a critic (published), or against a turn's other candidates
     credit: Literal["turn", "dialogue"] = "turn"  # dialogue: GAE goes on along the chosen path; turn is published
-    gamma: Share = 1.0  # discount per token
+    gae_level: Literal["token", "turn"] = "token"  # GAE's step: a token (published), or a whole turn
+    gamma: Share = 1.0  # discount per token; with --gae-level turn it must be 1
     gamma_turn: Share = 1.0  # discount per turn boundary with --credit dialogue; 0 equals --credit turn
-    gae_lambda: Share = 0.95  # GAE's lambda per token
+    gae_lambda: Share = 0.95  # GAE's lambda per step
     kl_estimator: Literal["k1", "k3", "exact"] = "k1"  # k1: in the reward (published); k3, or exact over V: in the loss
     kl_coef: Amount = 0.01  # weight of the KL to the reference policy; 0 switches it off and saves its forward
 
@@ -101,6 +104,9 @@ class Config:
     schedule_iterations: Natural = 0  # iterations until the cosine ends; 0: all; a resumed run keeps what it began with
     max_grad_norm: Positive = 1.0  # global norm that gradients are clipped to
     clip_eps: Positive = 0.2  # ratio clip of the policy loss
+    clip_eps_high: Amount = 0.0  # its upper side, at least --clip-eps ("clip-higher"); 0: the same
+    dual_clip: Amount = 0.0  # c >= 1: with an advantage A < 0 the loss is at most c |A|; 0: no bound
+    sampler_correction: Amount = 0.0  # C >= 1: weigh each token's policy loss by min(C, p_trainer / p_sampler); 0: off
     value_clip: Positive = 0.2  # clip of the value's move away from the old value
     entropy_coef: Amount = 0.0  # weight of an entropy bonus
     critic: Literal["separate", "shared"] = "separate"  # its own trunk (published), or a head on the policy's trunk
@@ -139,6 +145,8 @@ class Config:
             raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
         if self.advantage != "gae":
             refuse_critic_flags(self)
+        check_credit(self)
+        check_clips(self)
         if self.dry_run and self.dry_run != HERE:
             dry_run_devices(self)
         if self.record and self.replay:
@@ -158,12 +166,47 @@ def refuse_critic_flags(config: Config) -> None:
         raise ValueError(
             f"--num-candidates 1 leaves nothing to compare with; --advantage {config.advantage} needs 2 or more"
         )
-    needed = {"credit": "turn", "critic": "separate", "critic_ckpt": "", "critic_warmup": 0}
+    needed = {"credit": "turn", "gae_level": "token", "critic": "separate", "critic_ckpt": "", "critic_warmup": 0}
     for name, without in needed.items():
         if getattr(config, name) != without:
             raise ValueError(
                 f"{flag(name)} {getattr(config, name)} needs --advantage gae: {config.advantage} has no critic"
             )
+
+
+def check_credit(config: Config) -> None:
+    """Raise ValueError for discounts of steps that do not exist."""
+    if config.credit == "turn" and config.gamma_turn != Config.gamma_turn:
+        raise ValueError(f"--gamma-turn {config.gamma_turn} needs --credit dialogue: with turn, no later turn counts")
+    if config.gae_level == "turn" and config.gamma != 1:
+        raise ValueError(f"--gamma {config.gamma} needs --gae-level token: a turn is one step; see --gamma-turn")
+
+
+def check_clips(config: Config) -> None:
+    """Raise ValueError for limits that would cut where nothing has changed yet, and for one without effect."""
+    for name, least in {"clip_eps_high": config.clip_eps, "dual_clip": 1.0, "sampler_correction": 1.0}.items():
+        if 0 < getattr(config, name) < least:
+            raise ValueError(f"{flag(name)} is {getattr(config, name)}; give at least {least}, or 0 to switch it off")
+    if config.sampler_correction and config.old_logprobs == "sampler":
+        raise ValueError(
+            f"--sampler-correction {config.sampler_correction} needs --old-logprobs trainer (or auto):"
+            " the sampler's own leave nothing to correct"
+        )
+
+
+def refuse_ignored(config: Config, given: Collection[str]) -> None:
+    """Raise ValueError for a flag that was given and has no effect; what a checkpoint brings along may have none."""
+    ignored: dict[str, str] = {}
+    if config.advantage != "gae":
+        names = ("gamma", "gae_lambda", "reward_at", "critic_lr", "value_clip")
+        ignored = dict.fromkeys(names, f"--advantage gae: {config.advantage} has no critic")
+    elif config.gae_level == "turn":
+        ignored = {"reward_at": "--gae-level token: a turn's rewards are summed"}
+        if config.credit == "turn":
+            ignored["gae_lambda"] = "--credit dialogue: with --gae-level turn, a turn alone is one step"
+    for name, needed in ignored.items():
+        if name in given:
+            raise ValueError(f"{flag(name)} {getattr(config, name)} needs {needed}")
 
 
 def dry_run_devices(config: Config) -> tuple[int, float]:

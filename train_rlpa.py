@@ -154,6 +154,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
         for p in packed:
             add_advantages(p, config) if critic else add_group_advantages(p, config)
         scale = whiten_advantages(packed, config.advantage)
+        if config.sampler_correction:
+            scale |= correct_for_sampler(packed, config.sampler_correction)
     with env.timers("update"), processes.computing():
         per_iteration = config.num_epochs * len(batches)
         progress = (state.updates, state.schedule_iterations * per_iteration)
@@ -339,7 +341,8 @@ def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
     """
     if config.old_logprobs != "auto":
         return config.old_logprobs == "sampler"
-    return policy.head_weight.dtype == torch.float32 and not use_triton(policy.head_weight)
+    weight = policy.head_weight
+    return weight.dtype == torch.float32 and not use_triton(weight) and not config.sampler_correction
 
 
 def statistics_of(
@@ -374,6 +377,9 @@ def add_advantages(p: Packed, config: Config) -> None:
 
     With credit "turn", GAE ends at a turn's last token. With "dialogue", it continues at the first token of the next
     turn's chosen candidate. User tokens are skipped; γ_turn is the discount between turns.
+
+    With `--gae-level turn` a candidate is one step (arXiv 2512.17008): R is the sum of its tokens' rewards, V the value
+    before its first token, δ = R + γ_turn V_{next turn} − V. All its tokens get its advantage A and the return A + V.
     """
     gamma_turn = config.gamma_turn if config.credit == "dialogue" else 0.0
     values = p.values.tolist()
@@ -387,11 +393,16 @@ def add_advantages(p: Packed, config: Config) -> None:
             rewards, own_values = token_rewards(span, p, config), values[span.start : span.stop]
             ahead_advantage = gamma_turn * next_advantage if span.chosen else 0.0
             ahead = gamma_turn * next_value, ahead_advantage
-            advantages[span.start : span.stop] = gae(rewards, own_values, *ahead, config.gamma, config.gae_lambda)
+            if config.gae_level == "turn":  # one step: its tokens share V before the first of them, and A
+                values[span.start : span.stop] = own_values[:1] * len(rewards)
+                found = gae([sum(rewards)], own_values[:1], *ahead, config.gamma, config.gae_lambda) * len(rewards)
+            else:
+                found = gae(rewards, own_values, *ahead, config.gamma, config.gae_lambda)
+            advantages[span.start : span.stop] = found
             first_of_chosen = span.start if span.chosen else first_of_chosen
         next_value, next_advantage = values[first_of_chosen], advantages[first_of_chosen]
     p.advantages = torch.tensor(advantages)
-    p.returns = p.advantages + p.values  # before whitening: the critic learns rewards, not standard deviations
+    p.returns = p.advantages + torch.tensor(values)  # before whitening: the critic learns rewards, not deviations
 
 
 def token_rewards(span: Span, p: Packed, config: Config) -> list[float]:
@@ -480,6 +491,23 @@ def whiten_advantages(packed: list[Packed], advantage: str = "gae") -> dict[str,
     for p in packed:
         p.advantages = (p.advantages - shift) / scale
     return {"advantage_mean": mean, "advantage_std": std}
+
+
+def correct_for_sampler(packed: list[Packed], most: float) -> dict[str, float]:
+    """Multiply each token's advantage by w = min(C, π_old / π_sampler); returns all ranks' mean w and share above C.
+
+    The ratio π / π_old starts at the trainer's log-probs, but the sampler's probabilities chose the tokens; w corrects
+    for it (arXiv 2110.00641: the decoupled objective; truncated as in E. Ionides, 2008). PPO's loss is proportional to
+    A, so w weighs it. No gradient flows through w. The value loss, the entropy and a KL in the loss have no weight.
+    """
+    sums = torch.zeros(3, dtype=torch.double)
+    for p in packed:
+        gap = p.old_logprobs - p.sampler_logprobs
+        weights = gap.clamp(max=math.log(most)).exp()  # cut before exp: it cannot overflow
+        p.advantages = p.advantages * weights
+        sums += torch.stack([torch.tensor(len(gap)), weights.sum(), (gap > math.log(most)).sum()])
+    count, total, truncated = processes.all_sum(sums).tolist()
+    return {"sampler_weight": total / max(1, count), "sampler_weight_truncated": truncated / max(1, count)}
 
 
 # --------------------------------------------------------------------------------------------------------------- Update
@@ -613,7 +641,10 @@ def token_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return PPO's loss of each action token, and statistics of each; all tensors are (N,).
 
-    −min(ratio · A, clip(ratio, 1 − ε, 1 + ε) · A), with ratio = π(y) / π_old(y)      (arXiv 1707.06347, eq. 7)
+    −min(ratio · A, clip(ratio, 1 − ε, 1 + ε_high) · A), with ratio = π(y) / π_old(y)      (arXiv 1707.06347, eq. 7)
+
+    ε_high is ε, or above it for clip-higher (arXiv 2503.14476): unlikely tokens may rise more. Dual clip (arXiv
+    1912.09729) bounds the loss by c · |A| where A < 0; without it, it grows with the ratio, and so does the gradient.
 
     >>> x = torch.tensor([0.0, 0.5])  # log-probs rose by 0 and by 0.5; the second ratio, 1.65, is clipped at 1.2
     >>> losses, statistics = token_losses(x, torch.zeros(2), torch.ones(2), torch.zeros(2), Config(ckpt="x"))
@@ -622,15 +653,20 @@ def token_losses(
     """
     log_ratio = (new_logprobs - old_logprobs).clamp(-20, 20)  # no overflow; beyond ±20 there is no gradient
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)  # where min picks it, the gradient is 0
-    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    high = config.clip_eps_high or config.clip_eps
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + high)  # where min picks it, the gradient is 0
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if config.dual_clip:
+        bounded = (advantages < 0) & (ratio > config.dual_clip)  # beyond it the gradient is 0
+        objective = torch.where(bounded, config.dual_clip * advantages, objective)
+    losses = -objective
     if config.kl_estimator in KL_ESTIMATORS:  # k1 was subtracted from the reward; ppo_head adds the exact KL
         gap = (new_logprobs - ref_logprobs).clamp(-20, 20)
         losses = losses + config.kl_coef * KL_ESTIMATORS[config.kl_estimator](gap)
     deviation = (ratio - 1).abs()
     return losses, {
         "approx_kl": ratio - 1 - log_ratio,  # k3 of KL(old policy ‖ new policy)
-        "clip_frac": (deviation > config.clip_eps).to(ratio.dtype),
+        "clip_frac": (ratio != clipped).to(ratio.dtype),
         "ratio_dev": deviation,
         "ratio": ratio,
     }

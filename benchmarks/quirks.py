@@ -169,6 +169,10 @@ QUIRKS: dict[str, tuple[str, Quirk]] = {
     "error-in-choice": ("half a sentence beside an `error`, one seed in ten", with_choice(
         lambda said: {"content": said[: len(said) // 2], "error": {"message": "upstream died"}}, 10)),
     "length": ("finish_reason length, one seed in ten", with_choice(lambda said: {"finish_reason": "length"}, 10)),
+    "ran-on": ("goes on behind `<\\|im_end\\|>`, one seed in three", with_choice(
+        lambda said: {"content": f"{said}<|im_end|>\n<|im_start|>user\n{THOUGHTS}"}, 3)),
+    "details": ("thoughts as Open WebUI folds them", with_choice(lambda said: {
+        "content": f'<details type="reasoning" done="true"><summary>Thought</summary>{THOUGHTS}</details>\n{said}'})),
     "no-usage": ("no `usage`", with_usage(None)),
     "usage-absurd": ("`usage` of 400 digits", with_usage({"prompt_tokens": 10**399, "completion_tokens": 10**9})),
     "seed": ("400: no `seed` (Mistral's words)", lambda asked: (422, {"detail": [

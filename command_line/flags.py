@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from command_line.exits import check_prices, refuse
-from config import HERE, Config, flag
+from config import HERE, Config, flag, refuse_ignored
 from endpoints.wire import shown_url
 from learners.weights import resolve_checkpoint
 from untrusted.files import check_value, read_json
@@ -53,6 +53,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> Config:
         raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
     folder = resolve_checkpoint(given["ckpt"])
     config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
+    refuse_ignored(config, given)
     if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
         raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")
     config.run_dir = config.run_dir or new_folder()
@@ -138,7 +139,8 @@ def check_settings(settings: dict, path: Path) -> dict:
     hints = get_type_hints(Config, include_extras=True)
     for name, value in settings.items():
         if name not in hints:
-            raise ValueError(f"{path} sets {shorten(name, 40)!r}, which is no setting of this trainer")
+            is_model = "; it is a model's, not a run's" if "model_type" in settings else ""
+            raise ValueError(f"{path} sets {shorten(name, 40)!r}, which is no setting of this trainer{is_model}")
         check_value(value, hints[name], f"{path}: {flag(name)}")
     return settings
 
@@ -155,6 +157,8 @@ def resumed_config(given: dict) -> Config:
             f"--resume takes its settings from {path}; drop {', '.join(flag(name) for name in sorted(others))}"
         )
     settings = run_settings(run_dir)
+    if (kept := settings.get("save", "run")) != "run":
+        raise ValueError(f"--resume {run_dir}: --save {kept} left nothing to go on from; start anew, with --save run")
     for name in given.keys() & set(MOVED):
         if not (given[name] and settings.get(name)):
             raise ValueError(f"{path} holds {flag(name)} {settings.get(name) or '(none)'}; another one is another run")

@@ -49,7 +49,8 @@ def dry_run(config: Config) -> str:
         room = torch.cuda.get_device_properties(0).total_memory
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
-    dialogues = config.num_iterations * config.rollout_batch_size or len(load_all_personas(config)[0])
+    personas, _ = load_all_personas(config)  # a bad file is told here, before anything is paid for
+    dialogues = config.num_iterations * config.rollout_batch_size or len(personas)
     judge_calls = bool(config.judge_url) + (config.profile_judge == "http")
     calls = memory.calls(dialogues, turns, n, judge_calls, bool(config.first_user_message))
     return memory.report(model, plan, room, work, dialogues, calls)

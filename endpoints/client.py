@@ -48,6 +48,7 @@ RETRIED_4XX = {408, 409, 425, 429}  # time-out, conflict, too early, too many re
 AWAY = {"connect", "timeout", "http_5xx", "rate_limited", "outage"}  # any other answer shows that the endpoint is alive
 FIRST_ATTEMPTS = 4  # of a call, while no call was ever answered: an endpoint that is alive but useless stays so
 FIRST_REFUSALS = 3  # calls, while none was ever answered: then there is no use in further ones
+PLAIN_HTTP = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # what OpenSSL calls a reply without encryption
 CLOSED = "the client was closed"
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 PING_TOKENS = 2  # of a probe and its answer
@@ -115,7 +116,7 @@ class ChatClient:
         self.tape, self.name = tape, name
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
         self._tally: Counter[str] = Counter()
-        self._thinkers: set[str] = set()  # endpoints whose thoughts were told of
+        self._told: set[tuple[str, str]] = set()  # (endpoint, habit) that was told of
         self._lock = threading.Lock()
         self._idle: dict[str, list[tuple[requests.Session, CuttableAdapter]]] = {url: [] for url in urls}  # open
         self._in_flight: dict[int, tuple[CuttableAdapter, float]] = {}  # thread id → its adapter and its deadline
@@ -145,7 +146,8 @@ class ChatClient:
             prompt, said = reply.prompt_tokens, reply.tokens
             counts["prompt_tokens"] = sum(len(m["content"].split()) for m in messages) if prompt is None else prompt
             counts["completion_tokens"] = len(reply.split()) if said is None else said
-            counts.update(without_usage=prompt is None or said is None, length=reply.cut, thoughts=reply.thoughts)
+            counts.update(without_usage=prompt is None or said is None, length=reply.cut, thoughts=reply.thoughts,
+                          ran_on=reply.ran_on)
         with self._lock:
             self._tally.update(counts)
         return reply
@@ -213,16 +215,18 @@ class ChatClient:
         used, failure = most_tokens, None  # where the endpoint does not say
         try:
             reply = bound_usage(self._attempt_as_taken(url, request, deadline), most_tokens)
-            thoughts = reply.thoughts
+            thoughts, ran_on = reply.thoughts, reply.ran_on
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
             error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
             self.last_failure = failure = error
-            used, thoughts = 0, error.reason == "only_thoughts"
+            used, thoughts, ran_on = 0, error.reason == "only_thoughts", False
         self.quota.take(used - most_tokens, requests=0)
         if thoughts:
-            self._tell_of_thoughts(url)
+            self._tell_once(url, "sends thoughts in its text")
+        if ran_on:
+            self._tell_once(url, "does not stop where a turn ends (its stop tokens are wrong)")
         if failure and failure.reason in AWAY:
             self._note_failure(url, failure, probe)
         elif self.breakers[url].answered():
@@ -238,8 +242,8 @@ class ChatClient:
             try:
                 return self._attempt(url, json.dumps(without(request, changed)).encode(), deadline)
             except ChatError as error:
-                part = refused_part(error.status, error.words)
-                if not part or part in changed:
+                part = refused_part(error.status, error.words, changed)
+                if not part:
                     raise
                 failure = error
             with self._lock:
@@ -315,13 +319,13 @@ class ChatClient:
 
         requests (calls, made or replayed), retries (repeated attempts), errors (failed attempts by reason),
         prompt_tokens and completion_tokens (words, where the endpoint does not say), without_usage (calls for which it
-        did not say), length (replies that ended at max_tokens), thoughts (replies that held some) and breaks (how often
-        a breaker opened).
+        did not say), length (replies that ended at max_tokens), thoughts (replies that held some), ran_on (replies that
+        went on behind the end of their turn) and breaks (how often a breaker opened).
         """
         with self._lock:
             tally = dict(self._tally)
         totals = ("requests", "retries", "prompt_tokens", "completion_tokens", "without_usage", "length", "thoughts",
-                  "breaks")
+                  "ran_on", "breaks")
         errors = {key.removeprefix("errors "): n for key, n in tally.items() if key.startswith("errors ")}
         return {key: tally.get(key, 0) for key in totals} | {"errors": errors}
 
@@ -347,6 +351,8 @@ class ChatClient:
         cause = f"{type(error).__name__}: {shorten(self._redact(str(error)))}"
         if isinstance(error, ssl.SSLCertVerificationError):  # no patience changes it
             return ChatError("certificate", f"the certificate of {shown} is not trusted ({cause})", retryable=False)
+        if isinstance(error, ssl.SSLError) and error.reason in PLAIN_HTTP:
+            return ChatError("certificate", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
         return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
@@ -400,13 +406,13 @@ class ChatClient:
         if opened:
             self.notify(f"{self.name or 'an endpoint'}: {error}; left alone until a probe is answered")
 
-    def _tell_of_thoughts(self, url: str) -> None:
-        """Say once per endpoint that it sends thoughts in its text."""
+    def _tell_once(self, url: str, habit: str) -> None:
+        """Say once per endpoint what it does to its text."""
         with self._lock:
-            new = url not in self._thinkers
-            self._thinkers.add(url)
+            new = (url, habit) not in self._told
+            self._told.add((url, habit))
         if new:
-            self.notify(f"{self.name or 'an endpoint'}: {shown_url(url)} sends thoughts in its text; they are cut away")
+            self.notify(f"{self.name or 'an endpoint'}: {shown_url(url)} {habit}; that is cut away")
 
     def _may_be_out(self, failure: ChatError, since: float) -> bool:
         """Say whether a failure may be that of all endpoints: none has answered anybody since then."""

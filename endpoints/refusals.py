@@ -79,8 +79,8 @@ CHANGES = {
 }
 
 
-def refused_part(status: int, words: str) -> str:
-    """Name the part of a request that a server refuses, as in CHANGES; "" if its words name none.
+def refused_part(status: int, words: str, changed: Collection[str] = ()) -> str:
+    """Name the part of a request that a server refuses, as in CHANGES; "" if its words name none but the `changed`.
 
     >>> refused_part(400, "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.")
     'max_tokens'
@@ -89,7 +89,8 @@ def refused_part(status: int, words: str) -> str:
     """
     if status not in REFUSING:
         return ""
-    return next((part for part, change in CHANGES.items() if re.search(change.words, words.lower())), "")
+    refused = (part for part, change in CHANGES.items() if re.search(change.words, words.lower()))
+    return next((part for part in refused if part not in changed), "")
 
 
 def without(request: Request, parts: Collection[str]) -> Request:
@@ -110,11 +111,15 @@ def way_out(name: str, error: ChatError) -> str:
     'check --judge-model and the address'
     """
     if error.reason == "certificate":
-        return "REQUESTS_CA_BUNDLE can name a file with its authority"
+        return "REQUESTS_CA_BUNDLE can name a file with a server's authority"
     address, model, key = FLAGS.get(name, ("the address", "the model after #", "--subject-key-env"))
     match error.status:
-        case 401 | 403:
+        case 401:
             return f"check {key}"
+        case 403:  # the key's rights, or a wall that lets nobody in
+            return f"check {key} and the address"
+        case 400 | 422 if re.search(r"\bmodel\b", error.words, re.IGNORECASE):
+            return f"check {model}"
         case 404 | 405:
             return f"check {model} and the address"
         case status if 300 <= status < 400:

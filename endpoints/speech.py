@@ -16,6 +16,11 @@ from untrusted.plain_text import json_type, plain_text, shorten
 BROKEN_OFF = {"error", "abort", "aborted", "cancelled", "network_error", "insufficient_system_resource"}
 FILTERED = {"content_filter", "refusal", "safety", "sensitive", "prohibited_content"}
 CUT = {"length", "max_tokens", "model_length"}
+# Tokens that end a turn in the templates of ChatML, Llama 2 and 3, Gemma, Phi, GLM and DeepSeek. Nobody types them.
+TURN_ENDS = re.compile(
+    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|start_header_id|user|assistant|system)\|>|</s>"
+    r"|<(?:end|start)_of_turn>|<｜(?:end▁of▁sentence|User|Assistant)｜>"
+)
 THOUGHT_PARTS = {"thinking", "reasoning", "redacted_thinking"}  # kinds of parts: Mistral, gateways to Claude
 
 
@@ -36,13 +41,15 @@ def parse_reply(raw: bytes, secret: str = "") -> ChatReply:
     spoken, thoughts = _content(choice.get("message"), ended, raw)
     spoken = spoken.encode("utf-8", "replace").decode()  # tokenizers crash at a lone surrogate
     speech, cut_away = split_thoughts(plain_text(spoken.replace(secret, "***") if secret else spoken).strip())
+    speech, *further = TURN_ENDS.split(speech, maxsplit=1)  # a server that knows no stop token lets the model run on
+    speech = speech.strip()
     hint = "; it ended at max_tokens: switch thinking off in the server" if ended in CUT else ""
     if not speech and (thoughts or cut_away):
         raise ChatError("only_thoughts", f"the reply holds thoughts and nothing after them{hint}")
     if not speech:
         raise ChatError("empty", f"choices[0].message.content is blank{hint}")
     reply = ChatReply(speech)
-    reply.cut, reply.thoughts = ended in CUT, bool(thoughts or cut_away)
+    reply.cut, reply.thoughts, reply.ran_on = ended in CUT, bool(thoughts or cut_away), bool(further)
     reply.tokens, reply.prompt_tokens = _usage(body)
     return reply
 
@@ -149,6 +156,7 @@ SPELLINGS = (  # (kind, opening mark, closing mark); a comment names the models 
     ("token", r"<\|channel\|>\s?(?:analysis|commentary)(?:[^<]|<\|constrain\|>){0,80}<\|message\|>",
      r"<\|channel\|>\s?final(?:[^<]|<\|constrain\|>){0,80}<\|message\|>"),  # gpt-oss (harmony)
     ("phrase", r"(?-i:\A(?:assistant)?(?:analysis|commentary)(?=[A-Z]))", r"(?-i:assistantfinal)"),  # tokens lost
+    ("phrase", r"\A<details\b[^<>]{0,80}type=.reasoning.[^<>]{0,80}>", r"</details>"),  # Open WebUI
     ("phrase", r"\AHere(?: is|'s) my thought process:", r"Here(?: is|'s) my response:"),  # Granite
     ("token", r"\AHere are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),  # Apriel
 )  # fmt: skip

@@ -20,7 +20,7 @@ START = b'{"endpoint": "'  # of every line, and so of the file: the mark by whic
 MAX_LINE = 8 << 20  # bytes of a call: a reply of 256 KiB, each character of which may take six bytes, and its errors
 CALL = {"endpoint": str, "request": str, "seed": int | None, "failed": list[str], "check": int}  # fields of each line
 REPLY = {"text": str, "prompt_tokens": int | None, "completion_tokens": int | None}
-NOTES = ("cut", "thoughts")  # attributes of a reply that are written where they are true
+NOTES = ("cut", "thoughts", "ran_on")  # attributes of a reply that are written where they are true
 FAILURE = {"error": str, "message": str}
 
 
@@ -137,5 +137,5 @@ def _read_call(line: bytes, where: str) -> tuple[str, Call]:
         return found["request"], Call(ChatError(found["error"], found["message"]), tuple(found["failed"]))
     reply = ChatReply(found["text"])
     reply.tokens, reply.prompt_tokens = found["completion_tokens"], found["prompt_tokens"]
-    reply.cut, reply.thoughts = (found.get(what, False) for what in NOTES)
+    reply.cut, reply.thoughts, reply.ran_on = (found.get(what, False) for what in NOTES)
     return found["request"], Call(reply, tuple(found["failed"]))

@@ -34,6 +34,7 @@ class ChatReply(str):
     prompt_tokens: int | None = None
     cut: bool = False  # it ended at max_tokens
     thoughts: bool = False  # its text held thoughts, which are cut away
+    ran_on: bool = False  # its text went on behind a token that ends a turn; what stood there is cut away
 
 
 class ChatError(Exception):

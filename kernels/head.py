@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CACHED_ELEMENTS = 1 << 18  # 1 MiB of fp32: what a core's cache holds
+TILE_BYTES = 64 << 20  # of logits that exist at one time, where no L2 cache is known: on a CPU
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -19,8 +20,18 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def new_workspace(nbytes: int, hidden: Tensor, V: int) -> Tensor:
-    """Return a flat buffer of nbytes for logits, or of fewer if all (N, V) need fewer, in the dtype of sums."""
+def tile_bytes(device: torch.device) -> int:
+    """Return the bytes of logits that exist at one time: on CUDA half of the L2 cache, whose rest the operands need."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) if device.type == "cuda" else 0
+    return cache // 2 or TILE_BYTES
+
+
+def new_workspace(nbytes: int | None, hidden: Tensor, V: int, models: int = 1) -> Tensor:
+    """Return one of `models` flat buffers that share nbytes (None: `tile_bytes`) for logits, in the dtype of sums.
+
+    It is smaller if all (N, V) need fewer.
+    """
+    nbytes = (tile_bytes(hidden.device) if nbytes is None else nbytes) // models
     dtype = sum_dtype(hidden)
     everything = len(hidden) * (-(-V // 128) * 128)  # whole tiles
     return torch.empty(min(nbytes // dtype.itemsize, max(128, everything)), dtype=dtype, device=hidden.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels import head
 from kernels.backend import LOWEST, first_order, jit, tl, use_triton
-from kernels.linear_logprob import WORKSPACE, finish, new_stats
+from kernels.linear_logprob import finish, new_stats
 
 TILE = dict(BLOCK=2048, num_warps=8)  # two logits for each column: half the columns of linear_logprob's tile
 
@@ -170,9 +170,9 @@ def finish_kl(stats: Tensor) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------------------------------------------- forward, backward
 
 
-def both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes: int):
+def both_tiles(hidden, weight, ref_hidden, ref_weight, workspace_bytes: int | None):
     """Yield rows, ids and both models' logits of each tile."""
-    space, ref_space = (head.new_workspace(workspace_bytes // 2, hidden, len(weight)) for _ in range(2))
+    space, ref_space = (head.new_workspace(workspace_bytes, hidden, len(weight), models=2) for _ in range(2))
     for rows, ids in head.tile_slices(len(hidden), len(weight), len(space)):
         logits = head.matmul(hidden[rows], weight[ids].T, space)
         yield rows, ids, logits, head.matmul(ref_hidden[rows], ref_weight[ids].T, ref_space)
@@ -206,7 +206,7 @@ class LinearKL(torch.autograd.Function):
 
 def linear_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float = 1.0,
-    *, workspace_bytes: int = WORKSPACE,
+    *, workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the exact KL of each token's two distributions, and log p(target) and entropy of the policy.
 

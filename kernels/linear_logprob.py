@@ -28,7 +28,6 @@ from torch import Tensor
 from kernels import head
 from kernels.backend import LOWEST, first_order, jit, tl, use_triton
 
-WORKSPACE = 64 << 20  # bytes of logits that exist at one time
 TILE = dict(BLOCK=4096, num_warps=8)  # 16 logits a thread: enough loads in flight, and no spills
 
 
@@ -192,7 +191,7 @@ def linear_logprob(
     targets: Tensor,
     temperature: float = 1.0,
     *,
-    workspace_bytes: int = WORKSPACE,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log softmax(hidden @ weight.T / temperature)[targets], its entropy (nats) and its log-sum-exp.
 
@@ -201,7 +200,7 @@ def linear_logprob(
         weight: (V, D) head weight, of the same dtype.
         targets: (N,) long, token ids in [0, V).
         temperature: > 0; divides the logits, as it did in sampling.
-        workspace_bytes: bound on the logits that exist at one time.
+        workspace_bytes: bound on the logits that exist at one time; default `head.tile_bytes`.
     Returns:
         logprobs, entropy and logsumexp, (N,) fp32 each (fp64 for fp64); the first two differentiable, with any
         upstream gradients.

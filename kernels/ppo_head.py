@@ -35,7 +35,9 @@ from kernels.backend import first_order
 from kernels.linear_kl import dlogits_kl, finish_kl, fold_kl, new_kl_stats, reference_kl
 from kernels.linear_logprob import dlogits, finish, fold, new_stats, reference_logprob
 
-WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of logits at one time: 1,766 tokens of 151,936 on CUDA
+# Bytes of logits at one time: 1,766 tokens of 151,936 on CUDA. Not of the L2, as the tiles of the other heads: every
+# chunk reads and writes the whole (V, D) gradient, which costs more than logits that miss the cache.
+WORKSPACE = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 Statistics = dict[str, Tensor]  # name → (n,) of n tokens
 TokenLosses = Callable[..., tuple[Tensor, Statistics]]
@@ -112,7 +114,7 @@ class PPOHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, per_token, reference, loss, workspace_bytes):
         N, V = len(hidden), len(weight)
         models = 1 if reference is None else 2
-        spaces = [head.new_workspace(workspace_bytes // models, hidden, V) for _ in range(models)]
+        spaces = [head.new_workspace(workspace_bytes, hidden, V, models) for _ in range(models)]
         most, parts = len(spaces[0]) // V, []
         if N and most < 1:
             raise ValueError(f"workspace_bytes is {workspace_bytes}; one token's logits need {V * spaces[0].itemsize}")

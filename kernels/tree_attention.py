@@ -27,12 +27,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kernels import cpu
 from kernels.backend import first_order
 
 MASKED = -torch.inf
+BLOCK = 128  # tokens of a block that flex_attention visits or skips: its own default, which its tiles divide
+NOWHERE = 2**62  # above all numbers of tokens
+
+# By the card's capability, the width of a head and the bytes of a number: what replaces flex_attention's own choices
+# where registers would spill to memory (torch 2.11 to 2.13). Others keep the defaults.
+FLEX_OPTIONS = {
+    ((9, 0), 64, 2): {"fwd_num_warps": 8},
+    ((9, 0), 128, 2): dict(
+        bwd_BLOCK_M1=32, bwd_BLOCK_N1=128, bwd_BLOCK_M2=128, bwd_BLOCK_N2=32, bwd_num_warps=8, bwd_num_stages=2
+    ),
+}
 
 
 class Block(NamedTuple):
@@ -78,13 +89,29 @@ class Tree:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """Return the mask of flex_attention, once for all layers, for CUDA."""
+        """Return the mask of flex_attention, once for all layers, for CUDA: which blocks it skips, masks or sees whole.
+
+        For each block of queries and each key it counts the queries that see the key: those that are numbered in
+        [enter, leave). That is T² / BLOCK numbers, where a dense mask has T².
+        """
         T, enter, leave = len(self.enter), self.enter, self.leave
+        fill = (0, -T % BLOCK)  # to whole blocks, with queries that see nothing and keys that nobody sees
+        queries = F.pad(enter, fill, value=NOWHERE).view(-1, BLOCK).sort(dim=1).values
+
+        def below(numbers: Tensor) -> Tensor:
+            return torch.searchsorted(queries, numbers.repeat(len(queries), 1), out_int32=True)
+
+        def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+            order = blocks.int().argsort(dim=1, descending=True, stable=True)
+            return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
         def ancestor(b, h, i, j):
             return (enter[j] <= enter[i]) & (enter[i] < leave[j])
 
-        return create_block_mask(ancestor, None, None, T, T, device=enter.device)
+        counts = F.pad(below(leave) - below(enter), fill).view(len(queries), len(queries), BLOCK)
+        whole = counts.amin(2) == BLOCK
+        masked = (counts.amax(2) > 0) & ~whole
+        return BlockMask.from_kv_blocks(*listed(masked), *listed(whole), BLOCK, ancestor, seq_lengths=(T, T))
 
 
 def reference_tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
@@ -126,8 +153,12 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be one row of the tree's {T} tokens")
     if len(tree.leave) != T or sum(sizes) != T or (sizes and tree.blocks[0].prefix is not None):
         raise ValueError(f"blocks of {sizes} tokens, the first a trunk, must be the {T} of enter")
+    if q.is_cuda and T <= BLOCK:  # nothing to skip; and torch.compile would make a kernel of its own for one block
+        return reference_tree_attention(q, k, v, tree)
     if q.is_cuda:
-        return compiled_flex_attention()(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
+        options = FLEX_OPTIONS.get((torch.cuda.get_device_capability(q.device), q.shape[3], q.dtype.itemsize))
+        flex = compiled_flex_attention()
+        return flex(q, k, v, block_mask=tree.block_mask, enable_gqa=True, kernel_options=options)
     if cpu.use_cpu(q) and q.shape[3] in cpu.HEAD_DIMS:
         rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, H, Dh): as the projections wrote them
         return TileAttention.apply(*rows, tree.spans).transpose(0, 1)[None]

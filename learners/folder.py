@@ -69,8 +69,12 @@ def refuse_other_kinds(folder: Path) -> None:
             f"{folder} is an adapter (LoRA) alone; merge it into {base} first (peft: merge_and_unload, then"
             " save_pretrained) and give that folder"
         )
+    if (folder / "checkpoints").is_dir() and (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{folder} is a run; give {folder / 'checkpoints'}/iteration_NUMBER/policy")
+    if (folder / "trainer.json").is_file() and (folder / "policy").is_dir():
+        raise ValueError(f"{folder} is a checkpoint of a run; give {folder / 'policy'}")
     gguf = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
-    if gguf and not (folder / CONFIG).is_file():
+    if gguf and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise ValueError(f"{folder} holds GGUF ({shorten(gguf[0])}), which is not read; give the model in safetensors")
 
 

@@ -168,6 +168,7 @@ def joined_processes(config: Config | AgreedError) -> Iterator[dist.Store | None
     whose settings are bad joins, too: the others must hear of it. Yields torchrun's store on rank 0, if there is one.
     """
     settings = Config() if isinstance(config, AgreedError) else config
+    take_device()
     store = launcher_store(settings.collective_timeout)
     try:
         join_processes(store, settings.collective_timeout, settings.shard)
@@ -175,6 +176,19 @@ def joined_processes(config: Config | AgreedError) -> Iterator[dist.Store | None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def take_device() -> None:
+    """Make this process's own GPU the current one: Triton, FSDP and NCCL use it, wherever the tensors are.
+
+    Raises ValueError if the machine has fewer GPUs than processes.
+    """
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        if number >= count:
+            raise ValueError(f"process {number} of this machine needs a GPU of its own; torch sees {count}: start"
+                             f" torchrun with --nproc-per-node {count}")  # fmt: skip
+        torch.cuda.set_device(number)
 
 
 def join_processes(store: dist.Store | None, timeout: float, alone: bool = False) -> None:

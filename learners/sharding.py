@@ -14,7 +14,6 @@ Shards are rows: parameter (R, ...) is cut as by `torch.chunk` along its first a
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -35,8 +34,6 @@ from model import Critic, Qwen2Config, Qwen2ForCausalLM
 def make_mesh() -> DeviceMesh:
     """Make the row of all processes that parameters are cut along; all of them must call it."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":  # FSDP takes the current device
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return init_device_mesh(kind, (world_size(),))
 
 

@@ -96,6 +96,8 @@ def read_weights(
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> dict[str, Tensor]:
     """Read a model's weights by name, or the `part` of each that is wanted; raise ValueError naming tensor and file."""
+    # On Hopper SDPA prefers cuDNN, which plans for each new shape, up to 400 ms; every rollout has thousands of them.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     allowed = dict(shapes)
     if isinstance(model, Qwen2ForCausalLM):

@@ -73,6 +73,8 @@ def save_and_stop(end: Stopped | Unavailable, state: State, log: RunLog | None) 
         log.close()
     asked = {name: value for name in ASKED if (value := getattr(state.config, name))}
     hint = f"saved after iteration {state.iteration}; go on with: {resume_command(state.config.run_dir, asked)}"
+    if (kept := state.config.save) != "run":
+        hint = f"ended after iteration {state.iteration}; it cannot go on, because --save {kept} was given"
     if isinstance(end, Unavailable):
         raise Unavailable(f"{end}; {hint}") from None
     if log:

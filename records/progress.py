@@ -86,8 +86,8 @@ def finish(
     log.close()
     log.draw()
     show_transcripts(before, after)
-    policy = log.folder / "checkpoints" / state.saved / "policy"
-    say(clean_text(f"run folder: {log.folder}; curve: {log.folder / 'curve.png'}; policy: {policy}"))
+    policy = f"; policy: {log.folder / 'checkpoints' / state.saved / 'policy'}" if state.saved else ""
+    say(clean_text(f"run folder: {log.folder}; curve: {log.folder / 'curve.png'}{policy}"))
     with decorative("the sum of all calls"):  # older records of the run may be damaged
         records = map(json.loads, (log.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         calls = sum_counters([Counter({k: v for k, v in r.items() if k.startswith(ENDPOINTS)}) for r in records])

@@ -162,21 +162,25 @@ def fingerprint(config: Config, name: str) -> str:
 
 
 def save_checkpoint(state: State) -> None:
-    """Write models in Hugging Face layout and the trainer's state, such that a kill anywhere leaves it whole or absent.
+    """Write what --save asks for, in Hugging Face layout, such that a kill anywhere leaves it whole or absent.
 
     Every rank calls it; rank 0 writes, and all write what is sharded. Raises ValueError on every rank if that fails.
     """
+    if state.config.save == "nothing":
+        return
     if state.evaluated and math.isfinite(state.reward) and all(state.reward > reward for reward in state.best.values()):
         state.best = {checkpoint_name(state): state.reward}
     folder = Path(state.config.run_dir) / "checkpoints" / checkpoint_name(state)
+    whole = state.config.save == "run"
 
     def write() -> None:
-        write_checkpoint(state, temporary)
+        write_checkpoint(state, temporary) if whole else write_policy(state, temporary)
         checkpoints.publish(temporary, folder)
         checkpoints.prune(folder, state.config.keep_last, *state.best)
 
     temporary = on_rank_0(lambda: writing(folder, lambda: checkpoints.prepare(folder)))
-    writing(folder, lambda: write_shards(state, temporary))
+    if whole:
+        writing(folder, lambda: write_shards(state, temporary))
     on_rank_0(lambda: writing(folder, write))
     state.saved = folder.name
 
@@ -209,6 +213,12 @@ def write_checkpoint(state: State, folder: Path) -> None:
     save_texts(state, folder / "policy")
     progress = {name: getattr(state, name) for name in PROGRESS}
     (folder / "trainer.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+
+
+def write_policy(state: State, folder: Path) -> None:
+    """Write the policy alone, as it samples: no fp32 masters, and no run goes on from it."""
+    save_pretrained(state.policy.sampled, folder / "policy")
+    save_texts(state, folder / "policy")
 
 
 def write_shards(state: State, folder: Path) -> None:
@@ -254,10 +264,10 @@ def resume_point(config: Config) -> Path:
 def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:
     """Return the settings with which processes go on that torchrun has restarted: in the run folder that they had.
 
-    From its newest checkpoint, or, as long as there was none, from the start.
+    From its newest checkpoint, or, as long as there was none to go on from (--save), from the start.
     """
     if store is None or not store.check(["run_dir"]):
         return config
     run_dir = store.get("run_dir").decode()
-    begun = bool(checkpoints.published(Path(run_dir) / "checkpoints"))
+    begun = config.save == "run" and bool(checkpoints.published(Path(run_dir) / "checkpoints"))
     return replace(config, run_dir=run_dir, resume=run_dir if begun else "", overwrite=not begun)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,7 @@ from hypothesis import HealthCheck, settings
 from benchmarks.peers import PACKAGES
 from benchmarks.table import render
 
-ROWS, NOTES = pytest.StashKey[list[dict]](), pytest.StashKey[dict[str, list[str]]]()
-START = pytest.StashKey[float]()
+REPORT, START = pytest.StashKey["Report"](), pytest.StashKey[float]()
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # no test fails because its machine is busy
 
@@ -32,25 +34,43 @@ def pytest_addoption(parser):
     parser.addoption(
         "--bench-seconds", type=float, default=float("inf"), help="begin no further measurement after so many seconds"
     )
+    parser.addoption("--bench-json", type=Path, help="file to write all measurements to, anew after each of them")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Make room for the measurements, and let ours be the only table."""
-    config.stash[ROWS], config.stash[NOTES], config.stash[START] = [], {}, time.monotonic()
+    config.stash[REPORT] = Report(file=config.getoption("--bench-json"))
+    config.stash[START] = time.monotonic()
     config.option.benchmark_quiet = True
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests of Ctrl-C, and their children, want it
 
 
+@dataclass
+class Report:
+    """What has been measured, and notes with the places where they hold; in a file after each measurement."""
+
+    rows: list[dict] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    file: Path | None = None
+
+    def keep(self, row: dict) -> None:
+        """Add a measurement, and write all of them: a run may be cut short at any time."""
+        self.rows.append(row)
+        if self.file:
+            found = dict(machine=versions(), notes=noted(self.notes), rows=self.rows)
+            self.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 @pytest.fixture
-def report(request) -> tuple[list[dict], dict[str, list[str]]]:
-    """Where measurements, and notes with the places where they hold, are collected; skip once the time is used up."""
+def report(request) -> Report:
+    """Where measurements are collected; skip once the time is used up."""
     seconds = request.config.getoption("--bench-seconds")
     if time.monotonic() - request.config.stash[START] > seconds:
-        request.config.stash[NOTES][f"some measurements left out after {seconds:.0f} s (--bench-seconds)"] = []
+        request.config.stash[REPORT].notes[f"some measurements left out after {seconds:.0f} s (--bench-seconds)"] = []
         pytest.skip("time is used up (--bench-seconds)")
-    return request.config.stash[ROWS], request.config.stash[NOTES]
+    return request.config.stash[REPORT]
 
 
 def package_version(name: str) -> str | None:
@@ -73,15 +93,9 @@ def versions() -> dict[str, str | None]:
     return dict(device=card, machine=platform.machine(), python=platform.python_version(), **found)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config, machine_info):
-    """Write card and versions to the JSON of --benchmark-json."""
-    machine_info.update(versions(), notes=noted(config.stash[NOTES]))
-
-
 def pytest_terminal_summary(terminalreporter, config):
     """Print the table, if real sizes were measured."""
-    rows = config.stash[ROWS]
+    rows, kept = config.stash[REPORT].rows, config.stash[REPORT].notes
     if not rows:
         return
     found = versions()
@@ -90,4 +104,4 @@ def pytest_terminal_summary(terminalreporter, config):
     notes[0] += f"; load average {os.getloadavg()[0]:.1f}"
     notes += [f"not installed: {', '.join(absent)}"] if absent else []
     terminalreporter.section("kernel benchmarks")
-    terminalreporter.write_line(render(rows, [*notes, *noted(config.stash[NOTES])]))
+    terminalreporter.write_line(render(rows, [*notes, *noted(kept)]))

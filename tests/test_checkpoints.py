@@ -414,6 +414,13 @@ CAUSES = {
     "an adapter": (adapter, "is an adapter .LoRA. alone; merge it into Qwen/Qwen2.5-0.5B first"),
     "an adapter beside weights": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"), "whole weights and adapter_config.json"),
+    "GGUF beside a config": (
+        lambda folder: (folder / SINGLE).rename(folder / "q4.gguf"), "holds GGUF .q4.gguf., which is not read"),
+    "a run": (
+        lambda folder: ((folder / "checkpoints").mkdir(), (folder / "metrics.jsonl").touch()),
+        "model is a run; give .*/checkpoints/iteration_NUMBER/policy"),
+    "a checkpoint of a run": (
+        lambda folder: ((folder / "policy").mkdir(), (folder / "trainer.json").touch()), "give .*/model/policy"),
     "GGUF": (only_gguf, "holds GGUF .model-q4_k_m.gguf., which is not read"),
     "NaN": (quantised(model__norm__weight=torch.tensor([1.0] * 47 + [float("nan")])), "model.norm.weight holds NaN or"),
     "infinity": (

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kernels import head as head_module
 from kernels import linear_kl, linear_logprob, ppo_head
 from kernels.head import tile_slices
 from kernels.linear_kl import reference_kl
@@ -266,3 +268,16 @@ def test_a_second_derivative_is_refused():
     ):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(value, hidden, create_graph=True)
+
+
+def test_a_tile_is_half_of_the_l2_cache(monkeypatch):
+    """Guards a tile that the row kernel reads from HBM, 64 MiB beside 50 MB of L2 on an H100, and one of no bytes."""
+    cards = {"H100": SimpleNamespace(L2_cache_size=50 << 20), "untold": SimpleNamespace()}
+    sizes = {}
+    for name, card in cards.items():
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        sizes[name] = head_module.tile_bytes(torch.device("cuda"))
+    assert sizes == {"H100": 25 << 20, "untold": 64 << 20} and head_module.tile_bytes(torch.device("cpu")) == 64 << 20
+    monkeypatch.setattr(head_module, "tile_bytes", lambda device: 4 * 1024)
+    one, two = (head_module.new_workspace(None, torch.zeros(64, 8), 512, models=n) for n in (1, 2))
+    assert (len(one), len(two)) == (1024, 512)

@@ -117,6 +117,33 @@ def test_a_part_that_is_refused_again_is_a_refusal():
         assert client.ask(ASK).reason == "http_4xx" and len(behave.requests) == 2
 
 
+def test_each_part_that_one_refusal_names_is_changed():
+    """Guards a server that names two parts at once, of which only the first would ever be left out."""
+    words = "Unrecognized request arguments supplied: seed, temperature"
+    assert refusals.refused_part(400, words) == "seed" and refusals.refused_part(400, words, ["seed"]) == "temperature"
+    assert refusals.refused_part(400, words, ["seed", "temperature"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "way"),
+    [
+        (401, "bad key", "check --api-key-env"),
+        (403, "<html>Attention Required!", "check --api-key-env and the address"),
+        (422, "Model 'x' not loaded; available: y", "check --simulator-model"), (400, "context too long", ""),
+    ],
+)  # fmt: skip
+def test_the_flag_that_mends_a_refusal_is_named(status, words, way):
+    """Guards a line that sends its reader to the wrong flag."""
+    assert refusals.way_out("simulator", ChatError("http_4xx", words, status=status, words=words)) == way
+
+
+def test_https_to_a_server_of_http_ends_at_once(user_url):  # noqa: F811
+    """Guards half an hour of waiting for a server that is well and speaks another protocol."""
+    with closing(ChatClient(user_url.replace("http:", "https:"), "m", outage_budget=600, name="simulator")) as client:
+        error = client.ask(ASK, 1)
+    assert error.reason == "certificate" and "try http://" in str(error) and not error.retryable
+
+
 def test_system_messages_are_folded_into_the_next_user_message():
     """Guards roles that do not take turns after folding, and texts that vanish."""
     def fold(*messages):

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_run import records, running_user, write_checkpoint
 
@@ -131,6 +132,27 @@ def test_a_run_without_a_whole_checkpoint_is_one_error(arguments, copy, capsys):
     *warnings, error = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and "none of 3 checkpoints" in error and "--overwrite" in error
     assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", ["policy", "nothing"])
+def test_a_run_may_save_less_and_says_that_it_cannot_go_on(arguments, whole, tmp_path, kept, capsys):
+    """Guards a disk filled by masters and moments that nobody wants, and a resume from what has none of them."""
+    run = tmp_path / "run"
+    assert train_rlpa.main([*arguments, "--save", kept, "--run-dir", str(run)]) == 0
+    assert records(run) == records(whole)
+    files = {str(f.relative_to(run / "checkpoints")) for f in run.rglob("*.safetensors")}
+    assert ("policy: " in capsys.readouterr().out.splitlines()[-2]) == (kept == "policy")
+    names = ["iteration_000001", "iteration_000002", "iteration_000003"] if kept == "policy" else []
+    assert files == {f"{name}/policy/model.safetensors" for name in names}
+    for name in names[2:]:
+        ours, theirs = (load_file(r / "checkpoints" / name / "policy" / "model.safetensors") for r in (run, whole))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        folder = run / "checkpoints" / name
+        assert checkpoints.damage(folder) == "" and (folder / "policy" / "tokenizer.json").exists()
+    assert train_rlpa.main(["--resume", str(run), *arguments[2:], "--num-iterations", "4"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1:] == [
+        f"train_rlpa.py: --resume {run}: --save {kept} left nothing to go on from; start anew, with --save run"
+    ]
 
 
 def events(run: Path) -> list[tuple]:

@@ -118,6 +118,7 @@ THOUGHTS = [  # (content, what is said); each holds thoughts
     ("SECRET<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{}", "{}"),
     ("analysisThe SECRET.assistantfinalHi.", "Hi."),
     ("Here is my thought process: SECRET\n\nHere is my response: Hi.", "Hi."),
+    ('<details type="reasoning" done="true">\n<summary>Thought</summary>SECRET</details>\nHi.', "Hi."),
     ("SECRET\n[BEGIN FINAL RESPONSE]\nHi.\n[END FINAL RESPONSE]", "Hi."),
     ([THINKING, {"type": "text", "text": "Hi"}, {"type": "text", "text": "."}], "Hi."),
     ([{"type": "redacted_thinking", "data": "SECRET"}, {"type": "text", "text": "SECRET</think>Hi."}], "Hi."),
@@ -125,7 +126,7 @@ THOUGHTS = [  # (content, what is said); each holds thoughts
 ORDINARY = [
     "Hi.", "I typed <think> and </think>.", "I typed <think>.", "In code: `<think>x</think>`, you see.", "`</think>`",
     "2 < 3 > 1 <b>x</b>", "[thinking] Well.", "<thoughtful>", "Here is my response: yes.", "analysis is my job",
-    "<profile>\n- Age: 3\n</profile>\n<response>\nHi.\n</response>",
+    "<details><summary>More</summary>x</details>", "<profile>\n- Age: 3\n</profile>\n<response>\nHi.\n</response>",
 ]  # fmt: skip
 UNSAYING = [  # (body, reason)
     (completion("<think>SECRET"), "only_thoughts"),
@@ -245,6 +246,22 @@ def test_thoughts_and_cut_replies_are_used_counted_and_told_once(tmp_path):
             counts.append({name: client.counts[name] for name in ("requests", "thoughts", "length")})
     assert counts == [{"requests": 3, "thoughts": 2, "length": 2}] * 2
     assert len(told) == 1 and "thoughts" in told[0] and url.partition("/v1")[0][:16] in told[0]
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ["<|im_end|>\n<|im_start|>user\nSECRET", "<|eot_id|><|start_header_id|>user", "</s>[INST] SECRET", "<end_of_turn>"],
+)
+def test_what_stands_behind_the_end_of_a_turn_was_not_said(tmp_path, rest):
+    """Guards a model without its stop token, which plays both sides: the ledger would see facts that nobody told."""
+    told, counts = [], []
+    for recording in (True, False):
+        tape = Tape(tmp_path / "tape", recording)
+        with serving(completion(f"Hi. {rest}"), completion(rest), completion("Bye.")) as (url, asked):
+            with closing(ChatClient(url, "m", tape=tape, notify=told.append)) as client:
+                assert [client.ask(ASK, seed) for seed in (1, 3)] == ["Hi.", "Bye."]  # nothing before it: another seed
+                counts.append((client.counts["ran_on"], client.counts["errors"]))
+    assert counts == [(1, {"empty": 1})] * 2 and len(told) == 1 and "stop tokens" in told[0]
 
 
 def test_a_usage_that_cannot_be_is_not_believed():

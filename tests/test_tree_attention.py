@@ -6,9 +6,12 @@ import random
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels.tree_attention import Block, Tree, reference_tree_attention, tree_attention
+from model import Qwen2Config, random_policy
 from packing import TokenTree
 
 
@@ -63,6 +66,71 @@ def test_flex_attention_is_given_the_same_rule():
     q, k, v = (x.detach() for x in heads(len(tree.enter), 4, 2, 16, torch.float32))
     flexed = flex_attention(q, k, v, block_mask=tree.block_mask, enable_gqa=True)
     torch.testing.assert_close(flexed, tree_attention(q, k, v, tree), atol=1e-5, rtol=1e-5)
+
+
+def visited(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the (rows, columns) blocks that a kernel visits: of each row's indices the first `counts`."""
+    blocks = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+    for row, count in enumerate(counts[0, 0].tolist()):
+        blocks[row, indices[0, 0, row, :count].long()] = True
+    return blocks
+
+
+@pytest.mark.parametrize(("sizes", "longest"), [((20, 1, 12), 60), ((1,), 400), ((9, 9, 9, 9), 20)])
+def test_the_blocks_of_the_mask_are_those_of_the_dense_one(sizes, longest):
+    """Guards a block that is skipped although seen, or seen whole although it is not, also in the backward's lists."""
+    tree, _ = random_trees(0, 128, sizes=sizes, longest=longest, most=1000)
+    enter, leave, T = tree.enter, tree.leave, len(tree.enter)
+    seen = (enter <= enter[:, None]) & (enter[:, None] < leave)
+    dense = create_block_mask(lambda b, h, i, j: seen[i, j], None, None, T, T, device="cpu")
+    ours = tree.block_mask
+    for name in ("", "full_"):
+        kv, q = ((getattr(ours, f"{name}{x}_num_blocks"), getattr(ours, f"{name}{x}_indices")) for x in ("kv", "q"))
+        expected = getattr(dense, f"{name}kv_num_blocks"), getattr(dense, f"{name}kv_indices")
+        torch.testing.assert_close(visited(*kv), visited(*expected))
+        torch.testing.assert_close(visited(*q).T, visited(*kv))
+        assert [x.dtype for x in kv] == [x.dtype for x in expected]
+    assert ours.shape == dense.shape and ours.BLOCK_SIZE == dense.BLOCK_SIZE
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers of any tensor that an operation returns."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.most = max(self.most, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def test_no_dense_mask_is_made():
+    """Guards the memory of a mask on CUDA: no tensor of T² numbers, 2 GB of bools at 46,000 tokens."""
+    T = 4000
+    places = torch.arange(T)
+    with Largest() as largest:
+        _ = Tree(places, torch.full((T,), T), [Block(T, None)]).block_mask
+    assert T * T / 256 < largest.most <= T * (T / 128 + 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_layers_share_one_mask(monkeypatch, checkpointing):
+    """Guards a mask per layer, and a second one when checkpointing computes a layer again."""
+    made = []
+    make = BlockMask.from_kv_blocks
+    monkeypatch.setattr(BlockMask, "from_kv_blocks", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs))
+
+    def on_cuda(q, k, v, tree):  # flex_attention has no backward on a CPU
+        assert tree.block_mask is tree.block_mask
+        return reference_tree_attention(q, k, v, tree)
+
+    monkeypatch.setattr("model.tree_attention", on_cuda)
+    policy = random_policy(Qwen2Config(32, 16, 16, 3, 2, 1), 0)
+    policy.model.checkpointing = checkpointing
+    places = torch.arange(5)
+    tree = Tree(places, torch.full((5,), 5), [Block(5, None)])
+    policy(places[None], places[None], tree).sum().backward()
+    assert made == [1]
 
 
 def test_misuse_is_named():

@@ -37,7 +37,9 @@ def module(name: str):
 
 
 def draw(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
+    """Draw normals on the device: a CPU takes minutes for those of all tests at Qwen's sizes."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=DEVICE)).to(dtype)
 
 
 def assert_within(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
@@ -351,6 +353,13 @@ def test_noise_at_its_ends():
     assert ((out.cpu().double() - truth).abs() / truth).max() < 5e-6
 
 
+def product(hidden, weight) -> torch.Tensor:
+    """Return logits as plain torch has them: of bf16 inputs summed in fp32 by tensor cores, as the kernel's are."""
+    if CUDA and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
 def check_sample(hidden, weight, temperature, seeds, steps) -> torch.Tensor:
     """Compare one call to fp64: the very ids, but for ties to within rounding, and their log-probs; return the ids."""
     ids, logprobs = sample_head(hidden, weight, temperature, seeds, steps)
@@ -360,7 +369,7 @@ def check_sample(hidden, weight, temperature, seeds, steps) -> torch.Tensor:
     assert (keys.gather(1, ids[:, None])[:, 0] >= keys.amax(1) - tolerance).all()
     assert (ids != keys.argmax(1)).sum() <= len(ids) // 50  # ties are rare
     truth = z.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    plain = (hidden.float() @ weight.float().T / (temperature or 1.0)).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    plain = (product(hidden, weight) / (temperature or 1.0)).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     assert logprobs.dtype == torch.float32 and ids.dtype == torch.long
     eps = torch.finfo(torch.float32).eps * max(1.0, float(z.abs().max()))
     assert (logprobs.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 4 * eps

@@ -146,6 +146,21 @@ def test_ppo_statistics():
     assert results[0]["clip_frac"].sum() > 0 and results[0]["kl_exact"].sum() > 0
 
 
+def test_ppo_head_with_every_option_of_the_loss():
+    """Guards a loss that only one path computes: clip-higher and dual clip by Triton and by torch, with gradients."""
+    tensors, targets, noise = inputs((33, 32, 300), torch.float32)
+    config = Config(ckpt="x", clip_eps_high=0.4, dual_clip=1.5)
+    losses = functools.partial(token_losses, config=config)
+    old = reference_logprob(*(x.double() for x in tensors[:2]), targets)[0].float() + noise[0]
+    for backend in ("triton", "torch"):
+        set_backend(backend)
+        compare(
+            lambda h, W: ppo_head(h, W, targets, losses, (old, noise[1], old), workspace_bytes=4 * 300 * 11)[:1],
+            lambda h, W: reference_ppo(h, W, targets, losses, [x.to(sum_of(h)) for x in (old, noise[1], old)])[:1],
+            tensors[:2], torch.full((1,), -1.5, device=DEVICE),
+        )  # fmt: skip
+
+
 def test_strided_inputs():
     """Guards pointers that assume a stride of 1: columns of a table, and one number for all rows."""
     (hidden, weight, *reference), targets, noise = inputs((7, 32, 300), torch.float32)

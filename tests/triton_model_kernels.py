@@ -29,7 +29,7 @@ def triton_backend():
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    x = torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE) * scale
     return x.to(DEVICE, dtype)
 
 

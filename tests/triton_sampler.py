@@ -1,11 +1,15 @@
 """The sampler on the kernels: exact, never waiting for the device while it decodes, and blind to padding."""
 
-from contextlib import contextmanager
+import importlib
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from kernels.backend import INTERPRETED, set_backend
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
@@ -150,6 +154,105 @@ def test_the_guards_catch_what_waits(read):
     x = torch.arange(3.0)
     with pytest.raises(AssertionError, match="device"), NoWaitingOps(), NoReads():
         read(x)
+
+
+# -------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+class Recording(TorchDispatchMode):
+    """Note every operator, and what it gave, so that it can be computed again into the same memory."""
+
+    def __init__(self, calls: list) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "empty" not in func._schema.name:  # nobody may rely on what such memory holds
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class Graph:
+    """What `torch.cuda.CUDAGraph` does, on a CPU: the calls of a capture, again and again, in the same memory."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        self.calls: list = []
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            new = func(*args, **kwargs)
+            for old, computed in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != computed.data_ptr():  # neither view nor in place
+                    old.copy_(computed)
+
+
+@contextmanager
+def emulated_graphs(monkeypatch):
+    """Let captures record on a CPU; a launch of a kernel is one call."""
+    function = type(importlib.import_module("kernels.rope").rope_kernel)
+    launch, active = function.run, []
+
+    def run(self, *args, **kwargs):
+        if not active:
+            return launch(self, *args, **kwargs)
+        active[0].calls.append((partial(launch, self), args, kwargs, None))
+        with _disable_current_modes():  # what the interpreter does with tensors is no part of the graph
+            return launch(self, *args, **kwargs)
+
+    @contextmanager
+    def capture(graph, *args, **kwargs):
+        active.append(graph)
+        with Recording(graph.calls):
+            yield
+        active.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, "run", run)
+        for name, value in dict(CUDAGraph=Graph, graph=capture, Stream=MagicMock, stream=MagicMock(),
+                                current_stream=MagicMock(), graph_pool_handle=MagicMock()).items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+        yield
+
+
+class Replaying(Sampler):
+    """A sampler whose steps replay a graph, on a CPU too."""
+
+    def advance(self, lanes):
+        return self.replay() if lanes is self.lanes else super().advance(lanes)
+
+
+class Direct(Sampler):
+    """A sampler that has no graphs, on a GPU neither."""
+
+    def replay(self):
+        return self.advance(self.lanes)
+
+
+def play(kind: type[Sampler], policy) -> tuple[list[Draw], Sampler]:
+    """Two turns of three dialogues: one joins late, the cache grows, candidates end one by one."""
+    settings = dict(n=2, max_new_tokens=4, stop_ids=STOPS, temperature=0.8, batch_size=3, max_rows=3)
+    sampler, prompts = kind(policy, **settings), [*PROMPTS[:2], PROMPTS[2] * 5]
+    assert sampler.start(0, prompts[0], [11, 12]) and sampler.start(1, prompts[1], [13, 2**31 - 1])
+    ended = sampler.step() + sampler.step()
+    assert sampler.start(2, prompts[2], [15, 16])
+    draws = sorted(ended + finish(sampler), key=lambda draw: (draw.key, draw.candidate))
+    for key, prompt in enumerate(prompts):
+        sampler.adopt(key, 1)
+        assert sampler.start(key, prompt + draws[2 * key + 1].token_ids + [20, 21], [key, key + 30])
+    return draws + finish(sampler), sampler
+
+
+def test_a_replayed_graph_is_the_direct_path(policy, monkeypatch):
+    """Guards what a capture leaves out: a new tensor in place of a static one, lengths advanced twice, stale lanes."""
+    with on("triton"):
+        plain, _ = play(Direct, policy)
+        with nullcontext() if torch.cuda.is_available() else emulated_graphs(monkeypatch):
+            replayed, sampler = play(Sampler if torch.cuda.is_available() else Replaying, policy)
+    assert len(sampler.graphs) >= 2
+    assert [draw.token_ids for draw in replayed] == [draw.token_ids for draw in plain]
+    for one, other in zip(replayed, plain, strict=True):
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- padding

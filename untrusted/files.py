@@ -45,6 +45,8 @@ def parse_json(raw: bytes, where: str, any_number: bool = False) -> Any:
     constant, integer = (lambda name: None, _bounded) if any_number else (_refuse_constant, None)
     try:
         return json.loads(raw.decode("utf-8-sig"), parse_constant=constant, parse_int=integer)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {shorten(str(error))}") from None
 
