@@ -337,9 +337,10 @@ class Sampler:
     def sample(self, hidden: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
         """Sample each lane's next id from hidden (R, D); return ids (R,) and log-probs (R,).
 
-        Raises ValueError where a CPU sees that they are not finite; on CUDA `read` sees it, by the log-probs.
+        Raises ValueError where a CPU sees that they are not finite; of the kernels `read` sees it, by the log-probs.
         """
-        if not hidden.is_cuda and not math.isfinite(hidden.sum()):  # the C++ draws from anything
+        on_device = hidden.is_cuda or use_triton(hidden)
+        if not on_device and not math.isfinite(hidden.sum()):  # the C++ draws from anything
             raise ValueError(NOT_FINITE)
         uniforms = None
         if self.uniforms.shape[2]:

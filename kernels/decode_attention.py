@@ -9,11 +9,17 @@ merge by their log-sum-exp (flash-decoding; arXiv:1805.02867 for the running for
 
     M = maxᵢ mᵢ      o = Σᵢ exp(mᵢ − M) oᵢ / Σᵢ exp(mᵢ − M) sᵢ
 
-One program takes one piece: a cache row, a KV head and a split of the row's slots. It reads K and V once for all
-queries that want them, M at a time: the G = H/Hkv heads of the group, times the row's n candidates. A row's slots are
-cut evenly into `splits`, a number that fills the GPU and comes from shapes alone; where a split lies follows from the
-row's length, and who runs from `members`, both read on the device. So no step waits for the host, and a CUDA graph can
-hold it.
+One program takes one KV head of one piece: a range of a cache row's slots. It reads K and V once for all queries that
+want them, M at a time: the G = H/Hkv heads of the group, times the row's n candidates. The number of pieces P comes
+from shapes alone: as many programs as the GPU holds at once. How the rows are cut follows from their lengths and from
+who runs, both read on the device: all pieces have one size, the smallest at which there are at most P, so a row gets
+pieces as it has slots. A kernel plans that once a step, for all layers. So no step waits for the host, and a CUDA graph
+can hold it.
+
+What the plan saves, by arithmetic: a launch ends with its largest piece. 64 rows on 132 SMs at four programs each, two
+KV heads: P = 264. Rows of one length: four pieces each, as any even cut has. 56 rows of 200 slots and 8 of 2,000: cut
+in four each, the largest piece is 512 slots; here it is 128, in 112 + 128 = 240 pieces. Lengths even from 200 to 2,000:
+512 and 320. The plan is one launch of P small programs, about 4 µs of a step. Not measured.
 
 What it saves: memory-bound. Each K and V is read once: 2 S Hkv Dh elements a row of S slots, and q and o. An attention
 that repeats the KV heads reads H/Hkv times that; one with a row per candidate reads (and stores) the prompt n times. At
@@ -56,39 +62,69 @@ def reference_decode(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Ten
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-@jit(do_not_specialize=("capacity", "splits"))
+@jit(do_not_specialize=("B", "capacity", "most"))
+def plan_kernel(
+    lengths, members, pieces, spans, B, capacity, most,
+    CANDIDATES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Cut the rows with running candidates into at most `most` pieces of the smallest size that allows it.
+
+    lengths (B,); members (B, CANDIDATES). Out: pieces (most, 3) int32, row, first slot and slot behind the last, the
+    row −1 if there is no such piece; spans (B, 2) int32, each row's first piece and their number. Program `program_id`
+    writes down that piece, and the first one the spans. ROWS is B rounded up to a power of 2.
+    """
+    piece, row = tl.program_id(0), tl.arange(0, ROWS)
+    length = tl.minimum(tl.load(lengths + row, mask=row < B, other=0), capacity).to(tl.int32)
+    runs = tl.zeros([ROWS], tl.int32)
+    for candidate in range(CANDIDATES):
+        member = tl.load(members + row * CANDIDATES + candidate, mask=row < B, other=-1)
+        runs = tl.where(member >= 0, 1, runs)
+    tiles = tl.where(runs > 0, tl.cdiv(length, BLOCK), 0)
+    low, high = 1, tl.maximum(tl.max(tiles, 0), 1)  # tiles of a piece, by bisection
+    while low < high:
+        size = (low + high) // 2
+        few = tl.sum(tl.cdiv(tiles, size), 0) <= most
+        low, high = tl.where(few, low, size + 1), tl.where(few, size, high)
+    count = tl.cdiv(tiles, low)
+    ends = tl.cumsum(count, 0)
+    if piece == 0:
+        tl.store(spans + row * 2, ends - count, mask=row < B)
+        tl.store(spans + row * 2 + 1, count, mask=row < B)
+    own = (ends - count <= piece) & (piece < ends)  # one row, or none
+    start = (piece - tl.sum(tl.where(own, ends - count, 0), 0)) * low * BLOCK
+    stop = tl.minimum(start + low * BLOCK, tl.sum(tl.where(own, length, 0), 0))
+    tl.store(pieces + piece * 3, tl.max(tl.where(own, row, -1), 0))
+    tl.store(pieces + piece * 3 + 1, start)
+    tl.store(pieces + piece * 3 + 2, stop)
+
+
+@jit(do_not_specialize=("capacity",))
 def decode_kernel(
-    q, keys, values, prompt, lengths, members, sums, stats, capacity, splits, scale,
+    q, keys, values, prompt, members, pieces, sums, stats, capacity, scale,
     HKV: tl.constexpr, G: tl.constexpr, CANDIDATES: tl.constexpr, DH: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attend with queries [block * M, ...) of the CANDIDATES * G of row `program_id` 0 to one split of the row's slots.
+    """Attend with queries [block * M, ...) of the CANDIDATES * G of a row to piece `program_id` 0, a part of its slots.
 
-    q (R, H, DH); keys, values (B, HKV, capacity, DH); prompt, lengths (B,); members (B, CANDIDATES). Out, of running
-    candidates only: sums (R, H, splits, DH), unless the split is empty, and stats (R, H, splits, 2). DIM is DH rounded
-    up to a power of 2.
+    q (R, H, DH); keys, values (B, HKV, capacity, DH); prompt (B,); members (B, CANDIDATES); pieces (P, 3). Out, of
+    running candidates only: sums (P, CANDIDATES, H, DH) and stats (P, CANDIDATES, H, 2). DIM is DH rounded up to a
+    power of 2.
     """
-    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(0).to(tl.int64)
     head, block = tl.program_id(1) % HKV, tl.program_id(1) // HKV
-    split = tl.program_id(2)
+    row = tl.load(pieces + piece * 3).to(tl.int64)
+    if row < 0:
+        return
     query = block * M + tl.arange(0, M)  # candidate query // G, head query % G of the group
     member = tl.load(members + row * CANDIDATES + query // G, mask=query < CANDIDATES * G, other=-1).to(tl.int32)
     if tl.max(member, 0) < 0:
         return
     real = member >= 0
     which = member * (HKV * G) + head * G + query % G  # (M,) of the R * H
-    at = which.to(tl.int64) * splits + split
-
-    length = tl.minimum(tl.load(lengths + row), capacity).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-    start, stop = split * size, tl.minimum(split * size + size, length)
+    at = (piece * CANDIDATES + query // G) * (HKV * G) + head * G + query % G
+    start, stop = tl.load(pieces + piece * 3 + 1), tl.load(pieces + piece * 3 + 2)
     m = tl.full([M], -1e30, tl.float32)  # finite: −∞ − −∞ is NaN
     s = tl.zeros([M], tl.float32)
-    if start >= length:
-        tl.store(stats + at * 2, m, mask=real)
-        tl.store(stats + at * 2 + 1, s, mask=real)
-        return
-
     dim, offset = tl.arange(0, DIM), tl.arange(0, BLOCK)
     q += which.to(tl.int64)[:, None] * DH + dim[None, :]
     x = tl.load(q, mask=real[:, None] & (dim < DH)[None, :], other=0.0)
@@ -122,24 +158,29 @@ def decode_kernel(
     tl.store(sums + at[:, None] * DH + dim[None, :], o, mask=real[:, None] & (dim < DH)[None, :])
 
 
-@jit(do_not_specialize=("splits",))
-def merge_splits_kernel(
-    sums, stats, place, out, splits, H: tl.constexpr, DH: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Merge the splits of query `program_id` of the R * H into out (R, H, DH); padding's is 0, as without a key."""
+@jit()
+def merge_pieces_kernel(
+    sums, stats, place, spans, out,
+    CANDIDATES: tl.constexpr, H: tl.constexpr, DH: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Merge the pieces of query `program_id` of the R * H into out (R, H, DH); padding's is 0, as without a key."""
     query = tl.program_id(0).to(tl.int64)
-    real = tl.load(place + query // H) >= 0  # nobody wrote the sums of padding
+    at = tl.load(place + query // H)
+    row = tl.maximum(at, 0) // CANDIDATES
+    first_piece = tl.load(spans + row * 2).to(tl.int64)
+    pieces = tl.where(at >= 0, tl.load(spans + row * 2 + 1), 0)  # nobody wrote the sums of padding
     dim, part = tl.arange(0, DIM), tl.arange(0, CHUNK)
-    sums += query * splits * DH + part[:, None] * DH + dim[None, :]
-    stats += (query * splits + part) * 2
+    STEP: tl.constexpr = CANDIDATES * H  # from one piece's sum of a query to the next one's
+    first_sum = first_piece * STEP + (tl.maximum(at, 0) % CANDIDATES) * H + query % H
+    sums += (first_sum + part * STEP)[:, None] * DH + dim[None, :]
+    stats += (first_sum + part * STEP) * 2
     m, s = -1e30, 0.0
     o = tl.zeros([DIM], tl.float32)
-    for first in range(0, splits, CHUNK):
-        inside = (first + part < splits) & real
-        m_part = tl.load(stats + first * 2, mask=inside, other=float("-inf"))
-        s_part = tl.load(stats + first * 2 + 1, mask=inside, other=0.0)
-        filled = (s_part > 0)[:, None] & (dim < DH)[None, :]  # an empty split wrote no sums
-        o_part = tl.load(sums + first * DH, mask=filled, other=0.0)
+    for first in range(0, pieces, CHUNK):
+        inside = first + part < pieces
+        m_part = tl.load(stats + first * (2 * STEP), mask=inside, other=float("-inf"))
+        s_part = tl.load(stats + first * (2 * STEP) + 1, mask=inside, other=0.0)
+        o_part = tl.load(sums + first * (STEP * DH), mask=inside[:, None] & (dim < DH)[None, :], other=0.0)
         m_new = tl.maximum(m, tl.max(m_part, 0))
         weight = tl.exp(m_part - m_new)
         shrink = tl.exp(m - m_new)
@@ -150,30 +191,45 @@ def merge_splits_kernel(
     tl.store(out + query * DH + dim, o.to(out.dtype.element_ty), mask=dim < DH)
 
 
-def split_count(programs: int, per_sm: int, S: int, block: int, device: torch.device) -> int:
-    """Choose into how many splits S slots are cut: so many programs, times the splits, fill the GPU once."""
+def piece_count(heads: int, per_sm: int, rows: int, device: torch.device) -> int:
+    """Choose how many pieces the rows may be cut into: their programs, `heads` each, fill the GPU once.
+
+    Where rows alone nearly do, two for each, so that a long one can be cut. Those sums stay in the L2 cache.
+    """
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    return max(1, min(per_sm * sms // programs, -(-S // block)))
+    return max(per_sm * sms // heads, 2 * rows)
+
+
+def plan(rows: Rows, most: int, capacity: int, block: int) -> tuple[Tensor, Tensor]:
+    """Return the pieces (most, 3) and each row's span of them (B, 2), int32, made once for all layers."""
+    if (key := (most, capacity, block)) not in rows.kept:
+        B, n = rows.members.shape
+        lengths, members = rows.lengths.contiguous(), rows.members.contiguous()
+        pieces, spans = (torch.empty(size, dtype=torch.int32, device=lengths.device) for size in ((most, 3), (B, 2)))
+        plan_kernel[(most,)](lengths, members, pieces, spans, B, capacity, most, n, block, 1 << (B - 1).bit_length())
+        rows.kept[key] = pieces, spans
+    return rows.kept[key]
 
 
 def launch(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
-    """Attend by splits, and merge them."""
+    """Attend by pieces, and merge them."""
     (R, H, Dh), (B, Hkv, capacity, _), n = q.shape, keys.shape, rows.members.shape[1]
     G, DIM = H // Hkv, max(16, 1 << (Dh - 1).bit_length())
     tile, most = (FP32_TILE, FP32_QUERIES) if q.dtype == torch.float32 else (TILE, QUERIES)
     M = min(most, max(16, 1 << (n * G - 1).bit_length()))
     heads = Hkv * -(-n * G // M)  # times the blocks of queries
-    busy = min(B, -(-R // n))  # rows, if all their candidates run
-    splits = split_count(busy * heads, PROGRAMS_PER_SM[M], capacity, tile["BLOCK"], q.device)
-    sums = torch.empty(R, H, splits, Dh, dtype=torch.float32, device=q.device)
-    stats = torch.empty(R, H, splits, 2, dtype=torch.float32, device=q.device)
-    prompt, lengths, members, place = (x.contiguous() for x in (rows.prompt, rows.lengths, rows.members, rows.place))
-    decode_kernel[B, heads, splits](
-        q, keys, values, prompt, lengths, members, sums, stats, capacity, splits, Dh**-0.5,
+    wanted = piece_count(heads, PROGRAMS_PER_SM[M], min(B, -(-R // n)), q.device)  # rows, if all their candidates run
+    most = min(max(wanted, min(B, R)), B * -(-capacity // tile["BLOCK"]))  # one for each row that may run, or more
+    pieces, spans = plan(rows, most, capacity, tile["BLOCK"])
+    sums = torch.empty(most, n, H, Dh, dtype=torch.float32, device=q.device)
+    stats = torch.empty(most, n, H, 2, dtype=torch.float32, device=q.device)
+    prompt, members, place = (x.contiguous() for x in (rows.prompt, rows.members, rows.place))
+    decode_kernel[most, heads](
+        q, keys, values, prompt, members, pieces, sums, stats, capacity, Dh**-0.5,
         Hkv, G, n, Dh, M, DIM, INTERPRETED, **tile,
     )  # fmt: skip
     out = torch.empty_like(q)
-    merge_splits_kernel[(R * H,)](sums, stats, place, out, splits, H, Dh, DIM, **MERGE)
+    merge_pieces_kernel[(R * H,)](sums, stats, place, spans, out, n, H, Dh, DIM, **MERGE)
     return out
 
 

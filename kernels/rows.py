@@ -14,7 +14,7 @@ Letters: B rows of the cache, n candidates of each, R running candidates with on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
@@ -48,6 +48,7 @@ class Rows:
     lengths: Tensor  # (B,) long: slots in use, including those of the tokens that are computed now
     members: Tensor  # (B, n) long: the query of each candidate of each row; −1: the candidate does not run
     place: Tensor  # (R,) long: row * n + candidate of each query; −1: padding, whose output is 0
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # the kernel's plan, for all layers
 
     @cached_property
     def reads(self) -> list[Read]:

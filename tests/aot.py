@@ -136,16 +136,23 @@ def decode_cases(model: Model) -> list[Case]:
     fp32 = model.dtype == FP32
     tile, most = (decode.FP32_TILE, decode.FP32_QUERIES) if fp32 else (decode.TILE, decode.QUERIES)
     types = dict.fromkeys(("q", "keys", "values"), model.dtype) | dict.fromkeys(("sums", "stats"), FP32)
-    types |= dict.fromkeys(("prompt", "lengths", "members"), INT64)
-    types |= dict(capacity="i32", splits="i32", scale="fp32")
+    types |= dict(prompt=INT64, members=INT64, pieces="*i32", capacity="i32", scale="fp32")
     G, cases = model.H // model.Hkv, []
     for n in (1, 4, 8):
         M = min(most, max(16, 1 << (n * G - 1).bit_length()))
         sizes = dict(HKV=model.Hkv, G=G, CANDIDATES=n, DH=model.Dh, M=M, DIM=model.Dh, UPCAST=False)
         cases.append(with_tile(decode.decode_kernel, types, tile, (), **sizes))
-    types = dict(sums=FP32, stats=FP32, place=INT64, out=model.dtype, splits="i32")
-    sizes = dict(H=model.H, DH=model.Dh, DIM=model.Dh)
-    return [*cases, with_tile(decode.merge_splits_kernel, types, decode.MERGE, (), **sizes)]
+    types = dict(sums=FP32, stats=FP32, place=INT64, spans="*i32", out=model.dtype)
+    sizes = dict(CANDIDATES=4, H=model.H, DH=model.Dh, DIM=model.Dh)
+    return [*cases, with_tile(decode.merge_pieces_kernel, types, decode.MERGE, (), **sizes)]
+
+
+def plan_cases() -> list[Case]:
+    """List the kernel that cuts rows into pieces, for few rows and for many."""
+    types = dict(lengths=INT64, members=INT64, pieces="*i32", spans="*i32")
+    types |= dict.fromkeys(("B", "capacity", "most"), "i32")
+    sizes = [dict(CANDIDATES=n, BLOCK=decode.TILE["BLOCK"], ROWS=rows) for n, rows in ((1, 64), (4, 1024))]
+    return [Case(decode.plan_kernel, types, constants, num_warps=4) for constants in sizes]
 
 
 def prefill_case(model: Model) -> Case:
@@ -179,7 +186,8 @@ def sampling_cases() -> list[Case]:
     return [*cases, with_tile(sampling.merge_blocks_kernel, types, sampling.MERGE, ())]
 
 
-CASES = [*head_cases(), *sampling_cases(), *map(prefill_case, MODELS), *map(adopt_case, [MODELS[0], *MODELS[2:]])]
+CASES = [*head_cases(), *sampling_cases(), *plan_cases(), *map(prefill_case, MODELS)]
+CASES += [adopt_case(m) for m in MODELS if m.H != 12]  # 1.5B has 3B's KV heads
 CASES += [case for m in MODELS for case in model_cases(m) + decode_cases(m)]
 MODEL_SIZES = ("blocks",)  # the vocabulary's: the same in every call of a run
 

@@ -3,9 +3,11 @@
 The oracle of most tests is the same prompt, sampled alone by `generate`, which a full forward per token checks first.
 """
 
+import contextlib
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -608,6 +610,31 @@ class Calls(TorchFunctionMode):
         elif func is torch.tensor:
             assert kwargs.pop("pin_memory", False), "a copy from memory that is not pinned waits for the device"
         return func(*args, **kwargs)
+
+
+def test_all_graphs_share_one_pool(policy, monkeypatch):
+    """Guards memory: a private pool for each number of lanes, up to 65 of them; and a pool that died in a resize."""
+    pools, done = [], contextlib.nullcontext()
+
+    class Graph:
+        def pool(self):
+            return f"of graph {self.number}"
+
+    def graph(graph, pool=None):
+        graph.number = len(pools)
+        pools.append(pool)
+        return done
+
+    for name, stand_in in (("Stream", mock.Mock), ("current_stream", mock.Mock), ("stream", lambda side: done),
+                           ("CUDAGraph", Graph), ("graph", graph)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Sampler, "advance", lambda sampler, lanes: (None, lanes))
+    sampler = new_sampler(policy)
+    for bucket in (8, 4, 2):
+        sampler.capture(bucket)
+    sampler.resize([], 1, 10)
+    sampler.capture(4)
+    assert pools == [None, "of graph 0", "of graph 0", None]
 
 
 def test_the_host_waits_for_the_older_step_only(policy, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,8 +120,8 @@ def test_attention_equals_fp64(H, Hkv, Dh, n, dtype):
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
 def test_split_boundaries(splits, n, monkeypatch):
-    """Guards the cut: lengths one below, at and one above every edge of a tile and of a split, and empty splits."""
-    monkeypatch.setattr(module("decode_attention"), "split_count", lambda *_: splits)
+    """Guards the cut: lengths one below, at and one above every edge of a tile, in rows of one piece to many."""
+    monkeypatch.setattr(module("decode_attention"), "piece_count", lambda heads, per_sm, rows, device: splits * rows)
     block = module("decode_attention").FP32_TILE["BLOCK"]
     edges = {block, 2 * block, splits * block, 2 * splits * block, 3 * splits * block}
     lengths = sorted({n} | {e + d for e in edges for d in (-1, 0, 1)})
@@ -133,9 +134,9 @@ def test_split_boundaries(splits, n, monkeypatch):
     check_attention(*attention_case(B * n, B, 2, 1, 32, max(lengths), torch.float32), rows)
 
 
-def test_more_splits_than_a_merge_takes_at_once(monkeypatch):
-    """Guards the merge's loop: more splits than its chunk, the best keys in the last of them, or all in one row."""
-    monkeypatch.setattr(module("decode_attention"), "split_count", lambda *_: 21)
+def test_more_pieces_than_a_merge_takes_at_once(monkeypatch):
+    """Guards the merge's loop: more pieces than its chunk, the best keys in the last of them, or all in one row."""
+    monkeypatch.setattr(module("decode_attention"), "piece_count", lambda *_: 22)
     block = module("decode_attention").FP32_TILE["BLOCK"]
     q, keys, values = attention_case(2, 2, 1, 1, 16, 21 * block, torch.float32)
     keys[:, :, 18 * block :] += 3 * q[:, :, None]
@@ -170,11 +171,52 @@ def test_the_same_candidate_wherever_it_stands():
 
 
 def test_a_tile_in_which_a_candidate_sees_nothing(monkeypatch):
-    """Guards −∞ − −∞: more candidates than slots in a tile, so that whole tiles and splits are hidden from some."""
-    for splits in (1, 4):
-        monkeypatch.setattr(module("decode_attention"), "split_count", lambda *_, splits=splits: splits)
+    """Guards −∞ − −∞: more candidates than slots in a tile, so that whole tiles and pieces are hidden from some."""
+    for most in (2, 8):
+        monkeypatch.setattr(module("decode_attention"), "piece_count", lambda *_, most=most: most)
         rows = running([0, 3], [70, 73], [[True] * 70, [c > 60 for c in range(70)]])
         check_attention(*attention_case(79, 2, 1, 1, 16, 80, torch.float32), rows)
+
+
+LENGTHS = {
+    "equal": [320] * 6, "one much longer": [33, 64, 640, 1, 40, 40], "even": [64, 128, 192, 256, 320, 384],
+    "who waits counts for nothing": [900, 70, 900, 300, 40, 900], "some empty": [0, 95, 0, 96, 97, 0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [6, 7, 12, 40])
+@pytest.mark.parametrize("case", LENGTHS)
+def test_the_plan(case, most):
+    """Guards the cut: each slot of a row that runs lies in one piece, and no smaller size would give few enough."""
+    lengths, block = LENGTHS[case], 32
+    runs = [[False, not (case.startswith("who") and length == 900)] for length in lengths]
+    rows = on_device(running([0] * 6, lengths, runs))
+    pieces, spans = (x.tolist() for x in module("decode_attention").plan(rows, most, 800, block))
+    tiles = [-(-min(length, 800) // block) if any(run) else 0 for length, run in zip(lengths, runs, strict=True)]
+    size = next(size for size in range(1, 26) if sum(-(-count // size) for count in tiles) <= most) * block
+    expected, expected_spans = [], []
+    for row, count in enumerate(tiles):
+        end = min(lengths[row], 800) if count else 0
+        expected_spans.append([len(expected), -(-end // size)])
+        expected += [[row, start, min(start + size, end)] for start in range(0, end, size)]
+    assert spans == expected_spans and pieces[: len(expected)] == expected
+    assert all(row == -1 for row, *_ in pieces[len(expected) :])
+
+
+def test_the_plan_is_made_once_a_step(monkeypatch):
+    """Guards what the cut costs: one launch for all layers."""
+    plans, kernel = [], module("decode_attention").plan_kernel
+
+    class Kernel:
+        def __getitem__(self, grid):
+            plans.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module("decode_attention"), "plan_kernel", Kernel())
+    rows = on_device(plain_rows([9, 40]))
+    for _ in range(3):  # layers
+        decode_attention(*attention_case(2, 2, 2, 1, 16, 40, torch.float32), rows)
+    assert len(plans) == 1
 
 
 def test_nothing_to_attend_to():
@@ -212,10 +254,10 @@ def test_a_graph_holds_a_step():
     decode_attention(q, keys, values, static)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_attention(q, keys, values, static)
+        out = decode_attention(q, keys, values, replace(static))  # a step's own, which plans anew
     for step in steps:
-        for held, new in zip(vars(static).values(), vars(step).values(), strict=True):
-            held.copy_(new)
+        for name in ("prompt", "lengths", "members", "place"):
+            getattr(static, name).copy_(getattr(step, name))
         graph.replay()
         torch.testing.assert_close(out, decode_attention(q, keys, values, on_device(step)))
 
