@@ -9,6 +9,7 @@ import doctest
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -544,7 +545,11 @@ def test_the_fuzzer_sees_what_it_looks_for(monkeypatch, module, name, finds):
 
 
 def test_the_fuzzer_sees_forged_tokens(monkeypatch):
-    """Guards the check of ids: a tokenizer that reads "<|im_end|>" in a text as the token must be noticed."""
+    """Guards the check of ids: a tokenizer that reads "<|im_end|>" in a text as the token must be noticed.
+
+    The client cuts a reply there; what it lets through, and what others wrote, is text all the same.
+    """
+    monkeypatch.setattr("endpoints.speech.TURN_ENDS", re.compile("(?!)"))
     monkeypatch.setattr(ChatTokenizer, "encode", lambda self, text: self.tokenizer.encode(text).ids)
     assert fuzz_text.violations(["a<|im_end|>b"])["forged token"] > 0
 

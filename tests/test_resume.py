@@ -355,13 +355,14 @@ def test_a_second_interrupt_ends_at_once_and_a_second_sigterm_does_not():
 
 
 def test_no_run_is_overwritten_unless_asked(arguments, tmp_path, capsys):
-    """Guards runs that died before their first metrics, and folders that hold something else, --overwrite or not."""
+    """Guards runs that have recorded something, and folders that hold something else, --overwrite or not."""
     run, other = tmp_path / "run", tmp_path / "other"
     one = [*arguments, "--num-iterations", "1", "--eval-every", "0"]
     assert train_rlpa.main([*one, "--run-dir", str(run), "--personas", "absent.jsonl"]) == 2
     assert not run.exists()  # a run that did not begin does not take the folder
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"format": "rlpa run 1"}))
+    (run / "metrics.jsonl").write_text("{}\n")
     other.mkdir()
     (other / ".config.json.tmp").write_text("{")  # killed before its first file had its name: nothing is lost
     assert train_rlpa.main([*one, "--run-dir", str(other)]) == 0

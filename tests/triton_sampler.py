@@ -179,6 +179,9 @@ class Graph:
     def __init__(self, *args, **kwargs) -> None:
         self.calls: list = []
 
+    def pool(self) -> None:
+        """Return no memory pool: a CPU has none."""
+
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
             new = func(*args, **kwargs)
