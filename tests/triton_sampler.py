@@ -252,7 +252,7 @@ def test_a_replayed_graph_is_the_direct_path(policy, monkeypatch):
         plain, _ = play(Direct, policy)
         with nullcontext() if torch.cuda.is_available() else emulated_graphs(monkeypatch):
             replayed, sampler = play(Sampler if torch.cuda.is_available() else Replaying, policy)
-    assert len(sampler.graphs) >= 2
+    assert sampler.graphs  # those that were captured since the cache grew last
     assert [draw.token_ids for draw in replayed] == [draw.token_ids for draw in plain]
     for one, other in zip(replayed, plain, strict=True):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-5, rtol=0)
