@@ -141,10 +141,13 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def use_cpu(x: Tensor) -> bool:
-    """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built."""
-    fp32_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    return backend.chosen == "auto" and fp32_on_cpu and load_library()[0] is not None
+def use_cpu(x: Tensor, low: bool = False) -> bool:
+    """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built.
+
+    low: bf16 is taken, too.
+    """
+    known = x.dtype == torch.float32 or low and x.dtype == torch.bfloat16
+    return backend.chosen == "auto" and known and x.device.type == "cpu" and load_library()[0] is not None
 
 
 def is_small(weights: Iterable[Tensor]) -> bool:

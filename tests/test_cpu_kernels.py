@@ -161,8 +161,9 @@ def test_torch_computes_what_cpp_does_not(change, monkeypatch):
 
 
 @pytest.mark.parametrize("H, Hkv, Dh", [(3, 3, 32), (4, 2, 16), (7, 1, 64), (2, 2, 128)])
-@pytest.mark.parametrize("seed, size, threads", [(0, 12, 1), (1, 0, 1), (2, 20, 2)])
-def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
+@pytest.mark.parametrize("seed, size, threads", [(0, 12, 1), (1, 0, 1), (2, 20, 2), (3, 20, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads, dtype):
     """Guards a token that sees a stranger or misses an ancestor, tiles that are not full, grouped heads, threads."""
     tree, _ = random_trees(seed, 64, torch.float32, [size] * 3, longest=40, most=9)
     N, generator = len(tree.enter), torch.Generator().manual_seed(seed)
@@ -179,13 +180,14 @@ def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours = differentiated(lambda *x: tree_attention(*x, tree), torch.float32)
+        ours = differentiated(lambda *x: tree_attention(*x, tree), dtype)
     finally:
         torch.set_num_threads(before)
-    truth, plain = differentiated(dense, torch.float64), differentiated(dense, torch.float32)
+    q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
+    truth, plain = differentiated(dense, torch.float64), differentiated(dense, dtype)
     for a, b, exact in zip(ours, plain, truth, strict=True):
         assert error(a, exact) <= 2 * error(b, exact) + 1e-6
-    again = differentiated(lambda *x: tree_attention(*x, tree), torch.float32)
+    again = differentiated(lambda *x: tree_attention(*x, tree), dtype)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))  # the same bits on any number of threads
 
 
