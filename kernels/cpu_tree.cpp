@@ -8,9 +8,6 @@
 //
 // q, o and their gradients are (T, H, DH), k, v and theirs (T, HKV, DH); lse (H, T) is log Σ exp of each softmax.
 
-#include <atomic>
-#include <thread>
-
 #include "cpu_vectors.h"
 
 struct TreeTokens {
@@ -203,19 +200,6 @@ void backward_head(const Tile<DH>& tile, const float* q, const float* k, const f
     tile.weigh(ds, k + kv, stride, dx);
     for (int lane = 0; lane < tile.count; lane++)
         for (int d = 0; d < DH; d++) dq[((tile.first + lane) * t.H + head) * DH + d] = dx[d * W + lane];
-}
-
-// Run work(i) for each i below count, on so many threads.
-template <class Work>
-void share(i64 count, i64 threads, Work work) {
-    std::atomic<i64> next{0};
-    auto run = [&] {
-        for (i64 i; (i = next++) < count;) work(i);
-    };
-    std::vector<std::thread> others;
-    for (i64 thread = 1; thread < std::min(count, threads); thread++) others.emplace_back(run);
-    run();
-    for (auto& other : others) other.join();
 }
 
 // Run work(tile, head, begin, end) for all query heads and all tiles with queries in the run [begin, end) of trees. What

@@ -1,4 +1,4 @@
-"""The C++ kernels against torch, and both against fp64: a decode step as a whole, sampling, and token trees."""
+"""The C++ kernels against torch, and both against fp64: a decode step, sampling, token trees, and what a head does."""
 
 import subprocess
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_tree_attention import random_trees
 
-from kernels import cpu, set_backend
+from kernels import cpu, head, ppo_head, set_backend
+from kernels.ppo_head import reference_ppo
 from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
 from kernels.sample_head import sample
@@ -189,6 +190,48 @@ def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads, dtype):
         assert error(a, exact) <= 2 * error(b, exact) + 1e-6
     again = differentiated(lambda *x: tree_attention(*x, tree), dtype)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))  # the same bits on any number of threads
+
+
+@pytest.mark.parametrize("M, K, N", [(1, 1, 1), (7, 9, 70), (200, 2051, 33), (13, 64, 300)])
+@pytest.mark.parametrize("strides", ["ab", "aT", "bT", "half"])
+def test_products_of_bf16_are_summed_in_fp32(M, K, N, strides):
+    """Guards a product that is rounded to bf16, an odd number of terms, a last block that is not full, and strides."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator).bfloat16() for size in ((M, K), (K, N)))
+    a = a.T.contiguous().T if strides == "aT" else torch.stack((a, a), 1)[:, 0] if strides == "half" else a
+    b = b.T.contiguous().T if strides == "bT" else b
+    out = torch.randn(M, N, generator=generator)
+    if not cpu.multiplies(a, b, out):
+        pytest.skip("no bf16 products here")
+    before, exact = out.double(), a.double() @ b.double()
+    assert error(head.matmul(a, b, out, add=True), before + exact) < 1e-4
+    assert error(head.matmul(a, b, out), exact) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_long_rows_are_as_exact_as_torch(dtype, entropy_coef):
+    """Guards the row kernels in C++: the last logits of a row, gradients that are written over what is still read."""
+    N, D, V, generator = 21, 32, cpu.LONG + 21, torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((N, D), (V, D)))
+    targets, advantages = torch.randint(V, (N,), generator=generator), torch.randn(N, generator=generator)
+    targets[:2] = torch.tensor([0, V - 1])
+
+    def losses(logprobs, advantages):
+        return advantages * logprobs.exp() - logprobs, {"logprobs": logprobs}
+
+    def differentiated(function, dtype, **options):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        options |= dict(temperature=0.7, entropy_coef=entropy_coef)
+        loss, statistics = function(*leaves, targets, losses, (advantages.to(head.sum_dtype(leaves[0])),), **options)
+        loss.backward()
+        return statistics | {"hidden": leaves[0].grad, "weight": leaves[1].grad}
+
+    assert cpu.folds(torch.empty(N, V))
+    truth, plain = differentiated(reference_ppo, torch.float64), differentiated(reference_ppo, dtype)
+    ours = differentiated(ppo_head, dtype, workspace_bytes=8 * 4 * V)
+    for name, exact in truth.items():
+        assert error(ours[name], exact) <= 2 * error(plain[name], exact) + 2e-6, name
 
 
 def test_gradients_have_no_graph():
