@@ -13,6 +13,9 @@ of them sees. Floor: a pair of query and key costs 2 Dh multiply-adds forward an
 **The head** (`cpu_head.cpp`): products of bf16 matrices with sums and results in fp32, as fast as torch's own, whose
 results are bf16; and the row kernels of `linear_logprob.py`, for long rows.
 
+**The passes between products** (`cpu_passes.cpp`): norm, rotation and gate for bf16, which torch widens, writes and
+reads again and again.
+
 All numbers are fp32 but where bf16 is named. The library is built by the machine's own C++ compiler when it is first
 wanted (some 10 seconds), and kept in the user's cache folder under a hash of source, command and processor. Without a
 compiler torch serves.
@@ -41,11 +44,12 @@ from torch import Tensor
 from kernels import backend
 from kernels.rows import Rows
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp", "cpu_head.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp", "cpu_head.cpp", "cpu_passes.cpp")]
 HEADER = Path(__file__).with_name("cpu_vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 HEAD_DIMS = (16, 32, 64, 128)  # that they are compiled for
 SMALL = 32 * 2**20  # bytes: the weights that a last-level cache holds
+ROWS = 64  # as in cpu_passes.cpp: rows of a norm whose gradients of the weight are one partial sum
 LONG = 8192  # logits of a row from which on torch's passes cost more than these
 
 
@@ -144,7 +148,13 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     library.product.argtypes = [*[Pointer] * 5, c_int64, c_int64, c_int64, c_bool, c_int64]
     library.fold.argtypes = [Pointer, Pointer, c_int64, c_int64, c_int64, c_float, Pointer, c_int64, c_int64]
     library.gradients.argtypes = [*library.fold.argtypes[:-1], c_bool, c_bool, c_int64]
-    for name in ("sample", "tree_forward", "tree_backward", "product", "fold", "gradients"):
+    library.norm_forward.argtypes = [*[Pointer] * 6, c_int64, c_int64, c_float, c_int64]
+    library.norm_backward.argtypes = [*[Pointer] * 7, c_int64, c_int64, c_int64]
+    library.rope.argtypes = [*[Pointer] * 4, c_int64, c_int64, c_int64, c_float, c_int64]
+    library.swiglu_forward.argtypes = [*[Pointer] * 3, c_int64, c_int64, c_int64]
+    library.swiglu_backward.argtypes = [*[Pointer] * 5, c_int64, c_int64, c_int64]
+    for name in ("sample", "tree_forward", "tree_backward", "product", "fold", "gradients", "norm_forward",
+                 "norm_backward", "rope", "swiglu_forward", "swiglu_backward"):  # fmt: skip
         getattr(library, name).restype = None
     return library, ""
 
@@ -293,3 +303,14 @@ def dlogits(logits: Tensor, targets: Tensor, first: int, temperature: float, row
     sizes, kind = (*logits.shape, first, 1 / temperature), (len(rows) == 5, low, torch.get_num_threads())
     load_library()[0].gradients(*pointers, *sizes, *strides, *kind)
     return logits.view(torch.bfloat16)[:, : logits.shape[1]] if low else logits
+
+
+def passes(x: Tensor, width: int) -> bool:
+    """Say whether the passes below take x, whose rows are so wide: bf16 on a CPU. They are given contiguous tensors."""
+    return x.dtype == torch.bfloat16 and width % 16 == 0 and use_cpu(x, low=True)
+
+
+def run_pass(name: str, tensors: Iterable[Tensor | None], *sizes: float) -> None:
+    """Call a function of cpu_passes.cpp."""
+    pointers = (None if x is None else x.data_ptr() for x in tensors)
+    getattr(load_library()[0], name)(*pointers, *sizes, torch.get_num_threads())

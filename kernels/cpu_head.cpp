@@ -64,12 +64,6 @@ inline Vec some(const float* z, i64 left, float scale) {
     return found;
 }
 
-inline float sum_of(Vec v) {
-    float sum = 0.0f;
-    for (int i = 0; i < W; i++) sum += v[i];
-    return sum;
-}
-
 // The gradient of a row's logits: see dlogits_kernel. rows: m, log s, g and, if entropy, H and e, `stride` apart.
 template <class Number>
 void gradient_row(const float* z, Number* out, i64 v, i64 target, const float* rows, i64 stride, bool entropy,
@@ -155,7 +149,7 @@ void fold(const float* logits, const i64* targets, i64 n, i64 v, i64 first, floa
             for (i64 start = 0; start < v; start += PART * W) {
                 Vec part_sum = {}, part_weighted = {};
                 for (i64 j = start; j < std::min(v, start + PART * W); j += W) {
-                    const Vec x = some(z + j, v - j, scale) - m_new, e = exp(x);
+                    const Vec x = some(z + j, v - j, scale) - m_new, e = exp(x) + x * 0.0f;  // NaN stays NaN
                     part_sum += e;
                     part_weighted += e * x;
                 }

@@ -202,9 +202,9 @@ void backward_head(const Tile<DH>& tile, const float* q, const float* k, const f
         for (int d = 0; d < DH; d++) dq[((tile.first + lane) * t.H + head) * DH + d] = dx[d * W + lane];
 }
 
-// Run work(tile, head, begin, end) for all query heads and all tiles with queries in the run [begin, end) of trees. What
-// a run adds to is its own, for each KV head, and is added in the order of the tiles: the same bits on any number of
-// threads. A tile that lies across two runs is visited in both.
+// Run work(tile, head, begin, end) for all query heads and all tiles with queries in the run [begin, end) of trees.
+// What a run adds to is its own, for each KV head, and is added in the order of the tiles: the same bits on any number
+// of threads. A tile that lies across two runs is visited in both.
 template <int DH, class Work>
 void all_tiles(const TreeTokens& t, i64 threads, Work work) {
     std::vector<Tile<DH>> tiles;

@@ -35,6 +35,11 @@ inline void store(Number* x, Vec v, i64 count) {  // the first `count` of them
     store(all, v);
     std::copy(all, all + count, x);
 }
+inline float sum_of(Vec v) {
+    float sum = 0.0f;
+    for (int i = 0; i < W; i++) sum += v[i];
+    return sum;
+}
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // exp to 1e-7, and 0 below -87: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes), and n into the

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.backend import first_order, jit, tl, use_triton
 
 TILE = dict(BLOCK=1024, num_warps=4)  # 8 numbers a thread: one 16-byte load of each operand in bf16
@@ -67,12 +68,15 @@ def grid(x: Tensor) -> tuple[int, int]:
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """The two kernels, on contiguous gate and up (N, I); keeps both, and nothing else."""
+    """The two kernels, by Triton or in C++, on contiguous gate and up (N, I); keeps both, and nothing else."""
 
     @staticmethod
     def forward(ctx, gate, up):
         y = torch.empty_like(gate)
-        forward_kernel[grid(gate)](gate, up, y, gate.shape[1], **TILE)
+        if use_triton(gate):
+            forward_kernel[grid(gate)](gate, up, y, gate.shape[1], **TILE)
+        else:
+            cpu.run_pass("swiglu_forward", (gate, up, y), *gate.shape)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -81,7 +85,10 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        backward_kernel[grid(gate)](g.contiguous(), gate, up, d_gate, d_up, gate.shape[1], **TILE)
+        if use_triton(gate):
+            backward_kernel[grid(gate)](g.contiguous(), gate, up, d_gate, d_up, gate.shape[1], **TILE)
+        else:
+            cpu.run_pass("swiglu_backward", (g.contiguous(), gate, up, d_gate, d_up), *gate.shape)
         return d_gate, d_up
 
 
@@ -95,7 +102,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
-    if not use_triton(gate):
+    if not (use_triton(gate) or cpu.passes(gate, gate.shape[-1])):
         return reference_swiglu(gate, up)
     I = gate.shape[-1]  # noqa: E741
     return SwiGLUFunction.apply(gate.reshape(-1, I).contiguous(), up.reshape(-1, I).contiguous()).view(gate.shape)

@@ -1,4 +1,4 @@
-"""The C++ kernels against torch, and both against fp64: a decode step, sampling, token trees, and what a head does."""
+"""The C++ kernels against torch, and both against fp64: a decode step, sampling, token trees, heads, passes in bf16."""
 
 import subprocess
 
@@ -9,8 +9,11 @@ from test_tree_attention import random_trees
 from kernels import cpu, head, ppo_head, set_backend
 from kernels.ppo_head import reference_ppo
 from kernels.prefill_attention import Chunk, Chunks
+from kernels.rmsnorm import reference_rmsnorm, rmsnorm
+from kernels.rope import reference_rope, rope
 from kernels.rows import Rows
 from kernels.sample_head import sample
+from kernels.swiglu import reference_swiglu, swiglu
 from kernels.tree_attention import reference_tree_attention, tree_attention
 from model import Cached, KVCache, Qwen2Config, random_policy
 from sampler import Sampler, cached_trunk, generate
@@ -232,6 +235,41 @@ def test_long_rows_are_as_exact_as_torch(dtype, entropy_coef):
     ours = differentiated(ppo_head, dtype, workspace_bytes=8 * 4 * V)
     for name, exact in truth.items():
         assert error(ours[name], exact) <= 2 * error(plain[name], exact) + 2e-6, name
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200])
+@pytest.mark.parametrize("name", ["norm", "first norm", "rope", "swiglu"])
+def test_passes_in_bf16_are_as_exact_as_torch(rows, name):
+    """Guards a gradient that the passes in C++ forget or round twice, and blocks of rows that are not full."""
+    generator = torch.Generator().manual_seed(rows)
+    angles = torch.rand(1, rows, 1, 16, generator=generator) * 6
+
+    def turned(function, q, k):
+        return torch.cat([x.flatten(2) for x in function(q, k, angles.cos(), angles.sin())], 2)
+
+    def by_parts(q, k, cos, sin):
+        return reference_rope(q, cos.to(q.dtype), sin.to(q.dtype)), reference_rope(k, cos.to(q.dtype), sin.to(q.dtype))
+
+    shapes, ours, plain = {
+        "norm": ([(rows, 48), (48,), (rows, 48)], lambda x, w, r: torch.cat(rmsnorm(x, w, 1e-6, r), 1),
+                 lambda x, w, r: torch.cat(reference_rmsnorm(x, w, 1e-6, r), 1)),
+        "first norm": ([(rows, 48), (48,)], lambda x, w: rmsnorm(x, w, 1e-6),
+                       lambda x, w: reference_rmsnorm(x, w, 1e-6)),
+        "rope": ([(1, rows, 3, 32), (1, rows, 1, 32)], lambda q, k: turned(rope, q, k),
+                 lambda q, k: turned(by_parts, q, k)),
+        "swiglu": ([(rows, 80), (rows, 80)], swiglu, reference_swiglu),
+    }[name]  # fmt: skip
+    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    g = torch.randn(ours(*inputs).shape, generator=generator).bfloat16()
+
+    def differentiated(function, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, g.to(out.dtype))]
+
+    found = differentiated(ours, torch.bfloat16), differentiated(plain, torch.bfloat16)
+    for a, b, exact in zip(*found, differentiated(plain, torch.float64), strict=True):
+        assert a.dtype == torch.bfloat16 and error(a, exact) <= 2 * error(b, exact) + 1e-6
 
 
 def test_gradients_have_no_graph():
