@@ -22,7 +22,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from command_line.exits import check_prices, refuse
 from config import HERE, Config, flag, refuse_ignored
 from endpoints.wire import shown_url
-from learners.weights import resolve_checkpoint
+from learners.folder import resolve_checkpoint
 from untrusted.files import check_value, read_json
 from untrusted.plain_text import shorten
 

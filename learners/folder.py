@@ -2,7 +2,7 @@
 
     resolve_checkpoint    a folder, or a hub id after fetching it
     weight_files          its safetensors files, one or numbered shards
-    carried_files            its other files, which every policy that is saved takes over
+    carried_files         its other files, which every policy that is saved takes over
 
 Only files in the folder itself are read: a link that leads out of it could bring in anything.
 """

@@ -38,11 +38,11 @@ def write_checkpoint(folder: Path, settings: dict) -> Path:
 
 
 @contextmanager
-def served(server: ThreadingHTTPServer) -> Iterator[str]:
+def served(server: ThreadingHTTPServer, path: str = "/v1") -> Iterator[str]:
     """Serve in a thread of this process; gives the URL."""
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        yield f"http://127.0.0.1:{server.server_address[1]}{path}"
     finally:
         server.shutdown()
         server.server_close()

@@ -218,7 +218,7 @@ def test_text_is_read_from_jsonl_and_from_plain_files(tmp_path):
     """Guards a format that the documentation names and the reader does not know."""
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     jsonl, plain = tmp_path / "a.jsonl", tmp_path / "b.txt"
-    jsonl.write_text(json.dumps(chat) + "\n\n" + json.dumps({"text": "Plain."}) + "\n")
+    jsonl.write_text(json.dumps(chat) + "\n\n" + json.dumps({"text": "Plain.", "url": "x"}) + "\n")
     plain.write_text("One passage\nof two lines.\n\n\nAnother.\n")
     assert read_texts(jsonl) == [chat["messages"], "Plain."]
     assert [" ".join(passage.split()) for passage in read_texts(plain)] == ["One passage of two lines.", "Another."]
