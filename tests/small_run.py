@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from learners.weights import save_pretrained
 from model import Qwen2Config, random_policy
 from simulator import make_user_server
-from tiny.make import scripted_dialogue, train_tokenizer
+from tiny.make import train_tokenizer
+from tiny.scripts import scripted_dialogue
 
 USAGE = {"prompt_tokens": 40, "completion_tokens": 9}
 
