@@ -281,9 +281,9 @@ def main() -> None:
     parser.add_argument("--pairwise", action="store_true", help="13 cases [all 144]")
     parser.add_argument("--layers", type=int, default=2, metavar="N", help="layers of each shape [2; 0: all]")
     args = parser.parse_args()
-    failed, everything = 0, Counter()
+    cases, failed, everything = pairwise_cases() if args.pairwise else every_case(), 0, Counter()
     with open_environment(Config(ckpt="fake")) as env:
-        for case in pairwise_cases() if args.pairwise else every_case():
+        for case in cases:
             try:
                 launches = run_case(case, args.layers, env)
                 print("ok    ", *case.values(), f" {launches.total()} launches of {len(launches)} kernels", flush=True)
@@ -292,6 +292,8 @@ def main() -> None:
                 failed += 1
                 print("FAILED", *case.values(), f" {type(error).__name__}: {error}"[:2000], flush=True)
     print("launches of all cases:", *(f"{name} {count}" for name, count in sorted(everything.items())), sep="\n  ")
+    passed, layers = len(cases) - failed, args.layers or "all"
+    print(f"{passed} of {len(cases)} cases ok, with {layers} layers, torch {torch.__version__}")
     sys.exit(1 if failed else 0)
 
 
