@@ -71,16 +71,16 @@ class ChatTokenizer:
     """Encode text that may hold anything into ids that hold no control token, and lay ChatML seams around it.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>`, `<|im_end|>` and `<|endoftext|>`.
+        tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>` and `<|im_end|>`.
         stop_ids: ids that end a turn, beside that of `<|im_end|>`.
     Raises:
-        ValueError: the tokenizer lacks one of those three, or has an id that no model has.
+        ValueError: the tokenizer lacks one of those two, or has an id that no model has.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = ()):
-        for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        for name in ("<|im_start|>", "<|im_end|>"):
             if tokenizer.token_to_id(name) is None:
-                raise ValueError(f"the tokenizer has no {name}; --ckpt needs a Qwen-2.5 (ChatML) tokenizer.json")
+                raise ValueError(f"the tokenizer has no {name}; --ckpt needs a ChatML model, as Qwen2.5 and SmolLM2")
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
         if self.vocab_size > MOST_IDS:
             raise ValueError(f"the tokenizer has an id {self.vocab_size - 1}; the most that is taken is {MOST_IDS - 1}")
@@ -93,7 +93,7 @@ class ChatTokenizer:
         self.plain.add_special_tokens([token.content for token in tokenizer.get_added_tokens_decoder().values()])
         self.plain.encode_special_tokens = True
         self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
-        self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.pad = self.im_end if (end := tokenizer.token_to_id("<|endoftext|>")) is None else end
         self.stop_ids = frozenset({self.im_end, *stop_ids})
         self.newline = self.encode("\n")
         self.generation_header = [self.im_start, *self.encode("assistant\n")]  # ids after which the policy speaks
@@ -155,7 +155,8 @@ class ChatTokenizer:
 
         What is given stays as it is, byte for byte; but generation_config.json ends turns at all `stop_ids`.
         """
-        tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        tokens = {"eos_token": "<|im_end|>", "pad_token": self.tokenizer.id_to_token(self.pad)}
+        tokens["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": _json(tokens)}
         files |= given
         if "chat_template.jinja" not in files and not _parsed(files, "tokenizer_config.json").get("chat_template"):

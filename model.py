@@ -1,8 +1,9 @@
 """Qwen-2.5 by hand: modules, a critic and a KV cache.
 
 Parameter names and shapes are Hugging Face's. So weights load without renaming, and what is saved loads in
-`transformers` and vLLM (`learners/weights.py` reads and writes checkpoints). RoPE scaling, sliding windows and other
-activations are not implemented; a config that asks for one is refused by name.
+`transformers` and vLLM (`learners/weights.py` reads and writes checkpoints). A Llama (SmolLM2, TinyLlama) is the same
+model without biases on q, k and v. RoPE scaling, sliding windows and other activations are not implemented; a config
+that asks for one is refused by name.
 
 Reading order: config, norm, rotary positions, attention, MLP, trunk, policy, critic, KV cache. `sampler.py` decodes
 with the cache. Tests: `pytest tests/test_model.py`.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,13 @@ except ImportError:
 
 # ----------------------------------------------------------------------------------------------------------- config
 
-IMPLEMENTED = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
-NEUTRAL = {"partial_rotary_factor": 1.0, "rope_traditional": False, "use_mrope": False}  # other savers' keys
+FAMILIES = {  # by model_type: what its config.json says of what is implemented
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+}
+NEUTRAL = {  # other savers' keys
+    "partial_rotary_factor": 1.0, "rope_traditional": False, "rope_interleaved": False, "use_mrope": False,
+}  # fmt: skip
 # Far above any real model, and low enough that a stranger's config.json neither hangs nor fills the memory before the
 # shapes of the weights are compared with it.
 Width, Heads, Layers = Annotated[int, (1, 10**7)], Annotated[int, (1, 10_000)], Annotated[int, (1, 1000)]
@@ -72,6 +78,7 @@ class Qwen2Config:
     initializer_range: Deviation = 0.02  # standard deviation of freshly drawn weights
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    model_type: Literal["qwen2", "llama"] = "qwen2"  # llama: q, k and v without biases
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -120,7 +127,7 @@ class Qwen2Config:
 
     def to_dict(self) -> dict:
         """Return the content of a `config.json` that `transformers` and vLLM load."""
-        return {**IMPLEMENTED, **asdict(self)}
+        return {"model_type": self.model_type, **FAMILIES[self.model_type], **asdict(self)}
 
 
 def plain_rope(d: dict) -> dict:
@@ -140,17 +147,19 @@ def plain_rope(d: dict) -> dict:
 
 
 def refuse_what_is_not_implemented(given: dict) -> None:
-    """Raise ValueError if a parsed config.json asks for another model than a Qwen-2.5 in whole numbers."""
+    """Raise ValueError if a parsed config.json asks for another model than a Qwen-2.5 or a Llama, unquantised."""
     for name in ("quantization_config", "quantization"):  # the second is MLX's
         if settings := given.get(name):
             raise ValueError(
                 f"{name} says that the weights are quantised ({shorten(repr(settings))}); only float32, bfloat16 and"
                 " float16 are read: give the model it was made from, or dequantise it; if that is done, remove the key"
             )
-    for name, value in {**IMPLEMENTED, **NEUTRAL}.items():
-        if given.get(name, None if name == "model_type" else value) != value:
-            kind = " (Qwen2, Qwen2.5 and models of their shape)" if name == "model_type" else ""
-            raise ValueError(f"{name} is {shorten(repr(given.get(name)))}; only {value!r} is implemented{kind}")
+    if (kind := given.get("model_type")) not in list(FAMILIES):  # a list: what is asked for may have no hash
+        known = " and ".join(map(repr, FAMILIES))
+        raise ValueError(f"model_type is {shorten(repr(kind))}; only {known} are implemented")
+    for name, value in {**FAMILIES[kind], **NEUTRAL}.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name} is {shorten(repr(given[name]))}; only {value!r} is implemented")
     check_value(kinds := given.get("layer_types", []), list, "layer_types")
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise ValueError(f"layer_types names {shorten(repr(others[0]))}; only 'full_attention' is implemented")
@@ -247,14 +256,15 @@ def products(x: Tensor, layers: Sequence[nn.Module], context: Tree | Cached | No
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and Qwen's biases on q, k and v."""
+    """Grouped-query attention with rotary positions, and Qwen's biases on q, k and v."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
         super().__init__()
         D, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, kv_width)
-        self.v_proj = nn.Linear(D, kv_width)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, D, bias)
+        self.k_proj = nn.Linear(D, kv_width, bias)
+        self.v_proj = nn.Linear(D, kv_width, bias)
         self.o_proj = nn.Linear(D, D, bias=False)
         self.head_dim, self.layer_idx = config.head_dim, layer_idx
 

@@ -154,7 +154,7 @@ def load_model(kind: type[nn.Module], path_or_hub_id: str | Path, dtype: torch.d
 def load_policy(
     path_or_hub_id: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Qwen2ForCausalLM:
-    """Load a Qwen-2.5 checkpoint from a folder or the hub; raise a one-line ValueError if anything is amiss."""
+    """Load a Qwen-2.5 or Llama checkpoint from a folder or the hub; a one-line ValueError if anything is amiss."""
     return load_model(Qwen2ForCausalLM, path_or_hub_id, dtype, device)
 
 
@@ -195,7 +195,7 @@ def save_config(model: Qwen2ForCausalLM | Critic | ValueHead, folder: str | Path
     """Write the config.json of a model whose weights are saved in `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(kind for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
-    precision = str(dtype).removeprefix("torch.")
-    config = {"architectures": [kind.__name__], "torch_dtype": precision, **model.config.to_dict()}
+    name = next(kind.__name__ for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
+    name = name.replace("Qwen2", model.config.model_type.capitalize())
+    config = {"architectures": [name], "torch_dtype": str(dtype).removeprefix("torch."), **model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

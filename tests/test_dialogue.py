@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -329,10 +330,19 @@ def test_a_tokenizer_without_control_tokens_is_refused(tmp_path):
     byte_level = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     with pytest.raises(ValueError, match=r"<\|im_start\|>.*--ckpt"):
         ChatTokenizer(byte_level)
-    byte_level.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    byte_level.add_special_tokens(["<|im_start|>"])
     byte_level.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"<\|endoftext\|>.*--ckpt"):
+    with pytest.raises(ValueError, match=r"<\|im_end\|>.*--ckpt"):
         ChatTokenizer.from_folder(tmp_path)
+
+
+def test_a_chat_model_without_endoftext_pads_with_the_end_of_turn():
+    """Guards a ChatML model of the Llama family, refused for a token that no turn holds, or saved with a null."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    files = ChatTokenizer(tokenizer).chat_files({})
+    assert json.loads(files["tokenizer_config.json"])["pad_token"] == "<|im_end|>"
+    assert json.loads(files["generation_config.json"])["pad_token_id"] == 3
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"null", b"not json", b"\xff\xfe\x00",

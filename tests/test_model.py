@@ -36,10 +36,12 @@ def randomised(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
 
 
 def peer(policy: Qwen2ForCausalLM):
-    """The same weights in `transformers`' Qwen2, without a copy of them."""
-    config = transformers.Qwen2Config.from_dict(policy.config.to_dict(), attn_implementation="sdpa")
+    """The same weights in `transformers`' Qwen2 or Llama, without a copy of them."""
+    family = policy.config.model_type.capitalize()
+    kinds = getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
+    config = kinds[0].from_dict(policy.config.to_dict(), attn_implementation="sdpa")
     with torch.device("meta"):
-        hf = transformers.Qwen2ForCausalLM(config)
+        hf = kinds[1](config)
     hf.load_state_dict(policy.state_dict(), strict=not policy.config.tie_word_embeddings, assign=True)
     hf.tie_weights()
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its frequencies are not part of the state
@@ -65,9 +67,11 @@ def peer_logits(hf, token_ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_logits_match_transformers(tied, kv_heads):
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_logits_match_transformers(tied, kv_heads, family):
     """Guards the whole forward: norms, biases, rotary layout, head grouping, SwiGLU, head."""
-    policy = randomised(tiny_config(tie_word_embeddings=tied, num_key_value_heads=kv_heads))
+    policy = randomised(tiny_config(tie_word_embeddings=tied, num_key_value_heads=kv_heads, model_type=family))
+    assert ("model.layers.0.self_attn.q_proj.bias" in policy.state_dict()) == (family == "qwen2")
     token_ids = some_ids(policy.config, 3, 40)
     torch.testing.assert_close(
         logits_of(policy, token_ids), peer_logits(peer(policy), token_ids), atol=1e-5, rtol=0
