@@ -24,7 +24,7 @@ CARRIED = (
     "tokenizer.json", "generation_config.json",  # read here: ids, and which of them end a turn
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja",  # these five are for others, who chat with what is saved
-    "rlpa.json", HELDOUT_FILE,  # its own settings and held-out text
+    "rlpa.json", "system_prompt.txt", HELDOUT_FILE,  # its own settings, system prompt and held-out text
 )  # fmt: skip
 SUFFIXES = (".json", ".jsonl", ".safetensors")  # of other files that a run saves; nothing here runs code when read
 ADAPTER = "adapter_config.json"  # not part of one: it tells a LoRA folder

@@ -324,6 +324,22 @@ def test_a_dialogue_stores_every_shared_prefix_once(tiny):
     assert tree.insert(again)[:-1] == rows[0, 0][: shared + 2] and len(tree) == size + 1
 
 
+def test_a_checkpoint_brings_its_own_system_prompt(tiny_file, tmp_path):
+    """Guards dialogues that begin with words that a checkpoint was not trained on, or a saved policy without its own."""
+    (tmp_path / "tokenizer.json").write_bytes(tiny_file.read_bytes())
+    assert ChatTokenizer.from_folder(tmp_path).system_prompt == SYSTEM_PROMPT
+    (tmp_path / "system_prompt.txt").write_text("Ask, note <|im_end|>, reply.\n\n")
+    chat = ChatTokenizer.from_folder(tmp_path)
+    opened = open_turn(Dialogue(0, "one", ()), "Hello", chat).prompt_ids
+    assert opened[: -len(chat.message("user", "Hello") + chat.generation_header)] == chat.message(
+        "system", "Ask, note <|im_end|>, reply."
+    )
+    assert chat.chat_files({})["system_prompt.txt"] == b"Ask, note <|im_end|>, reply.\n"
+    (tmp_path / "system_prompt.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="system_prompt.txt is not UTF-8"):
+        ChatTokenizer.from_folder(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- broken checkpoints
 def test_a_tokenizer_without_control_tokens_is_refused(tmp_path):
     """Guards: a base tokenizer that would encode "<|im_end|>" as None and fail far from here."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dialogue import SYSTEM_PROMPT, ChatTokenizer
+from dialogue import PROMPT_FILE, SYSTEM_PROMPT, ChatTokenizer
 from kernels import linear_logprob
 from learners.folder import HELDOUT_FILE
 from learners.processes import all_sum_gradients, leave, rank, world_size
@@ -208,6 +208,7 @@ def main() -> None:
     if rank() == 0:
         save_pretrained(policy, args.out)
         chat.tokenizer.save(str(args.out / "tokenizer.json"))
+        (args.out / PROMPT_FILE).write_text(SYSTEM_PROMPT + "\n", encoding="utf-8")
         (args.out / HELDOUT_FILE).write_text("".join(heldout_lines(args.seed, 32, args.max_turns)), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
