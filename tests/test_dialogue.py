@@ -325,7 +325,7 @@ def test_a_dialogue_stores_every_shared_prefix_once(tiny):
 
 
 def test_a_checkpoint_brings_its_own_system_prompt(tiny_file, tmp_path):
-    """Guards dialogues that begin with words that a checkpoint was not trained on, or a saved policy without its own."""
+    """Guards dialogues that begin with words that a checkpoint was not trained on, and a saved policy without them."""
     (tmp_path / "tokenizer.json").write_bytes(tiny_file.read_bytes())
     assert ChatTokenizer.from_folder(tmp_path).system_prompt == SYSTEM_PROMPT
     (tmp_path / "system_prompt.txt").write_text("Ask, note <|im_end|>, reply.\n\n")
