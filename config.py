@@ -186,8 +186,6 @@ def check_adapters(config: Config) -> None:
         raise ValueError(f"--adapter {config.adapter} needs its --lora-rank")
     if config.merge and not config.adapter:
         raise ValueError(f"--merge {config.merge} needs --adapter: the one to add to the weights of --ckpt")
-    if config.lora_rank and config.shard:
-        raise ValueError(f"--lora-rank {config.lora_rank} does not work with --shard yet; leave out one")
 
 
 def check_credit(config: Config) -> None:

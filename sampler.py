@@ -473,10 +473,10 @@ def kv_budget(config: Config, device: torch.device) -> int:
 
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
     """Return a policy's trunk as one C++ call, or None where torch or Triton computes it."""
+    if adapters(policy):  # the C++ knows none
+        return None
     config, weights = policy.config, policy.model.state_dict()
-    if adapters(policy) or config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight):
-        return None  # the C++ knows no adapters
-    if not is_small(weights.values()):
+    if config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight) or not is_small(weights.values()):
         return None
     positions = torch.arange(config.max_position_embeddings)
     cos, sin = (x[0, :, 0].contiguous() for x in rope_tables(positions[None], config.head_dim, config.rope_theta))

@@ -147,7 +147,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     config, env, policy, critic = state.config, state.env, state.policy, state.critic
     meter = IterationMeter(env)
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
-    dialogues = play_batch(policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
+    with sharding.gathered(policy.sampled):
+        dialogues = play_batch(policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
     with env.timers("statistics"), processes.computing():
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)  # they hold the same Packed objects, which are filled in below
@@ -720,7 +721,8 @@ def conclude_iteration(state: State, log: RunLog | None) -> dict[str, list[Dialo
     last, ends = i == state.num_iterations, i in (0, state.num_iterations)
     played, state.reward = {}, math.nan
     if ends or config.eval_every and i % config.eval_every == 0:
-        played = run_evaluation(state, log, ends)
+        with sharding.gathered(state.policy.sampled):
+            played = run_evaluation(state, log, ends)
     played = played if ends else {}
     record_episodes(state, log, played)
     state.mark(log, evaluated=True)

@@ -24,15 +24,17 @@ from worlds.first import generate_personas
 from worlds.personas import Persona, load_personas
 
 
-def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+def load_models(
+    config: Config, folder: Path | None, mesh: DeviceMesh | None = None
+) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
     """Load policy, critic and frozen reference, if any; the first two from a checkpoint's folder, if one is given.
 
-    What is trained is fp32, for the masters.
+    What is trained is fp32, for the masters. mesh: the processes that share out the base of adapters.
     """
     device = own_device()
     dtype = compute_dtype(config, device.type)
     if config.lora_rank:
-        models, ref_policy = load_adapted(config, folder, dtype, device)
+        models, ref_policy = load_adapted(config, folder, mesh)
     else:
         models = {"policy": load_policy(folder / "policy" if folder else config.ckpt, device=device)}
         if config.advantage == "gae":
@@ -51,13 +53,17 @@ def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner |
 
 
 def load_adapted(
-    config: Config, folder: Path | None, dtype: torch.dtype, device: torch.device
+    config: Config, folder: Path | None, mesh: DeviceMesh | None
 ) -> tuple[dict[str, nn.Module], Qwen2ForCausalLM | None]:
     """Load --ckpt once, frozen and in `dtype`; return adapted policy and critic, if any, over it, and the reference.
 
     The reference is the base. Of a policy that came as an adapter (--adapter) it is the base with that adapter.
     """
-    base = load_policy(config.ckpt, dtype=dtype, device=device)
+    device = own_device()
+    dtype = compute_dtype(config, device.type)
+    base = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False)
+    if mesh:
+        sharding.shard_base(base, mesh)
     given = base, config.lora_rank, config.lora_alpha, config.seed
     models: dict[str, nn.Module] = {"policy": with_adapter(*given)}
     if has_own_trunk(config):

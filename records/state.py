@@ -94,7 +94,8 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
         check_sources(config, progress["sources"])
     personas, eval_sets = load_all_personas(config)
     let_segments_grow()
-    policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
+    load = load_sharded if mesh and not config.lora_rank else load_models
+    policy, critic, ref_policy = load(config, folder, mesh)
     set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)

@@ -18,11 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_rlpa
-from benchmarks.invariance import random_dialogue, settings, write_policy
+from benchmarks.invariance import (
+    KINDS,
+    dealt,
+    difference,
+    random_dialogue,
+    run_case,
+    run_cases,
+    settings,
+    write_policy,
+)
 from command_line.flags import parse_args
 from config import Config
 from kernels import linear_logprob, ppo_head
-from learners import lora
+from learners import lora, processes, sharding
 from learners.adapters import PREFIX, adapter_settings, load_adapter
 from learners.folder import ADAPTER, ADAPTER_WEIGHTS
 from learners.loading import load_models
@@ -378,10 +387,56 @@ def test_damaged_adapters_are_refused(run, arguments, tmp_path):
     [
         ({"merge": "x"}, "--merge x needs --adapter"),
         ({"adapter": "x"}, "--adapter x needs its --lora-rank"),
-        ({"lora_rank": 4, "shard": True}, "--lora-rank 4 does not work with --shard"),
     ],
 )
 def test_flags_that_do_not_go_together(changes, message):
     """Guards settings without effect."""
     with pytest.raises(ValueError, match=message):
         Config(ckpt="x", **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------ --shard
+
+
+VARIANTS = {"": {}, "shared": {"critic": "shared"}, "checkpointing": {"checkpointing": True, "kl_estimator": "exact"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_sharded_base_gives_the_same_numbers(folder, size):
+    """Guards layers that are gathered by some processes only, which is a hang, and adapters that are not summed."""
+    cases, wanted = {}, {}
+    for name, changes in VARIANTS.items():
+        given = settings(folder, lora_rank=4, **changes)
+        cases[f"case {name}"] = settings(folder, lora_rank=4, shard=True, microbatch_tokens=60, **changes), dealt(size)
+        wanted[f"case {name}"] = run_case(given, range(8))
+    for name, found in run_cases(size, cases).items():
+        assert wanted[name].keys() == found.keys()
+        for kind in KINDS:
+            assert difference(found, wanted[name], kind) < 1e-5, (name, kind)
+
+
+def held_rows(config: Config, owned: list[int]) -> dict[str, Tensor]:
+    """Give what a process holds of the base: before, while and after it is gathered."""
+    policy, critic, reference = load_models(config, None, sharding.make_mesh())
+    base = [p for n, p in reference.model.layers.named_parameters() if n.endswith("proj.weight")]
+    rows, every = sum(p.to_local().numel() for p in base), sum(p.numel() for p in base)
+    found = {"rows": torch.tensor(rows), "all": torch.tensor(every)}
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad(), sharding.gathered(policy.sampled):
+        if processes.rank() == 0:  # alone
+            found["logits"] = policy.sampled.logits(policy.sampled(ids))
+    with torch.no_grad():
+        found["again"] = policy.sampled.logits(policy.sampled(ids))
+    after = [p for n, p in reference.model.layers.named_parameters() if n.endswith("proj.weight")]
+    return found | {"after": torch.tensor(sum(p.to_local().numel() for p in after))}
+
+
+@pytest.mark.slow
+def test_a_sharded_base_is_whole_for_a_rollout_alone(folder):
+    """Guards a process that waits for others at each layer while it samples, and a base that stays whole after it."""
+    config = settings(folder, lora_rank=4, shard=True)
+    found = run_cases(2, {"case": (config, [[], []])}, held_rows)["case"]
+    assert found["rows"] == found["after"] == found["all"] / 2
+    expected = logits_of(load_policy(folder), torch.tensor([[3, 4, 5, 6]]))
+    assert torch.equal(found["logits"], expected) and torch.equal(found["again"], expected)
