@@ -194,7 +194,7 @@ class Plan:
     def resident(self, config: Qwen2Config) -> dict[str, float]:
         """Return what is there from the first optimizer step to the last."""
         policy, critic = policy_parameters(config), self.critic_parameters(config)
-        if self.shards:
+        if self.shards and not self.lora_rank:
             reference = policy / self.shards + root_parameters(config, head=True)  # its root stays gathered
             return {
                 "policy": 4 * policy / self.shards,
@@ -205,6 +205,8 @@ class Plan:
             }
         copies = 4 if self.compute_bytes == 4 else 4 + self.compute_bytes
         base, (own, critic) = policy * self.compute_bytes, self.trained_parameters(config)
+        if self.shards:
+            base -= self.compute_bytes * layers_elsewhere(config, self.shards)
         return {
             "policy": own * copies + base * bool(self.lora_rank),
             "critic": critic * copies,
@@ -230,6 +232,11 @@ class Plan:
         return 4 * rows * config.hidden_size * (self.compute_bytes != 4)
 
 
+def layers_elsewhere(config: Qwen2Config, shards: int) -> float:
+    """Count the numbers of all layers that a process has not, of `shards` that share them out."""
+    return config.num_hidden_layers * layer_parameters(config) * (1 - 1 / shards)
+
+
 def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
     """Return the bytes of each phase of an iteration at its fullest moment, part by part.
 
@@ -237,7 +244,7 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
     between the sum moves evenly from one to the other. Or at its very end, when the embedding's gradient comes on top
     of one that is there already: a tied head's, an earlier micro-batch's. Gradients are summed in fp32.
     """
-    if plan.shards:
+    if plan.shards and not plan.lora_rank:
         return sharded_phases(config, plan)
     resident, c, earlier = plan.resident(config), plan.compute_bytes, plan.several_microbatches
     policy, critic = (4 * n for n in plan.trained_parameters(config))
@@ -263,6 +270,10 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
         phase["critic's first layer"] = {"gradients": both - late, "activations": end}
         phase["critic's gradients"] = {"gradients": both, "head": embedding_sums(embedding, c, earlier, False)}
     phase["optimizer's step"] = {"gradients": both}
+    if plan.shards:  # of adapters' base one matrix at a time is gathered, and for a rollout all of it
+        one = dict.fromkeys(phase, c * config.hidden_size * config.intermediate_size)
+        for name, nbytes in (one | {"rollout": c * layers_elsewhere(config, plan.shards)}).items():
+            phase[name]["gathered"] = nbytes
     return {name: resident | parts for name, parts in phase.items()}
 
 

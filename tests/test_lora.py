@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from small_run import records, running_user, write_checkpoint
+from test_distributed import torchrun
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -440,3 +441,18 @@ def test_a_sharded_base_is_whole_for_a_rollout_alone(folder):
     assert found["rows"] == found["after"] == found["all"] / 2
     expected = logits_of(load_policy(folder), torch.tensor([[3, 4, 5, 6]]))
     assert torch.equal(found["logits"], expected) and torch.equal(found["again"], expected)
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_sharded_base_equal_one(run, arguments, tmp_path):
+    """Guards evaluations and checkpoints that one process computes alone, and adapters that each draws for itself."""
+    done = torchrun(*arguments, "--shard", "--run-dir", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(records(tmp_path / "two"), records(run), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4, nan_ok=True)
+    for name in ("policy", "critic"):
+        folders = [trained_adapter(x).with_name(name) for x in (tmp_path / "two", run)]
+        ours, theirs = (load_file(folder / ADAPTER_WEIGHTS) for folder in folders)
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, atol=1e-4, rtol=1e-3)

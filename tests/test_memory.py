@@ -209,6 +209,16 @@ def test_one_shard_holds_everything():
         assert one["reference"] - root == whole["reference"] == 4 * (four["reference"] - root)
 
 
+def test_a_sharded_base_is_whole_in_a_rollout():
+    """Guards a base of adapters that a dry run cuts for ever: it samples whole, and is cut in the update."""
+    config, plan = make_config(64, 128, 2, 2), Plan(tokens=100, actions=10, cache_tokens=10, lora_rank=4)
+    whole, two = phases(config, plan), phases(config, dataclasses.replace(plan, shards=2))
+    assert sum(two["rollout"].values()) == sum(whole["rollout"].values())
+    cut, layers = two["optimizer's step"], 2 * memory.layer_parameters(config)
+    assert whole["optimizer's step"]["policy"] - cut["policy"] == 4 * layers / 2
+    assert cut["gathered"] == 4 * 64 * 128 and cut["reference"] == 0
+
+
 def test_more_processes_hold_less_of_shards():
     """Guards a sign, and whole models whose need depends on the number of processes."""
     config, plan = make_config(256, 1024, 8, 4), Plan(tokens=400, actions=300, cache_tokens=80, compute_bytes=2)
