@@ -17,8 +17,9 @@ from torch import nn
 
 from learners.folder import ADAPTER, ADAPTER_WEIGHTS, inside
 from learners.learner import Learner
-from learners.lora import adapters
+from learners.lora import adapters, with_adapter
 from learners.weights import read_tensors, save_pretrained
+from model import Qwen2ForCausalLM
 from untrusted.files import check_value, read_json
 from untrusted.plain_text import shorten
 
@@ -84,6 +85,14 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         missing.discard(name)
     if missing:
         raise ValueError(f"{file}: tensor {min(missing)} is missing")
+
+
+def with_saved_adapter(base: Qwen2ForCausalLM, folder: Path) -> Qwen2ForCausalLM:
+    """Return a model over a base's parameters with the adapter of a folder, frozen and in the base's dtype."""
+    found = adapter_settings(folder)
+    policy = with_adapter(base, found["lora_rank"], found["lora_alpha"], seed=0)
+    load_adapter(policy, folder)
+    return policy.to(base.head_weight.dtype).requires_grad_(False)
 
 
 def save_adapter(learner: Learner, folder: Path, base: str) -> None:

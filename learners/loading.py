@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from config import Config, has_own_trunk
 from learners import sharding
-from learners.adapters import load_adapter
+from learners.adapters import load_adapter, with_saved_adapter
 from learners.learner import Learner, is_sharded, load_optimizer, make_learner
 from learners.lora import critic_with_adapter, with_adapter
 from learners.processes import rank, world_size
@@ -75,11 +75,9 @@ def load_adapted(
     for name in adapted:
         if start := folder / name if folder else starts[name]:
             load_adapter(models[name], Path(start))
-    if not (config.kl_coef and config.adapter):
-        return models, base if config.kl_coef else None
-    ref_policy = with_adapter(*given)
-    load_adapter(ref_policy, Path(config.adapter))
-    return models, ref_policy.to(dtype)
+    if not config.kl_coef:
+        return models, None
+    return models, with_saved_adapter(base, Path(config.adapter)) if config.adapter else base
 
 
 def load_sharded(

@@ -7,7 +7,7 @@ from pathlib import Path
 from config import Config
 from dialogue import ChatTokenizer
 from learners import lora
-from learners.adapters import load_adapter
+from learners.adapters import with_saved_adapter
 from learners.folder import carried_files
 from learners.loading import compute_dtype
 from learners.weights import load_policy, save_pretrained
@@ -24,9 +24,7 @@ def merge(config: Config) -> str:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--merge {folder} exists already; name a new folder")
     base = load_policy(config.ckpt)
-    policy = lora.with_adapter(base, config.lora_rank, config.lora_alpha, config.seed)
-    load_adapter(policy, Path(config.adapter))
-    lora.merge(policy)
+    lora.merge(with_saved_adapter(base, Path(config.adapter)))
     dtype, temporary = compute_dtype(config, "cpu"), unborn(folder)
     save_pretrained(base, temporary, dtype)
     chat = ChatTokenizer.from_folder(config.ckpt, base.config.vocab_size)

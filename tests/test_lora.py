@@ -33,7 +33,7 @@ from command_line.flags import parse_args
 from config import Config
 from kernels import linear_logprob, ppo_head
 from learners import lora, processes, sharding
-from learners.adapters import PREFIX, adapter_settings, load_adapter
+from learners.adapters import PREFIX, with_saved_adapter
 from learners.folder import ADAPTER, ADAPTER_WEIGHTS
 from learners.loading import load_models
 from learners.weights import load_policy
@@ -89,10 +89,7 @@ def stirred(base: Qwen2ForCausalLM, seed: int = 1) -> Qwen2ForCausalLM:
 
 def adapted(base: Path, adapter: Path) -> Qwen2ForCausalLM:
     """Load a base with an adapter."""
-    found = adapter_settings(adapter)
-    policy = lora.with_adapter(load_policy(base), found["lora_rank"], found["lora_alpha"], seed=0)
-    load_adapter(policy, adapter)
-    return policy
+    return with_saved_adapter(load_policy(base), adapter)
 
 
 def logits_of(policy: Qwen2ForCausalLM, token_ids: Tensor) -> Tensor:
