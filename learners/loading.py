@@ -34,7 +34,8 @@ def load_models(
     device = own_device()
     dtype = compute_dtype(config, device.type)
     if config.lora_rank:
-        models, ref_policy = load_adapted(config, folder, mesh)
+        base = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False)
+        models, ref_policy = adapt(sharding.shard_base(base, mesh) if mesh else base, config, folder)
     else:
         models = {"policy": load_policy(folder / "policy" if folder else config.ckpt, device=device)}
         if config.advantage == "gae":
@@ -52,18 +53,13 @@ def load_models(
     return learners["policy"], learners.get("critic"), ref_policy
 
 
-def load_adapted(
-    config: Config, folder: Path | None, mesh: DeviceMesh | None
+def adapt(
+    base: Qwen2ForCausalLM, config: Config, folder: Path | None
 ) -> tuple[dict[str, nn.Module], Qwen2ForCausalLM | None]:
-    """Load --ckpt once, frozen and in `dtype`; return adapted policy and critic, if any, over it, and the reference.
+    """Put the adapters of policy and critic, if any, on a base, which is held once; return them and the reference.
 
     The reference is the base. Of a policy that came as an adapter (--adapter) it is the base with that adapter.
     """
-    device = own_device()
-    dtype = compute_dtype(config, device.type)
-    base = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False)
-    if mesh:
-        sharding.shard_base(base, mesh)
     given = base, config.lora_rank, config.lora_alpha, config.seed
     models: dict[str, nn.Module] = {"policy": with_adapter(*given)}
     if has_own_trunk(config):
