@@ -221,7 +221,8 @@ def fake_card() -> Iterator[None]:
 def settings(case: dict) -> Config:
     """Turn a case into settings of the trainer."""
     critic = {"separate": {}, "shared": {"critic": "shared"}, "none": {"advantage": "grpo"}}[case["critic"]]
-    rest = {name: case[name] for name in ("checkpointing", "dtype")} | dict(kl_estimator=case["kl"], lora_rank=case["lora"])
+    rest = dict(kl_estimator=case["kl"], checkpointing=case["checkpointing"], dtype=case["dtype"])
+    rest |= {"lora_rank": case["lora"]}
     return Config(ckpt="fake", num_iterations=1, **critic, **rest, **LENGTHS)
 
 
