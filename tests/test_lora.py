@@ -343,7 +343,8 @@ def test_the_grid_of_bf16_swallows_what_is_merged():
     by 84 % of itself; A and B rounded to bf16 give it to .24 %."""
     generator = torch.Generator().manual_seed(0)
     W = (torch.randn(896, 896, generator=generator) * 0.02).bfloat16()
-    A, B = torch.empty(16, 896).uniform_(-1 / 30, 1 / 30, generator=generator), torch.randn(896, 16) * 1e-4
+    A = torch.empty(16, 896).uniform_(-1 / 30, 1 / 30, generator=generator)
+    B = torch.randn(896, 16, generator=generator) * 1e-4
     delta = 2 * B @ A
     merged, apart = (W + delta).bfloat16().float() - W.float(), 2 * B.bfloat16().float() @ A.bfloat16().float()
     assert delta.norm() / W.float().norm() == pytest.approx(8e-4, rel=0.1)
