@@ -9,8 +9,8 @@ modules over the same frozen parameters.
     critic      the base, another adapter, and a value head
 
 W + (α / r) B A is never formed while a run lasts. In bf16 most of a small B A would fall between W's neighbours, and
-what is merged and taken out again does not come back. Here B A x is computed beside W x, and added to it inside the second
-product (`addmm`), whose sums are fp32.
+what is merged and taken out again does not come back. Here B A x is computed beside W x, and added to it inside the
+second product (`addmm`), whose sums are fp32.
 
 Why α / r and not the rank-stabilised α / √r: AdamW moves each number of B by about the learning rate, whatever its
 gradient, and the first steps of the r parts of B A point the same way. So B A grows as r, and α / r makes a learning
