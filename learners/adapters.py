@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from config import Positive
 from learners.folder import ADAPTER, ADAPTER_WEIGHTS, inside
 from learners.learner import Learner
 from learners.lora import adapters, with_adapter
@@ -40,13 +41,8 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     A rank-stabilised one has the factor α / √r, which is α √r / r.
     """
     found = read_settings(folder)
-    return {"lora_rank": found["r"], "lora_alpha": found["lora_alpha"] * (found["r"] ** 0.5 if rescaled(found) else 1)}
-
-
-def rescaled(found: dict) -> bool:
-    """Say whether an adapter's factor is α / √r."""
-    check_value(stabilised := found.get("use_rslora") or False, bool, f"{ADAPTER}, 'use_rslora'")
-    return stabilised
+    rank, alpha = found["r"], found["lora_alpha"]
+    return {"lora_rank": rank, "lora_alpha": alpha * rank**0.5 if found.get("use_rslora") else alpha}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -59,10 +55,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         if found.get(name) is not None and found[name] not in values:
             wanted = " or ".join(map(repr, values)) or "none"
             raise ValueError(f"{file}: {name} is {shorten(repr(found[name]))}; only {wanted} is implemented")
-    for name, hint in (("r", int), ("lora_alpha", float), ("target_modules", list[str])):
+    needed = {"r": Annotated[int, (1, 4096)], "lora_alpha": Positive, "target_modules": list[str]}
+    for name, hint in (needed | {"use_rslora": bool | None, "modules_to_save": list[str] | None}).items():
         check_value(found.get(name), hint, f"{file}, {name!r}")
-    if found["r"] < 1 or found["lora_alpha"] <= 0:
-        raise ValueError(f"{file}: r is {found['r']} and lora_alpha {found['lora_alpha']}; both must be above 0")
     if others := [name for name in found["target_modules"] if name not in LAYERS]:
         raise ValueError(f"{file}: target_modules names {shorten(repr(others[0]))}; only {', '.join(LAYERS)} have one")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +30,7 @@ from benchmarks.invariance import (
     settings,
     write_policy,
 )
+from benchmarks.mutate import mutate_json, mutate_safetensors
 from command_line.flags import parse_args
 from config import Config
 from kernels import linear_logprob, ppo_head
@@ -366,7 +368,8 @@ def test_merge_refuses_half_precision(folder):
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"target_modules": "all-linear"}, "'target_modules'"),
         ({"target_modules": ["lm_head"]}, "target_modules names 'lm_head'"),
-        ({"r": 0}, "both must be above 0"),
+        ({"r": 0}, "'r' is 0; it must lie in"),
+        ({"r": 10**9}, "'r' is 1000000000; it must lie in"),
         ({"r": 3}, "has shape"),
         ({"lora_alpha": None}, "'lora_alpha'"),
     ],
@@ -392,6 +395,21 @@ def test_damaged_adapters_are_refused(run, arguments, tmp_path):
         save_file(changed, adapter / ADAPTER_WEIGHTS)
         with pytest.raises(ValueError, match=message):
             adapted(base, adapter)
+
+
+@pytest.mark.parametrize(("name", "mutate"), [(ADAPTER, mutate_json), (ADAPTER_WEIGHTS, mutate_safetensors)])
+def test_damaged_folders_load_or_are_one_line(run, arguments, tmp_path, name, mutate):
+    """Guards tracebacks and endless memory from files that were damaged or made up."""
+    base, adapter = load_policy(arguments[1]), Path(shutil.copytree(trained_adapter(run), tmp_path / "adapter"))
+    whole, refused = (adapter / name).read_bytes(), 0
+    for i in range(60):
+        (adapter / name).write_bytes(mutate(whole, random.Random(i)))
+        try:
+            with_saved_adapter(base, adapter)
+        except ValueError as error:
+            refused += 1
+            assert str(error).isprintable() and "adapter" in str(error)
+    assert refused > 20
 
 
 @pytest.mark.parametrize(
