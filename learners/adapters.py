@@ -32,6 +32,7 @@ IMPLEMENTED: dict[str, tuple] = {
     "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (), "layer_replication": (),
     "init_lora_weights": (True, False, "gaussian"),  # the others change the base
     "exclude_modules": (), "trainable_token_indices": (), "target_parameters": ([],), "use_qalora": (False,),
+    **dict.fromkeys(("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"), ()),
 }  # fmt: skip
 
 
