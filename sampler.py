@@ -39,7 +39,7 @@ from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
 from learners.lora import adapters
 from learners.processes import world_size
-from model import Cached, KVCache, Qwen2ForCausalLM, rope_tables
+from model import Cached, KVCache, Qwen2ForCausalLM, join_products, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
 BUCKETS = (1, 2, 4, 8, *range(16, 1025, 16))  # numbers of candidates that a CUDA graph is captured for
@@ -133,6 +133,8 @@ class Sampler:
         self.pending: deque[tuple[list[Draw], Sent]] = deque()  # sampled, but not read by the host yet
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by bucket: graph, lanes, log-probs
         self.trunk = cached_trunk(policy)
+        if self.device.type == "cuda":
+            join_products(policy)
         self.resize([], 0, 0)
 
     # ------------------------------------------------------------------------------------------------------ dialogues

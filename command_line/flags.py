@@ -23,7 +23,7 @@ from command_line.exits import check_prices, refuse
 from config import HERE, Config, flag, refuse_ignored
 from endpoints.wire import shown_url
 from learners.adapters import adapter_settings
-from learners.weights import resolve_checkpoint
+from learners.folder import resolve_checkpoint
 from untrusted.files import check_value, read_json
 from untrusted.plain_text import shorten
 

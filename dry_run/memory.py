@@ -28,7 +28,8 @@ def trunk_parameters(config: Qwen2Config) -> int:
     200
     """
     D, I, K = config.hidden_size, config.intermediate_size, kv_width(config)  # noqa: E741
-    layer = D * (D + 1) + 2 * K * (D + 1) + D * D + 3 * D * I + 2 * D
+    bias = config.model_type == "qwen2"
+    layer = D * (D + bias) + 2 * K * (D + bias) + D * D + 3 * D * I + 2 * D
     return config.vocab_size * D + config.num_hidden_layers * layer + D
 
 

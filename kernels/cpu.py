@@ -183,7 +183,8 @@ class CachedTrunk:
         self.layers = (Layer * L)()
         for i, layer in enumerate(self.layers):
             for name in Layer.NAMES:
-                setattr(layer, name.replace(".", "_"), weights[f"layers.{i}.{name}"].data_ptr())
+                if not name.endswith("bias") or f"layers.{i}.{name}" in weights:  # a Llama has none: null
+                    setattr(layer, name.replace(".", "_"), weights[f"layers.{i}.{name}"].data_ptr())
 
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, slots: Tensor, keys: list[Tensor],

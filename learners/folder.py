@@ -2,7 +2,7 @@
 
     resolve_checkpoint    a folder, or a hub id after fetching it
     weight_files          its safetensors files, one or numbered shards
-    carried_files            its other files, which every policy that is saved takes over
+    carried_files         its other files, which every policy that is saved takes over
 
 Only files in the folder itself are read: a link that leads out of it could bring in anything.
 """
@@ -24,7 +24,7 @@ CARRIED = (
     "tokenizer.json", "generation_config.json",  # read here: ids, and which of them end a turn
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja",  # these five are for others, who chat with what is saved
-    "rlpa.json", HELDOUT_FILE,  # its own settings and held-out text
+    "rlpa.json", "system_prompt.txt", HELDOUT_FILE,  # its own settings, system prompt and held-out text
 )  # fmt: skip
 SUFFIXES = (".json", ".jsonl", ".safetensors")  # of other files that a run saves; nothing here runs code when read
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # not part of one: a LoRA folder's

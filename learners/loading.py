@@ -170,7 +170,8 @@ def let_segments_grow() -> None:
     Else what updates free lies in pieces, and no later KV cache fits into one of them.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first allocation
+        # Torch reads it once, when it first needs a setting of the allocator: later than at its import.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

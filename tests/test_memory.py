@@ -278,6 +278,9 @@ def test_parameters_of_qwen(size):
         models = Qwen2ForCausalLM(config), Critic(config)
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert counts == [memory.policy_parameters(config), Plan().critic_parameters(config)]
+    with torch.device("meta"):
+        llama = Qwen2ForCausalLM(config := dataclasses.replace(config, model_type="llama"))
+    assert sum(p.numel() for p in llama.parameters()) == memory.policy_parameters(config)
 
 
 def test_work_is_that_of_the_tree():
