@@ -98,7 +98,7 @@ class Config:
     minibatch_size: Count = 4  # dialogues per optimizer step, over all processes (x 10 turns x 4 candidates: 160)
     microbatch_tokens: Count = 16384  # tree tokens per forward and backward in one process; one dialogue is never cut
     num_epochs: Count = 1  # passes over a rollout batch
-    lora_rank: Rank = 0  # train adapters (LoRA) of this rank on a frozen base; give about 5 x the --lr of all weights; 0: off
+    lora_rank: Rank = 0  # train adapters (LoRA) of this rank on a frozen base; they want about 5 x the --lr; 0: off
     lora_alpha: Positive = 32.0  # adapters are weighed by alpha / rank
     lr: Amount = 5e-7  # policy's peak learning rate
     critic_lr: Amount = 9e-6  # critic's peak learning rate
