@@ -1,7 +1,7 @@
 """Whole iterations on a GPU that is not there: every tensor has a device, a dtype and a shape, and no numbers.
 
-    python -m benchmarks.fake_gpu                    every shape and setting, 144 cases: prints a line for each
-    python -m benchmarks.fake_gpu --pairwise         13 of them, in which every pair of values occurs
+    python -m benchmarks.fake_gpu                    every shape and setting, 288 cases: prints a line for each
+    python -m benchmarks.fake_gpu --pairwise         14 of them, in which every pair of values occurs
 
 A case has two layers of its shape, which differ in what surrounds them; `--layers 0` takes all.
 
@@ -70,6 +70,7 @@ VALUES = {  # of each setting that makes a branch; k1 … exact: --kl-estimator
     "critic": ("separate", "shared", "none"),  # none: --advantage grpo
     "checkpointing": (False, True),
     "dtype": ("bfloat16", "float32"),
+    "lora": (0, 16),
 }
 LENGTHS = dict(
     rollout_batch_size=2, minibatch_size=2, decode_batch_size=1, max_turns=2, num_candidates=4, max_new_tokens=4,
@@ -227,6 +228,7 @@ def settings(case: dict) -> Config:
     """Turn a case into settings of the trainer."""
     critic = {"separate": {}, "shared": {"critic": "shared"}, "none": {"advantage": "grpo"}}[case["critic"]]
     rest = dict(kl_estimator=case["kl"], checkpointing=case["checkpointing"], dtype=case["dtype"])
+    rest |= {"lora_rank": case["lora"]}
     return Config(ckpt="fake", num_iterations=1, **critic, **rest, **LENGTHS)
 
 
@@ -261,7 +263,7 @@ def pairwise_cases() -> list[dict]:
     """Choose few cases in which every two values of different settings meet: each the one with the most new pairs.
 
     >>> len(pairwise_cases())
-    13
+    14
     """
     missing, chosen, cases = {pair for case in every_case() for pair in pairs_of(case)}, [], every_case()
     while missing:
@@ -278,7 +280,7 @@ def pairs_of(case: dict) -> set[tuple]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairwise", action="store_true", help="13 cases [all 144]")
+    parser.add_argument("--pairwise", action="store_true", help="14 cases [all 288]")
     parser.add_argument("--layers", type=int, default=2, metavar="N", help="layers of each shape [2; 0: all]")
     args = parser.parse_args()
     cases, failed, everything = pairwise_cases() if args.pairwise else every_case(), 0, Counter()

@@ -26,6 +26,7 @@ from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners.learner import make_learner
 from learners.loading import (
+    adapt,
     compute_dtype,
     keep_freed_memory,
     let_segments_grow,
@@ -81,11 +82,15 @@ def random_state(shape: Qwen2Config, config: Config, env: Environment) -> State:
     dtype = compute_dtype(config, device.type)
     with torch.device("meta"):
         weights = random_weights(Qwen2ForCausalLM(shape), shape, device)
-    policy = build(shape, weights)
-    ref_policy = None
-    if config.kl_coef:
-        ref_policy = build(shape, {n: w.to(dtype, copy=True) for n, w in weights.items()}).requires_grad_(False)
-    critic = load_or_make_critic(config, policy, None) if config.advantage == "gae" else None
+    if config.lora_rank:
+        models, ref_policy = adapt(build(shape, {n: w.to(dtype) for n, w in weights.items()}), config, None)
+        policy, critic = models["policy"], models.get("critic")
+        del weights
+    else:
+        policy, ref_policy = build(shape, weights), None
+        if config.kl_coef:
+            ref_policy = build(shape, {n: w.to(dtype, copy=True) for n, w in weights.items()}).requires_grad_(False)
+        critic = load_or_make_critic(config, policy, None) if config.advantage == "gae" else None
     for model in (policy, critic):
         if model is not None and not isinstance(model, ValueHead):
             model.model.checkpointing = config.checkpointing

@@ -27,7 +27,7 @@ CARRIED = (
     "rlpa.json", "system_prompt.txt", HELDOUT_FILE,  # its own settings, system prompt and held-out text
 )  # fmt: skip
 SUFFIXES = (".json", ".jsonl", ".safetensors")  # of other files that a run saves; nothing here runs code when read
-ADAPTER = "adapter_config.json"  # not part of one: it tells a LoRA folder
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # not part of one: a LoRA folder's
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
 
 
@@ -66,8 +66,8 @@ def refuse_other_kinds(folder: Path) -> None:
         if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
             raise ValueError(f"{folder} holds whole weights and {ADAPTER}; if the adapter is merged, remove that file")
         raise ValueError(
-            f"{folder} is an adapter (LoRA) alone; merge it into {base} first (peft: merge_and_unload, then"
-            " save_pretrained) and give that folder"
+            f"{folder} is an adapter (LoRA) alone; give its base ({base}) as --ckpt and the adapter as --adapter, or"
+            f" what train_rlpa.py --ckpt BASE --adapter {folder} --merge FOLDER writes to FOLDER"
         )
     if (folder / "checkpoints").is_dir() and (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} is a run; give {folder / 'checkpoints'}/iteration_NUMBER/policy")

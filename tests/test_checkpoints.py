@@ -430,7 +430,7 @@ CAUSES = {
     "fp8": (
         quantised(**{f"{Q}__weight": torch.ones(48, 48).to(torch.float8_e4m3fn)}), "float8_e4m3fn. belongs"),
     "fp8's scale": (quantised(**{f"{Q}__weight_scale_inv": torch.ones(1)}), "weight_scale_inv .* quantised weights"),
-    "an adapter": (adapter, "is an adapter .LoRA. alone; merge it into Qwen/Qwen2.5-0.5B first"),
+    "an adapter": (adapter, "is an adapter .LoRA. alone; give its base .Qwen/Qwen2.5-0.5B. as --ckpt"),
     "an adapter beside weights": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"), "whole weights and adapter_config.json"),
     "GGUF beside a config": (
