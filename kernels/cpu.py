@@ -44,7 +44,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.rows import Rows
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp", "cpu_head.cpp", "cpu_passes.cpp")]
+SOURCES = [Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("decode", "tree", "head", "passes")]
 HEADER = Path(__file__).with_name("cpu_vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 HEAD_DIMS = (16, 32, 64, 128)  # that they are compiled for
@@ -204,7 +204,8 @@ class CachedTrunk:
         self.layers = (Layer * L)()
         for i, layer in enumerate(self.layers):
             for name in Layer.NAMES:
-                setattr(layer, name.replace(".", "_"), weights[f"layers.{i}.{name}"].data_ptr())
+                if not name.endswith("bias") or f"layers.{i}.{name}" in weights:  # a Llama has none: null
+                    setattr(layer, name.replace(".", "_"), weights[f"layers.{i}.{name}"].data_ptr())
 
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, slots: Tensor, keys: list[Tensor],

@@ -154,7 +154,7 @@ def load_model(kind: type[nn.Module], path_or_hub_id: str | Path, dtype: torch.d
 def load_policy(
     path_or_hub_id: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Qwen2ForCausalLM:
-    """Load a Qwen-2.5 checkpoint from a folder or the hub; raise a one-line ValueError if anything is amiss."""
+    """Load a Qwen-2.5 or Llama checkpoint from a folder or the hub; a one-line ValueError if anything is amiss."""
     return load_model(Qwen2ForCausalLM, path_or_hub_id, dtype, device)
 
 
@@ -185,6 +185,8 @@ def save_pretrained(
     written in place of the model's own: the fp32 masters of one that computes in bf16.
     """
     weights = {k: v.detach().to("cpu", dtype) for k, v in (weights or model.state_dict()).items()}
+    # Parts of a storage (`model.join_products`) are copied: safetensors refuses them. What was on a GPU is a copy now.
+    weights = {k: v if v.nbytes == v.untyped_storage().nbytes() else v.clone() for k, v in weights.items()}
     save_config(model, folder, next(iter(weights.values())).dtype)
     save_torch_state_dict(weights, folder, max_shard_size=int(max_shard_bytes))
 
@@ -193,7 +195,7 @@ def save_config(model: Qwen2ForCausalLM | Critic | ValueHead, folder: str | Path
     """Write the config.json of a model whose weights are saved in `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(kind for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
-    precision = str(dtype).removeprefix("torch.")
-    config = {"architectures": [kind.__name__], "torch_dtype": precision, **model.config.to_dict()}
+    name = next(kind.__name__ for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
+    name = name.replace("Qwen2", model.config.model_type.capitalize())
+    config = {"architectures": [name], "torch_dtype": str(dtype).removeprefix("torch."), **model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

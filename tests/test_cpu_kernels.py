@@ -23,9 +23,10 @@ pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_l
 SHAPES = [(96, 3, 3), (64, 4, 2), (128, 2, 1), (256, 2, 2)]  # D, H, Hkv: head dims 32, 16, 64 and 128
 
 
-def tiny_policy(D: int = 96, H: int = 3, Hkv: int = 3, tied: bool = True):
+def tiny_policy(D: int = 96, H: int = 3, Hkv: int = 3, tied: bool = True, family: str = "qwen2"):
     """A policy whose scores are large enough that a wrong one shows."""
-    config = Qwen2Config(101, D, 72, 2, H, Hkv, 256, tie_word_embeddings=tied, initializer_range=0.2)
+    fixed = dict(tie_word_embeddings=tied, initializer_range=0.2, model_type=family)
+    config = Qwen2Config(101, D, 72, 2, H, Hkv, 256, **fixed)
     policy = random_policy(config, seed=1)
     for name, parameter in policy.named_parameters():
         if name.endswith("bias"):
@@ -122,9 +123,11 @@ def test_the_last_id_and_the_impossible_one():
 
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_whole_calls_draw_the_same_ids(n, temperature):
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_whole_calls_draw_the_same_ids(n, temperature, family):
     """Guards the sampler's choice of path: prompts of all lengths, a cache that grows, candidates that stop."""
-    policy, prompts = tiny_policy(tied=False), [[3 + i % 50 for i in range(length)] for length in (1, 2, 31, 70, 33)]
+    policy = tiny_policy(tied=False, family=family)
+    prompts = [[3 + i % 50 for i in range(length)] for length in (1, 2, 31, 70, 33)]
     arguments = dict(n=n, max_new_tokens=24, stop_ids=[7, 8, 9], temperature=temperature, seeds=range(5 * n))
     ours = generate(policy, prompts, **arguments)
     set_backend("torch")
