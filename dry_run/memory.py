@@ -155,8 +155,9 @@ def head_bytes(
     """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
 
     Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
-    come on top. `how`: by torch on a CPU, fp32 copies of the operands and, from the second chunk on, of the weight,
-    too; "in place", in C++, the operands lie where the logits were; "cuda" neither. A `frozen` head has no gradient and no sum, so that the first chunk's copy of the weight counts.
+    come on top. `how`: by "torch" on a CPU, fp32 copies of the operands and, from the second chunk on, of the weight,
+    too; "in place", in C++, the operands lie where the logits were; "cuda", neither. A `frozen` head has no gradient
+    and no sum, so that the first chunk's copy of the weight counts.
     """
     V, D = config.vocab_size, config.hidden_size
     kept = (actions * D + V * D * (not frozen)) * itemsize
