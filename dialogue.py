@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from untrusted.files import check_value, parse_json, read_bytes, read_json
+from untrusted.files import check_value, parse_json
+from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
@@ -100,16 +101,15 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:
-        """Load `tokenizer.json` from a checkpoint folder, and which ids end a turn.
+        """Load `tokenizer.json` from a checkpoint's folder or GGUF file, and which ids end a turn.
 
         Raises ValueError if it is absent or unreadable, or has more ids than the model's embedding, `vocab_size`.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.exists():
+        if (raw := read_part(path.parent, path.name)) is None:
             raise ValueError(
                 f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
             )
-        raw = read_bytes(path)
         try:
             chat = cls(Tokenizer.from_buffer(raw))
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
@@ -172,7 +172,9 @@ def declared_stops(folder: Path, vocab_size: int) -> set[int]:
     """Return the ids that a checkpoint's configs declare to end a turn; ValueError for one outside the vocabulary."""
     found = set()
     for path in (folder / "config.json", folder / "generation_config.json"):
-        declared = read_json(path).get("eos_token_id") if path.exists() else None
+        content = parse_json(read_part(folder, path.name) or b"{}", str(path))
+        check_value(content, dict, str(path))
+        declared = content.get("eos_token_id")
         check_value(declared, int | list[int] | None, f"{path}, eos_token_id")
         for token_id in _ids(declared):
             if not 0 <= token_id < vocab_size:
