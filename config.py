@@ -27,7 +27,7 @@ class Config:
     """The settings, flat; `--help` shows them in these groups. Raises ValueError, in one line, for a bad value."""
 
     # --- checkpoint and run folder
-    ckpt: str = ""  # policy to start from: a Hugging Face folder or hub id; bare --ckpt is the tiny checkpoint
+    ckpt: str = ""  # policy to start from: a Hugging Face folder, hub id or GGUF file; bare: the tiny checkpoint
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
     run_dir: str = ""  # where everything is written; empty: runs/<date-time>_<process>
     overwrite: bool = False  # remove the run that --run-dir holds already

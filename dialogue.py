@@ -172,8 +172,8 @@ def declared_stops(folder: Path, vocab_size: int) -> set[int]:
     """Return the ids that a checkpoint's configs declare to end a turn; ValueError for one outside the vocabulary."""
     found = set()
     for path in (folder / "config.json", folder / "generation_config.json"):
-        content = parse_json(read_part(folder, path.name) or b"{}", str(path))
-        check_value(content, dict, str(path))
+        raw = read_part(folder, path.name)
+        check_value(content := {} if raw is None else parse_json(raw, str(path)), dict, str(path))
         declared = content.get("eos_token_id")
         check_value(declared, int | list[int] | None, f"{path}, eos_token_id")
         for token_id in _ids(declared):

@@ -5,8 +5,8 @@
     read_tensors   the weights one by one, in fp32, under their Hugging Face names
 
 The format: magic, version, numbers of tensors and of metadata; the metadata as key, type and value; each tensor's name,
-shape, type and place; the tensors. The `gguf` package restores what is quantised. The header is read here: a stranger
-wrote it, and the package's own reader takes 9 s for Qwen's 151,936 tokens and as many merges, where this takes 1.
+shape, type and place; the tensors. The `gguf` package, an extra, restores what is quantised. The header is read here: a
+stranger wrote it, and the package's own reader waits for ever on some, and 9 s for Qwen's tokens and merges.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Header(NamedTuple):
 
     metadata: dict[str, Any]
     tensors: dict[str, Place]
+    config: dict[str, Any]  # as a config.json
 
 
 def read_part(checkpoint: Path, name: str) -> bytes | None:
@@ -90,9 +91,9 @@ def parts(path: Path) -> dict[str, bytes]:
 
 @lru_cache(maxsize=1)
 def _parts(path: Path, stamp: tuple[int, int]) -> dict[str, bytes]:
-    given, tensors = read_header(path)
+    given, _, config = read_header(path)
     try:
-        config, tokenizer = config_of(given, tensors), rebuild_tokenizer(given)
+        tokenizer = rebuild_tokenizer(given)
         ends = [given.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
         ends += [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]  # as llama.cpp does
         check_value(ends, list[int | None], "tokenizer.ggml.eos_token_id, or eot or eom")
@@ -138,15 +139,15 @@ def parse_header(file: BinaryIO, size: int) -> Header:
         metadata[key] = take_value(file, *struct.unpack("<I", take(file, 4)))
     if (pieces := metadata.get("split.count", 1)) not in (0, 1):
         raise ValueError(f"it is one of {shorten(repr(pieces))} parts; join them: llama-gguf-split --merge")
-    raw = [take_place(file) for _ in range(n_tensors)]
+    listed = [take_place(file) for _ in range(n_tensors)]
     check_value(step := metadata.get("general.alignment", 32), int, "general.alignment")
     if not 1 <= step <= 2**16:
         raise ValueError(f"general.alignment is {step}; it must lie in [1, {2**16}]")
     first = -(-file.tell() // step) * step
-    tensors = {name: place_of(name, shape, kind, first + offset, size) for name, shape, kind, offset in raw}
+    tensors = {name: place_of(name, shape, kind, first + offset, size) for name, shape, kind, offset in listed}
     if len(tensors) < n_tensors:
         raise ValueError("it has two tensors of one name")
-    return Header(metadata, tensors)
+    return Header(metadata, tensors, config_of(metadata, tensors))
 
 
 def take(file: BinaryIO, n: int) -> bytes:
@@ -195,7 +196,7 @@ def place_of(name: str, shape: list[int], kind: int, start: int, size: int) -> P
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:
-        raise ValueError("the package that restores its weights is absent: pip install gguf") from None
+        raise ValueError("the package that restores its weights is absent: pip install gguf==0.19.0") from None
     kind = GGMLQuantizationType(kind)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     row_bytes = shape[-1] // block * block_bytes
@@ -278,8 +279,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     For the architecture llama the rows of q and k are put back: llama.cpp's turn of positions pairs neighbours there,
     and Hugging Face's pairs the halves of a head. The rows of a qwen2 are as they were.
     """
-    given, tensors = read_header(path)
-    config = config_of(given, tensors)
+    _, tensors, config = read_header(path)
     heads = {"attn_q": config.get("num_attention_heads"), "attn_k": config["num_key_value_heads"]}
     heads = heads if config["model_type"] == "llama" else {}
     with open_plain(path) as file:
@@ -315,7 +315,8 @@ def restore(file: BinaryIO, place: Place, where: str) -> np.ndarray:
         if raw.size < n * place.row_bytes:
             raise ValueError(f"{where} is cut short")
         try:
-            array[first : first + n] = dequantize(raw.reshape(n, -1), place.kind)
+            with np.errstate(all="ignore"):  # NaN and infinity are refused where the weights are taken
+                array[first : first + n] = dequantize(raw.reshape(n, -1), place.kind)
         except NotImplementedError:
             raise ValueError(f"{where} is {place.kind.name}, which the gguf package does not restore") from None
     return array.reshape(place.shape)
