@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.backend import contiguous_rows, first_order, jit, tl, use_triton
 
 
@@ -121,9 +122,16 @@ def tile(H: int, Hkv: int, Dh: int) -> dict[str, int]:
 
 
 def launch(q, k, cos, sin, k_out, v=None, v_out=None, rows=None, slots=None, *, sign: int = 1) -> Tensor:
-    """Run the kernel on tensors of which each token's part is contiguous; return the turned q."""
+    """Run the kernel on tensors of which each token's part is contiguous; return the turned q.
+
+    Without Triton, and without a cache, C++ does it, for contiguous tensors.
+    """
     (*tokens, H, Dh), Hkv = q.shape, k.shape[-2]
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not use_triton(q):
+        for x, out in ((q, q_out), (k, k_out)):
+            cpu.run_pass("rope", (x, cos, sin, out), math.prod(tokens), x.shape[-2], Dh // 2, sign)
+        return q_out
     Q_ROW, K_ROW, V_ROW = (0 if x is None else x.flatten(0, -3).stride(0) for x in (q, k, v))
     rope_kernel[(math.prod(tokens),)](
         q, k, v, cos, sin, q_out, k_out, v_out, rows, slots, k_out.shape[2],
@@ -171,7 +179,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if q.dim() != 4:
         raise ValueError(f"q is {tuple(q.shape)}; it must be (B, T, H, Dh)")
     check(q, k, cos, sin)
-    if not use_triton(q):
+    if not (use_triton(q) or cpu.passes(q, q.shape[-1] // 2)):
         return reference_rope(q, cos, sin), reference_rope(k, cos, sin)
     return RopeFunction.apply(q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous())
 

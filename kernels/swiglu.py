@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.backend import contiguous_rows, first_order, jit, tl, use_triton
 
 TILE = dict(BLOCK=1024, num_warps=4)  # 8 numbers a thread: one 16-byte load of each operand in bf16
@@ -70,12 +71,16 @@ def grid(x: Tensor) -> tuple[int, int]:
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """The two kernels, on gate and up (N, I) with contiguous rows; keeps both, and nothing else."""
+    """The kernels, by Triton or in C++, on gate and up (N, I) with contiguous rows; keeps both, and nothing else."""
 
     @staticmethod
     def forward(ctx, gate, up):
         y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        forward_kernel[grid(gate)](gate, up, y, gate.stride(0), up.stride(0), gate.shape[1], **TILE)
+        if use_triton(gate):
+            forward_kernel[grid(gate)](gate, up, y, gate.stride(0), up.stride(0), gate.shape[1], **TILE)
+        else:
+            gate, up = gate.contiguous(), up.contiguous()
+            cpu.run_pass("swiglu_forward", (gate, up, y), *gate.shape)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -84,8 +89,11 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         d_gate, d_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
-        rows = gate.stride(0), up.stride(0), gate.shape[1]
-        backward_kernel[grid(gate)](g.contiguous(), gate, up, d_gate, d_up, *rows, **TILE)
+        found = g.contiguous(), gate, up, d_gate, d_up
+        if use_triton(gate):
+            backward_kernel[grid(gate)](*found, gate.stride(0), up.stride(0), gate.shape[1], **TILE)
+        else:
+            cpu.run_pass("swiglu_backward", found, *gate.shape)
         return d_gate, d_up
 
 
@@ -99,7 +107,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
-    if not use_triton(gate):
+    if not (use_triton(gate) or cpu.passes(gate, gate.shape[-1])):
         return reference_swiglu(gate, up)
     rows = contiguous_rows(*(x.reshape(-1, x.shape[-1]) for x in (gate, up)))
     return SwiGLUFunction.apply(*rows).view(gate.shape)
