@@ -33,7 +33,7 @@ from torch import Tensor
 from config import Config
 from dialogue import ChatTokenizer
 from kernels.backend import send, use_triton
-from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
+from kernels.cpu import HEAD_DIMS, CachedTrunk, decodes
 from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
@@ -473,7 +473,7 @@ def kv_budget(config: Config, device: torch.device) -> int:
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
     """Return a policy's trunk as one C++ call, or None where torch or Triton computes it."""
     config, weights = policy.config, policy.model.state_dict()
-    if config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight) or not is_small(weights.values()):
+    if config.head_dim not in HEAD_DIMS or not decodes(weights.values()):
         return None
     positions = torch.arange(config.max_position_embeddings)
     cos, sin = (x[0, :, 0].contiguous() for x in rope_tables(positions[None], config.head_dim, config.rope_theta))

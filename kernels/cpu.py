@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ctypes import POINTER, Structure, c_float, c_int64
 from ctypes import c_void_p as Pointer
 from functools import cache
@@ -38,26 +38,36 @@ from kernels import backend
 from kernels.rows import Rows
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp")]
-HEADER = Path(__file__).with_name("cpu_vectors.h")
+HEADERS = [Path(__file__).with_name(name) for name in ("cpu_vectors.h", "cpu_team.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+DTYPES = (torch.float32, torch.bfloat16)  # of weights and cache
 HEAD_DIMS = (16, 32, 64, 128)  # that they are compiled for
 SMALL = 32 * 2**20  # bytes: the weights that a last-level cache holds
+
+
+class Linear(Structure):
+    """Pointers to the weight (out, in) of one product and to its bias, null where it has none."""
+
+    _fields_ = [("weight", Pointer), ("bias", Pointer)]
 
 
 class Layer(Structure):
     """Pointers to one layer's weights and cache, as in cpu_decode.cpp."""
 
-    QKV = [f"self_attn.{x}_proj.{part}" for x in "qkv" for part in ("weight", "bias")]
-    MLP = [f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
-    NAMES = ["input_layernorm.weight", *QKV, "self_attn.o_proj.weight", "post_attention_layernorm.weight", *MLP]
-    _fields_ = [(name.replace(".", "_"), Pointer) for name in NAMES] + [("keys", Pointer), ("values", Pointer)]
+    NORMS = ("input_layernorm", "post_attention_layernorm")
+    LINEARS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+    _fields_ = [
+        *((name, Pointer) for name in NORMS),
+        *((name.split(".")[1], Linear) for name in LINEARS),
+        *((name, Pointer) for name in ("keys", "values")),
+    ]
 
 
 class Model(Structure):
     """The model's sizes and the pointers that no layer has, as in cpu_decode.cpp."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("layers", "D", "H", "HKV", "inner", "V", "positions")),
+        *((name, c_int64) for name in ("layers", "D", "H", "HKV", "DH", "inner", "V", "positions")),
         *((name, c_float) for name in ("eps", "unused")),
         *((name, Pointer) for name in ("embedding", "norm", "cos", "sin")),
     ]
@@ -95,7 +105,7 @@ def compile_library(compiler: str) -> Path:
 
     Its SHA-256 stands beside it: a library that was cut short, as on a full disk, would end the process when loaded.
     """
-    texts = [file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES)]
+    texts = [file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES)]
     key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, processor()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlpa"
     library, checksum = folder / f"cpu-{key}.so", folder / f"cpu-{key}.sha256"
@@ -131,9 +141,9 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
         reason = f"{compiler or 'nothing'} cannot build the CPU kernels: {said.splitlines()[-1]}"
         warnings.warn(f"{reason}; torch serves, at half the speed", RuntimeWarning, stacklevel=2)
         return None, reason
-    library.forward.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Tokens), c_int64]
+    library.forward.argtypes = [POINTER(Model), POINTER(Layer), POINTER(Tokens), c_int64, c_int64]
     library.forward.restype = c_int64
-    library.sample.argtypes = [Pointer, Pointer, Pointer, c_float, c_int64, c_int64, c_int64, Pointer, Pointer]
+    library.sample.argtypes = [Pointer, Pointer, c_int64, Pointer, c_float, *[c_int64] * 4, Pointer, Pointer]
     library.tree_forward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 5]
     library.tree_backward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 9]
     for function in (library.sample, library.tree_forward, library.tree_backward):
@@ -141,15 +151,20 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def use_cpu(x: Tensor) -> bool:
-    """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built."""
-    fp32_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    return backend.chosen == "auto" and fp32_on_cpu and load_library()[0] is not None
+def use_cpu(x: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Say whether a call on this tensor runs in C++: on a CPU, `--kernels auto`, and a library that was built."""
+    wanted = backend.chosen == "auto" and x.dtype in dtypes and x.device.type == "cpu"
+    return wanted and load_library()[0] is not None
 
 
-def is_small(weights: Iterable[Tensor]) -> bool:
-    """Say whether the C++ path is the faster one for so many weights."""
-    return sum(weight.nbytes for weight in weights) <= SMALL
+def decodes(weights: Iterable[Tensor]) -> bool:
+    """Say whether sampling with these weights, all of one type, runs in C++: where it does, and is the faster one."""
+    weights = [*weights]
+    if weights[0].dtype == torch.float32:
+        fits = sum(weight.nbytes for weight in weights) <= SMALL
+    else:
+        fits = all(weight.shape[-1] % 2 == 0 for weight in weights)  # features are multiplied in pairs
+    return fits and use_cpu(weights[0], DTYPES)
 
 
 # ----------------------------------------------------------------------------------------------------------- functions
@@ -159,41 +174,54 @@ class CachedTrunk:
     """The trunk of one policy, to compute tokens that continue rows of a KV cache.
 
     Args:
-        weights: the trunk's, under their Hugging Face names without "model."; they must stay where they are.
+        weights: the trunk's, all fp32 or all bf16, under their Hugging Face names without "model."; they must stay
+            where they are. Biases may be missing.
         H, Hkv: heads of queries, and of keys and values.
         eps: of the norms.
         cos, sin: (positions, Dh/2) fp32, for each position that a token may have.
     Raises:
-        ValueError: a head dim that the library is not compiled for, or a weight not fp32, contiguous, on the CPU.
+        ValueError: a head dim that the library is not compiled for, weights of other or several types, or one that is
+            not contiguous or not on the CPU; in bf16 an odd width.
     """
 
     def __init__(self, weights: dict[str, Tensor], H: int, Hkv: int, eps: float, cos: Tensor, sin: Tensor) -> None:
         L = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
-        for name, weight in (weights | {"cos": cos, "sin": sin}).items():
-            if weight.dtype != torch.float32 or not weight.is_contiguous() or weight.device.type != "cpu":
-                raise ValueError(f"{name} is {weight.dtype} on {weight.device}; fp32, contiguous, on the CPU is needed")
-        self.head_dim = 2 * cos.shape[1]
+        embedding, inner = weights["embed_tokens.weight"], len(weights["layers.0.mlp.gate_proj.weight"])
+        self.dtype, self.head_dim = embedding.dtype, 2 * cos.shape[1]
+        if self.dtype not in DTYPES or self.dtype != torch.float32 and inner % 2:
+            raise ValueError(f"weights of {self.dtype}, {inner} wide; one of {DTYPES}, the last even, is needed")
+        for name, weight in weights.items():
+            if weight.dtype != self.dtype or not weight.is_contiguous() or weight.device.type != "cpu":
+                raise ValueError(f"{name} is {weight.dtype} on {weight.device}; {self.dtype}, contiguous, on the CPU"
+                                 " is needed")  # fmt: skip
         if self.head_dim not in HEAD_DIMS:
             raise ValueError(f"head dim {self.head_dim} must be one of {HEAD_DIMS}")
-        self.kept = [weights, cos, sin]  # what the pointers point to
-        embedding, inner = weights["embed_tokens.weight"], len(weights["layers.0.mlp.gate_proj.weight"])
+        # Norms and biases are read as fp32; products as they are.
+        self.kept = {name: x if x.dim() > 1 else x.float() for name, x in weights.items()} | {"cos": cos, "sin": sin}
         V, self.D = embedding.shape
-        pointers = (x.data_ptr() for x in (embedding, weights["norm.weight"], cos, sin))
-        self.model = Model(L, self.D, H, Hkv, inner, V, len(cos), eps, 0.0, *pointers)
+        pointers = map(self.address, ("embed_tokens.weight", "norm.weight", "cos", "sin"))
+        self.model = Model(L, self.D, H, Hkv, self.head_dim, inner, V, len(cos), eps, 0.0, *pointers)
         self.layers = (Layer * L)()
         for i, layer in enumerate(self.layers):
-            for name in Layer.NAMES:
-                setattr(layer, name.replace(".", "_"), weights[f"layers.{i}.{name}"].data_ptr())
+            for name in Layer.NORMS:
+                setattr(layer, name, self.address(f"layers.{i}.{name}.weight"))
+            for name in Layer.LINEARS:
+                parts = (self.address(f"layers.{i}.{name}.{part}") for part in ("weight", "bias"))
+                setattr(layer, name.split(".")[1], Linear(*parts))
+
+    def address(self, name: str) -> int | None:
+        """Return where a tensor is kept; None: there is no such."""
+        return self.kept[name].data_ptr() if name in self.kept else None
 
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, slots: Tensor, keys: list[Tensor],
         values: list[Tensor], decoding: Rows | None = None,
     ) -> Tensor:  # fmt: skip
-        """Store the tokens' keys and values, and return their hidden states after the final norm, (N, D) fp32.
+        """Store the tokens' keys and values, and return their hidden states after the final norm, (N, D) of the weights' type.
 
         Args:
             token_ids, position_ids, rows, slots: (N,) long; tokens of one row in the order of their slots.
-            keys, values: per layer (B, Hkv, capacity, Dh), contiguous; written in place.
+            keys, values: per layer (B, Hkv, capacity, Dh), contiguous, of the weights' type; written in place.
             decoding: the tokens are one of each running candidate; None: each sees its row up to itself.
         Raises:
             ValueError: shapes that do not fit, or a token outside vocabulary, positions or cache.
@@ -202,6 +230,8 @@ class CachedTrunk:
         where = [x.contiguous() for x in (token_ids, position_ids, rows, slots)]
         if any(x.shape != (N,) or x.dtype != torch.long for x in where):
             raise ValueError(f"ids, positions, rows and slots {[tuple(x.shape) for x in where]} must be ({N},) long")
+        if any(x.dtype != self.dtype for x in (*keys, *values)):
+            raise ValueError(f"a cache of {keys[0].dtype} does not fit weights of {self.dtype}")
         if (Hkv, Dh) != (self.model.HKV, self.head_dim) or not len(keys) == len(values) == len(self.layers):
             raise ValueError(f"a cache of {len(keys)} x {tuple(keys[0].shape)} does not fit {len(self.layers)} layers"
                              f" of {self.model.HKV} x {self.head_dim}")  # fmt: skip
@@ -210,21 +240,23 @@ class CachedTrunk:
         hidden = torch.empty(N, self.D)
         n, prompt = (1, None) if decoding is None else (decoding.members.shape[1], decoding.prompt.data_ptr())
         tokens = Tokens(N, B, capacity, n, *(x.data_ptr() for x in where), prompt, hidden.data_ptr())
-        wrong = load_library()[0].forward(self.model, self.layers, tokens, self.head_dim)
+        how = int(self.dtype == torch.bfloat16), torch.get_num_threads()
+        wrong = load_library()[0].forward(self.model, self.layers, tokens, *how)
         if wrong >= 0:
             names = zip(("id", "position", "row", "slot"), (int(x[wrong]) for x in where), strict=True)
             limits = f"{self.model.V} ids, {self.model.positions} positions or a cache of ({B}, {capacity})"
             raise ValueError(f"token {wrong} ({', '.join(f'{name} {x}' for name, x in names)}) is outside {limits}")
-        return hidden
+        return hidden.to(self.dtype)
 
 
 def sample(hidden: Tensor, weight: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `sample_head` returns on the torch path: ids (R,) long and log-probs (R,) fp32."""
     (R, D), V = hidden.shape, len(weight)
-    hidden, weight, uniforms = hidden.contiguous(), weight.contiguous(), uniforms.contiguous()
+    hidden, weight, uniforms = hidden.float().contiguous(), weight.contiguous(), uniforms.contiguous()
     ids, logprobs = torch.empty(R, dtype=torch.long), torch.empty(R)
-    pointers = (x.data_ptr() for x in (hidden, weight, uniforms))
-    load_library()[0].sample(*pointers, temperature, R, D, V, ids.data_ptr(), logprobs.data_ptr())
+    half, threads = int(weight.dtype == torch.bfloat16), torch.get_num_threads()
+    how = uniforms.data_ptr(), temperature, R, D, V, threads
+    load_library()[0].sample(hidden.data_ptr(), weight.data_ptr(), half, *how, ids.data_ptr(), logprobs.data_ptr())
     return ids, logprobs
 
 

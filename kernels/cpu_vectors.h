@@ -5,10 +5,19 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef int64_t i64;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t Bits8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t Half __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t bf16;  // its bits, the upper half of a float's
+typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two of them that lie side by side
 
 namespace {
 
@@ -17,8 +26,44 @@ constexpr int PART = 32;  // terms summed by themselves before they join a longe
 
 inline Vec all(float x) { return Vec{} + x; }
 inline Vec load(const float* x) { return *(const Vec*)x; }
+inline Vec load(const bf16* x) { return (Vec)(__builtin_convertvector(*(const Half*)x, Bits) << 16); }
 inline void store(float* x, Vec v) { *(Vec*)x = v; }
+inline void store(float* x, Vec8 v) { *(Vec8*)x = v; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// Lanes that one vector holds, where a template chooses (a vector as its argument would lose its attributes).
+struct Lanes16 {
+    typedef Vec V;
+    typedef Bits B;
+    typedef double Wide __attribute__((vector_size(128)));
+    static constexpr int N = 16;
+    static V load(const float* x) { return *(const Vec*)x; }
+};
+struct Lanes8 {
+    typedef Vec8 V;
+    typedef Bits8 B;
+    typedef double Wide __attribute__((vector_size(64)));
+    static constexpr int N = 8;
+    static V load(const float* x) { return *(const Vec8*)x; }
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    __builtin_memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+// The nearest bf16 of each, in the lower half of its place; NaN stays one.
+template <class L>
+inline typename L::B rounded(typename L::V x) {
+    typename L::B bits = (typename L::B)x;
+    typename L::B near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return x == x ? near : near * 0 + 0x7fc0;
+}
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, bf16* to) { *to = (bf16)rounded<Lanes16>(all(x))[0]; }
 
 // exp to 1e-7, and 0 below -87: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes), and n into the
 // exponent's bits.
@@ -36,6 +81,10 @@ inline Vec exp(Vec x) {
     p = p * r * r + r + 1.0f;
     Int bits = (__builtin_convertvector(n, Int) + 127) << 23;
     return x < -87.0f ? Vec{} : p * (Vec)bits;
+}
+inline Vec8 exp(Vec8 x) {
+    Vec e = exp(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7));
+    return __builtin_shufflevector(e, e, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
 }  // namespace
