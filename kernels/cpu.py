@@ -163,7 +163,7 @@ def decodes(weights: Iterable[Tensor]) -> bool:
     if weights[0].dtype == torch.float32:
         fits = sum(weight.nbytes for weight in weights) <= SMALL
     else:
-        fits = all(weight.shape[-1] % 2 == 0 for weight in weights)  # features are multiplied in pairs
+        fits = all(weight.shape[-1] % 4 == 0 for weight in weights)  # so many features are multiplied at once
     return fits and use_cpu(weights[0], DTYPES)
 
 
@@ -181,15 +181,16 @@ class CachedTrunk:
         cos, sin: (positions, Dh/2) fp32, for each position that a token may have.
     Raises:
         ValueError: a head dim that the library is not compiled for, weights of other or several types, or one that is
-            not contiguous or not on the CPU; in bf16 an odd width.
+            not contiguous or not on the CPU; in bf16 widths that are no multiples of 4.
     """
 
     def __init__(self, weights: dict[str, Tensor], H: int, Hkv: int, eps: float, cos: Tensor, sin: Tensor) -> None:
         L = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
         embedding, inner = weights["embed_tokens.weight"], len(weights["layers.0.mlp.gate_proj.weight"])
         self.dtype, self.head_dim = embedding.dtype, 2 * cos.shape[1]
-        if self.dtype not in DTYPES or self.dtype != torch.float32 and inner % 2:
-            raise ValueError(f"weights of {self.dtype}, {inner} wide; one of {DTYPES}, the last even, is needed")
+        if self.dtype not in DTYPES or self.dtype != torch.float32 and (inner % 4 or embedding.shape[1] % 4):
+            raise ValueError(f"weights of {self.dtype}, {embedding.shape[1]} and {inner} wide; one of {DTYPES} is needed, the last of"
+                             " multiples of 4")
         for name, weight in weights.items():
             if weight.dtype != self.dtype or not weight.is_contiguous() or weight.device.type != "cpu":
                 raise ValueError(f"{name} is {weight.dtype} on {weight.device}; {self.dtype}, contiguous, on the CPU"

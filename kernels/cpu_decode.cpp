@@ -5,8 +5,8 @@
 // weights are read as they are stored, and nothing is summed across a vector. A block's activations fit in the cache.
 //
 // Weights and cache are fp32, or both bf16 with every sum in fp32. Then what a product reads is rounded to bf16, as
-// torch rounds it; the residual stream is not. Where the processor multiplies pairs of bf16 (AVX512-BF16), features lie
-// in pairs, x[feature / 2][lane][2], and a pair of weights, 32 bits, is one operand. Elsewhere it is widened in registers.
+// torch rounds it; the residual stream is not. Where the processor multiplies pairs of bf16 (AVX512-BF16) they stay as
+// they are, elsewhere they are widened in registers.
 //
 // Threads take parts of a product's outputs, or queries: no sum is cut, and any number of threads gives the same bits.
 
@@ -30,23 +30,13 @@ struct Linear {  // weights as Hugging Face stores them: (out, in)
 
 // ------------------------------------------------------------------------------------------ products, norms, the gate
 
-#ifdef __AVX512BF16__
-constexpr bool PAIRS = true;
-inline Vec dot(Vec sum, Bits x, Bits w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
-inline Vec8 dot(Vec8 sum, Bits8 x, Bits8 w) { return (Vec8)_mm256_dpbf16_ps((__m256)sum, (__m256bh)x, (__m256bh)w); }
-#else
-constexpr bool PAIRS = false;
-inline Vec dot(Vec sum, Bits, Bits) { return sum; }
-inline Vec8 dot(Vec8 sum, Bits8, Bits8) { return sum; }
-#endif
-
 // Accumulators that stay in registers: OUT rows of weights at once.
 #ifdef __AVX512F__
-template <class L, int NV>
+template <int N>
 constexpr int ROWS = 8;
 #else
-template <class L, int NV>
-constexpr int ROWS = 64 / (NV * L::N);
+template <int N>
+constexpr int ROWS = 64 / N;
 #endif
 
 // y[o][lane] = Σ_i w[o][i] x[i][lane] + bias[o], for OUT rows of w; `add`: on top of what y holds.
@@ -77,10 +67,46 @@ inline void products(const float* w, const float* bias, const float* x, float* y
         for (int v = 0; v < NV; v++) store(y + (o * NV + v) * N, total[o][v]);
 }
 
-// The same of bf16: x as `prepare` left it.
+#ifdef __AVX512BF16__
+
+// The same of bf16. A vector holds four features of eight lanes, x[feature / 4][lane][4]: an instruction multiplies two
+// pairs of features for each lane, and four weights are one operand. The pairs' sums are added at the end.
+constexpr bool QUADS = true;
+
 template <class L, int NV, int OUT>
 inline void products(const bf16* w, const float* bias, const float* x, float* y, i64 in, bool add) {
-    constexpr int N = L::N, LINE = 32;  // weights in a cache line
+    constexpr int N = NV * L::N, VECTORS = N / 8, LINE = 32;  // LINE: weights in a cache line
+    Vec sum[OUT][VECTORS] = {};
+    for (i64 start = 0; start < in; start += LINE) {
+        for (int o = 0; o < OUT; o++) __builtin_prefetch(w + (OUT + o) * in + start, 0, 2);  // the next rows
+        for (i64 i = start; i < std::min(in, start + LINE); i += 4) {
+            Vec column[VECTORS];
+            for (int v = 0; v < VECTORS; v++) column[v] = load(x + (i / 4 * VECTORS + v) * W);
+            for (int o = 0; o < OUT; o++) {
+                Long four = Long{} + *(const Quad*)(w + o * in + i);
+                for (int v = 0; v < VECTORS; v++)
+                    sum[o][v] = (Vec)_mm512_dpbf16_ps((__m512)sum[o][v], (__m512bh)column[v], (__m512bh)four);
+            }
+        }
+    }
+    for (int o = 0; o < OUT; o++)
+        for (int v = 0; v < VECTORS; v++) {
+            Vec s = sum[o][v];
+            Vec8 found = __builtin_shufflevector(s, s, 0, 2, 4, 6, 8, 10, 12, 14) +
+                         __builtin_shufflevector(s, s, 1, 3, 5, 7, 9, 11, 13, 15) + (bias ? bias[o] : 0.0f);
+            float* to = y + o * N + v * 8;
+            store(to, add ? found + *(Vec8*)to : found);
+        }
+}
+
+#else
+
+// The same of bf16, widened in registers: x[feature][lane], its numbers rounded.
+constexpr bool QUADS = false;
+
+template <class L, int NV, int OUT>
+inline void products(const bf16* w, const float* bias, const float* x, float* y, i64 in, bool add) {
+    constexpr int N = L::N, LINE = 32;
     typedef typename L::V V;
     typedef typename L::B B;
     V sum[OUT][NV];
@@ -90,29 +116,25 @@ inline void products(const bf16* w, const float* bias, const float* x, float* y,
             if (add) sum[o][v] += L::load(y + (o * NV + v) * N);
         }
     for (i64 start = 0; start < in; start += LINE) {
-        for (int o = 0; o < OUT; o++) __builtin_prefetch(w + (OUT + o) * in + start, 0, 2);  // the next rows
-        for (i64 i = start; i < std::min(in, start + LINE); i += 2) {
-            V even[NV], odd[NV];
-            for (int v = 0; v < NV; v++) {
-                even[v] = L::load(x + ((PAIRS ? i / 2 : i) * NV + v) * N);
-                odd[v] = PAIRS ? even[v] : L::load(x + ((i + 1) * NV + v) * N);
-            }
+        for (int o = 0; o < OUT; o++) __builtin_prefetch(w + (OUT + o) * in + start, 0, 2);
+        for (i64 i = start; i < std::min(in, start + LINE); i += 2)
             for (int o = 0; o < OUT; o++) {
                 B pair = B{} + *(const Pair*)(w + o * in + i);
                 V low = (V)(pair << 16), high = (V)(pair & 0xffff0000);
                 for (int v = 0; v < NV; v++)
-                    sum[o][v] = PAIRS ? dot(sum[o][v], (B)even[v], pair) : sum[o][v] + low * even[v] + high * odd[v];
+                    sum[o][v] += low * L::load(x + (i * NV + v) * N) + high * L::load(x + ((i + 1) * NV + v) * N);
             }
-        }
     }
     for (int o = 0; o < OUT; o++)
         for (int v = 0; v < NV; v++) store(y + (o * NV + v) * N, sum[o][v]);
 }
 
+#endif
+
 // Rows [first, last) of a product.
 template <class T, class L, int NV>
 void linear(const Linear& layer, const float* x, float* y, i64 in, i64 first, i64 last, bool add = false) {
-    constexpr int N = NV * L::N, OUT = ROWS<L, NV>;
+    constexpr int N = NV * L::N, OUT = sizeof(T) == 2 && QUADS && N == 32 ? 4 : ROWS<N>;
     const T* w = (const T*)layer.weight;
     const float* bias = layer.bias;
     i64 o = first;
@@ -121,20 +143,19 @@ void linear(const Linear& layer, const float* x, float* y, i64 in, i64 first, i6
     for (; o < last; o++) products<L, NV, 1>(w + o * in, bias ? bias + o : nullptr, x, y + o * N, in, add);
 }
 
-// Make of x, `in` features of N lanes, what products of weights T read; `to` may be x. Returns where it is.
+// Make of x, `in` features of N lanes, what products of weights T read. Returns where it is: in `to`, or still in x.
 template <class T, class L, int N>
 const float* prepare(const float* x, float* to, i64 in) {
-    typedef typename L::V V;
-    typedef typename L::B B;
     if (sizeof(T) == sizeof(float)) return x;
-    for (i64 i = 0; i < in; i += 2)
-        for (int lane = 0; lane < N; lane += L::N) {
-            B even = rounded<L>(L::load(x + i * N + lane)), odd = rounded<L>(L::load(x + (i + 1) * N + lane));
-            if (PAIRS) {
-                store(to + i / 2 * N + lane, (V)(even | odd << 16));
+    auto near = [&](i64 feature, int lane) { return rounded<Lanes8>(Lanes8::load(x + feature * N + lane)); };
+    for (i64 i = 0; i < in; i += QUADS ? 4 : 1)
+        for (int lane = 0; lane < N; lane += 8) {
+            if (QUADS) {
+                Bits8 a = near(i, lane) | near(i + 1, lane) << 16, b = near(i + 2, lane) | near(i + 3, lane) << 16;
+                Bits both = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+                store(to + (i * N / 8 + lane) * 2, (Vec)both);
             } else {
-                store(to + i * N + lane, (V)(even << 16));
-                store(to + (i + 1) * N + lane, (V)(odd << 16));
+                store(to + i * N + lane, (Vec8)(near(i, lane) << 16));
             }
         }
     return to;
@@ -353,7 +374,7 @@ struct Step {
 
     Step(const Model& m, const Layer* layers, const Tokens& t, int members, Team& team)
         : m(m), layers(layers), t(t), team(team), D(m.D), QD(m.H * m.DH), KD(m.HKV * m.DH), width(t.capacity + W),
-          own_size(LANES * std::max(D, QD) + QUERIES * (width + m.DH)) {
+          own_size(2 * LANES * std::max(D, QD) + QUERIES * width) {
         const i64 features[] = {D, QD, KD, KD, m.inner, m.inner, m.inner, m.DH / 2, m.DH / 2, QD, QD};
         float** parts[] = {&x, &q, &k, &v, &up, &inner, &down, &cos, &sin, &q_rows, &out};
         i64 total = 0;
@@ -378,37 +399,37 @@ struct Step {
     template <class L, int NV>
     void block(int me, i64 first, int count) {
         constexpr int N = NV * L::N;
-        float* y = own.data() + me * own_size;  // the norm of x
+        float* y = own.data() + me * own_size;  // the norm of x, then what is made of it
+        float* made = y + LANES * std::max(D, QD);
         begin<N>(me, first, count);
         const Part to_q = part(QD, 8, me), to_kv = part(KD, 8, me), to_D = part(D, 8, me), to_inner = part(m.inner, 64, me);
         for (i64 l = 0; l < m.layers; l++) {
             const Layer& w = layers[l];
             rmsnorm<L, NV>(x, w.norm1, y, D, m.eps);
-            prepare<T, L, N>(y, y, D);
-            linear<T, L, NV>(w.q, y, q, D, to_q.first, to_q.last);
-            linear<T, L, NV>(w.k, y, k, D, to_kv.first, to_kv.last);
-            linear<T, L, NV>(w.v, y, this->v, D, to_kv.first, to_kv.last);
+            const float* read = prepare<T, L, N>(y, made, D);
+            linear<T, L, NV>(w.q, read, q, D, to_q.first, to_q.last);
+            linear<T, L, NV>(w.k, read, k, D, to_kv.first, to_kv.last);
+            linear<T, L, NV>(w.v, read, v, D, to_kv.first, to_kv.last);
             team.meet();
             for (i64 head = part(m.H + m.HKV, 1, me).first; head < part(m.H + m.HKV, 1, me).last; head++)
                 head < m.H ? turn_query<L, NV>(head, count) : store_key<L, NV>(w, head - m.H, first, count);
             team.meet();
-            attend_rows<N>(w, me, first, count, y + LANES * std::max(D, QD));
+            attend_rows<N>(w, me, first, count, made + LANES * std::max(D, QD));
             team.meet();
-            const float* seen = gathered<L, N>(y, count);
-            linear<T, L, NV>(w.o, seen, x, QD, to_D.first, to_D.last, true);
+            gather<N>(y, count);
+            linear<T, L, NV>(w.o, prepare<T, L, N>(y, made, QD), x, QD, to_D.first, to_D.last, true);
             team.meet();
             rmsnorm<L, NV>(x, w.norm2, y, D, m.eps);
-            prepare<T, L, N>(y, y, D);
+            read = prepare<T, L, N>(y, made, D);
             for (i64 o = to_inner.first; o < to_inner.last; o += 64) {
                 i64 end = std::min(o + 64, to_inner.last);
-                linear<T, L, NV>(w.gate, y, inner, D, o, end);
-                linear<T, L, NV>(w.up, y, up, D, o, end);
+                linear<T, L, NV>(w.gate, read, inner, D, o, end);
+                linear<T, L, NV>(w.up, read, up, D, o, end);
                 gate<L>(up + o * N, inner + o * N, (end - o) * N);
-                if (sizeof(T) < sizeof(float))
-                    prepare<T, L, N>(inner + o * N, down + (PAIRS ? o / 2 : o) * N, end - o);
+                prepare<T, L, N>(inner + o * N, down + (QUADS ? o / 2 : o) * N, end - o);
             }
             team.meet();
-            linear<T, L, NV>(w.down, sizeof(T) < sizeof(float) ? down : inner, x, m.inner, to_D.first, to_D.last, true);
+            linear<T, L, NV>(w.down, sizeof(T) == sizeof(float) ? inner : down, x, m.inner, to_D.first, to_D.last, true);
             team.meet();
         }
         rmsnorm<L, NV>(x, m.norm, y, D, m.eps);
@@ -499,11 +520,10 @@ struct Step {
     }
 
     // What attention found, feature by feature.
-    template <class L, int N>
-    const float* gathered(float* y, int count) const {
+    template <int N>
+    void gather(float* y, int count) const {
         for (i64 d = 0; d < QD; d++)
             for (int lane = 0; lane < N; lane++) y[d * N + lane] = lane < count ? out[lane * QD + d] : 0.0f;
-        return prepare<T, L, N>(y, y, QD);
     }
 };
 
@@ -538,7 +558,7 @@ struct Draws {
           inverse(temperature > 0 ? 1.0f / temperature : 1.0f), R(R), D(D), V(V), chunks((V + IDS - 1) / IDS), ids(ids),
           logprobs(logprobs), team(team) {
         i64 lanes = R > W ? 2 * W : W;
-        z.resize(V * lanes), own.resize(D * lanes * members), top.resize(chunks * lanes);
+        z.resize(V * lanes), own.resize(2 * D * lanes * members), top.resize(chunks * lanes);
         sum.resize(chunks * lanes), best.resize(chunks * lanes);
     }
 
@@ -554,13 +574,13 @@ struct Draws {
     template <class L, int NV>
     void block(int me, i64 first, int count) {
         constexpr int N = NV * L::N;
-        float* x = own.data() + me * D * N;
+        float* x = own.data() + me * 2 * D * N;
         for (int lane = 0; lane < N; lane++)
             for (i64 d = 0; d < D; d++) x[d * N + lane] = hidden[(first + (lane < count ? lane : 0)) * D + d];
-        prepare<T, L, N>(x, x, D);
+        const float* read = prepare<T, L, N>(x, x + D * N, D);
         const Part mine(chunks, 1, me, team.size);
         for (i64 c = mine.first; c < mine.last; c++) {
-            linear<T, L, NV>({weight, nullptr}, x, z.data(), D, c * IDS, std::min(V, (c + 1) * IDS));
+            linear<T, L, NV>({weight, nullptr}, read, z.data(), D, c * IDS, std::min(V, (c + 1) * IDS));
             for (int v = 0; v < NV; v++) reduce<L, N>(c, v * L::N);
         }
         team.meet();

@@ -18,6 +18,8 @@ typedef uint32_t Bits8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t Half __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t bf16;  // its bits, the upper half of a float's
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two of them that lie side by side
+typedef i64 Quad __attribute__((aligned(2), may_alias));  // four
+typedef i64 Long __attribute__((vector_size(64), aligned(4), may_alias));
 
 namespace {
 
