@@ -58,7 +58,7 @@ inline void products(const float* w, const float* bias, const float* x, float* y
             V column[NV];
             for (int v = 0; v < NV; v++) column[v] = L::load(x + (i * NV + v) * N);
             for (int o = 0; o < OUT; o++)
-                for (int v = 0; v < NV; v++) sum[o][v] += w[o * in + i] * column[v];
+                for (int v = 0; v < NV; v++) sum[o][v] = L::fma(V{} + w[o * in + i], column[v], sum[o][v]);
         }
         for (int o = 0; o < OUT; o++)
             for (int v = 0; v < NV; v++) total[o][v] += sum[o][v];
@@ -122,7 +122,8 @@ inline void products(const bf16* w, const float* bias, const float* x, float* y,
                 B pair = B{} + *(const Pair*)(w + o * in + i);
                 V low = (V)(pair << 16), high = (V)(pair & 0xffff0000);
                 for (int v = 0; v < NV; v++)
-                    sum[o][v] += low * L::load(x + (i * NV + v) * N) + high * L::load(x + ((i + 1) * NV + v) * N);
+                    sum[o][v] = L::fma(low, L::load(x + (i * NV + v) * N),
+                                       L::fma(high, L::load(x + ((i + 1) * NV + v) * N), sum[o][v]));
             }
     }
     for (int o = 0; o < OUT; o++)
@@ -153,7 +154,7 @@ const float* prepare(const float* x, float* to, i64 in) {
             if (QUADS) {
                 Bits8 a = near(i, lane) | near(i + 1, lane) << 16, b = near(i + 2, lane) | near(i + 3, lane) << 16;
                 Bits both = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-                store(to + (i * N / 8 + lane) * 2, (Vec)both);
+                store(to + (i / 4 * N + lane) * 2, (Vec)both);
             } else {
                 store(to + i * N + lane, (Vec8)(near(i, lane) << 16));
             }
@@ -168,7 +169,10 @@ void rmsnorm(const float* x, const float* weight, float* y, i64 D, float eps) {
     typedef typename L::V V;
     for (int v = 0; v < NV; v++) {
         V sum = {}, r = {};
-        for (i64 d = 0; d < D; d++) sum += L::load(x + (d * NV + v) * N) * L::load(x + (d * NV + v) * N);
+        for (i64 d = 0; d < D; d++) {
+            V part = L::load(x + (d * NV + v) * N);
+            sum = L::fma(part, part, sum);
+        }
         for (int lane = 0; lane < N; lane++) r[lane] = 1.0f / std::sqrt(sum[lane] / D + eps);
         for (i64 d = 0; d < D; d++) store(y + (d * NV + v) * N, weight[d] * (L::load(x + (d * NV + v) * N) * r));
     }
@@ -185,8 +189,7 @@ void gate(const float* up, float* a, i64 count) {  // a = a σ(a) up
 // ---------------------------------------------------------------------------------------------------------- attention
 
 inline Vec4 fold(Vec x) {  // 16 partial sums to 4
-    Vec8 half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    Vec8 half = lower(x) + upper(x);
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
 

@@ -5,13 +5,14 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
-#ifdef __AVX512BF16__
+#if defined(__FMA__)
 #include <immintrin.h>
 #endif
 
 typedef int64_t i64;
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Int8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Bits8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -33,20 +34,39 @@ inline void store(float* x, Vec v) { *(Vec*)x = v; }
 inline void store(float* x, Vec8 v) { *(Vec8*)x = v; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// Lanes that one vector holds, where a template chooses (a vector as its argument would lose its attributes).
-struct Lanes16 {
-    typedef Vec V;
-    typedef Bits B;
-    typedef double Wide __attribute__((vector_size(128)));
-    static constexpr int N = 16;
-    static V load(const float* x) { return *(const Vec*)x; }
-};
+inline Vec8 lower(Vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline Vec8 upper(Vec x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+// Lanes that one vector holds, where a template chooses (a vector as its argument would lose its attributes). A
+// compiler fuses a * b + c in one vector and not in another; what all lanes must compute alike is fused by name.
 struct Lanes8 {
     typedef Vec8 V;
+    typedef Int8 I;
     typedef Bits8 B;
     typedef double Wide __attribute__((vector_size(64)));
     static constexpr int N = 8;
     static V load(const float* x) { return *(const Vec8*)x; }
+#ifdef __FMA__
+    static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+    static V fma(V a, V b, V c) { return a * b + c; }
+#endif
+};
+struct Lanes16 {
+    typedef Vec V;
+    typedef Int I;
+    typedef Bits B;
+    typedef double Wide __attribute__((vector_size(128)));
+    static constexpr int N = 16;
+    static V load(const float* x) { return *(const Vec*)x; }
+    static V fma(V a, V b, V c) {
+#ifdef __AVX512F__
+        return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+        Vec8 low = Lanes8::fma(lower(a), lower(b), lower(c)), high = Lanes8::fma(upper(a), upper(b), upper(c));
+        return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+    }
 };
 
 inline float widen(float x) { return x; }
@@ -69,24 +89,24 @@ inline void narrow(float x, bf16* to) { *to = (bf16)rounded<Lanes16>(all(x))[0];
 
 // exp to 1e-7, and 0 below -87: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes), and n into the
 // exponent's bits.
-inline Vec exp(Vec x) {
+template <class L>
+inline typename L::V exp_of(typename L::V x) {
+    typedef typename L::V V;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    Vec inside = larger(x, all(-87.0f));
-    Vec n = (inside * 1.44269504f + shift) - shift;
-    Vec r = inside - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = all(1.9875691500e-4f);
+    V inside = x > -87.0f ? x : V{} - 87.0f;
+    V n = (inside * 1.44269504f + shift) - shift;
+    V r = inside - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    Int bits = (__builtin_convertvector(n, Int) + 127) << 23;
-    return x < -87.0f ? Vec{} : p * (Vec)bits;
+    typename L::I bits = (__builtin_convertvector(n, typename L::I) + 127) << 23;
+    return x < -87.0f ? V{} : p * (V)bits;
 }
-inline Vec8 exp(Vec8 x) {
-    Vec e = exp(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7));
-    return __builtin_shufflevector(e, e, 0, 1, 2, 3, 4, 5, 6, 7);
-}
+inline Vec exp(Vec x) { return exp_of<Lanes16>(x); }
+inline Vec8 exp(Vec8 x) { return exp_of<Lanes8>(x); }
 
 }  // namespace
