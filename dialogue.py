@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from untrusted.files import check_value, parse_json, read_bytes, read_json
+from untrusted.files import check_value, parse_json
+from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
@@ -36,6 +37,7 @@ then reply:
 <response>
 your reply
 </response>"""
+PROMPT_FILE = "system_prompt.txt"  # of a checkpoint that brings its own
 HISTORY_PROFILES = ("all", "latest")
 MOST_IDS = 10**7  # `Tokenizer.to_str` takes a step for each number up to the largest id, which a file may set at will
 # What `ChatTokenizer.message` does, for programs that render text: Jinja, as `transformers` and vLLM read it.
@@ -71,16 +73,17 @@ class ChatTokenizer:
     """Encode text that may hold anything into ids that hold no control token, and lay ChatML seams around it.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>`, `<|im_end|>` and `<|endoftext|>`.
+        tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>` and `<|im_end|>`.
         stop_ids: ids that end a turn, beside that of `<|im_end|>`.
+        system_prompt: what each dialogue begins with.
     Raises:
-        ValueError: the tokenizer lacks one of those three, or has an id that no model has.
+        ValueError: the tokenizer lacks one of those two, or has an id that no model has.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = ()):
-        for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = (), system_prompt: str = SYSTEM_PROMPT):
+        for name in ("<|im_start|>", "<|im_end|>"):
             if tokenizer.token_to_id(name) is None:
-                raise ValueError(f"the tokenizer has no {name}; --ckpt needs a Qwen-2.5 (ChatML) tokenizer.json")
+                raise ValueError(f"the tokenizer has no {name}; --ckpt needs a ChatML model, as Qwen2.5 and SmolLM2")
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
         if self.vocab_size > MOST_IDS:
             raise ValueError(f"the tokenizer has an id {self.vocab_size - 1}; the most that is taken is {MOST_IDS - 1}")
@@ -93,23 +96,23 @@ class ChatTokenizer:
         self.plain.add_special_tokens([token.content for token in tokenizer.get_added_tokens_decoder().values()])
         self.plain.encode_special_tokens = True
         self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
-        self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.pad = self.im_end if (end := tokenizer.token_to_id("<|endoftext|>")) is None else end
         self.stop_ids = frozenset({self.im_end, *stop_ids})
+        self.system_prompt = system_prompt
         self.newline = self.encode("\n")
         self.generation_header = [self.im_start, *self.encode("assistant\n")]  # ids after which the policy speaks
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:
-        """Load `tokenizer.json` from a checkpoint folder, and which ids end a turn.
+        """Load a checkpoint's tokenizer, from its folder or GGUF file, which ids end a turn, and its system prompt.
 
         Raises ValueError if it is absent or unreadable, or has more ids than the model's embedding, `vocab_size`.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.exists():
+        if (raw := read_part(path.parent, path.name)) is None:
             raise ValueError(
                 f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
             )
-        raw = read_bytes(path)
         try:
             chat = cls(Tokenizer.from_buffer(raw))
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
@@ -119,6 +122,11 @@ class ChatTokenizer:
                 f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}"
             )
         chat.stop_ids |= declared_stops(Path(folder), vocab_size or chat.vocab_size)
+        if (raw := read_part(Path(folder), PROMPT_FILE)) is not None:
+            try:
+                chat.system_prompt = raw.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{Path(folder) / PROMPT_FILE} is not UTF-8: {error}") from None
         return chat
 
     def encode(self, text: str) -> list[int]:
@@ -155,9 +163,10 @@ class ChatTokenizer:
 
         What is given stays as it is, byte for byte; but generation_config.json ends turns at all `stop_ids`.
         """
-        tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        tokens = {"eos_token": "<|im_end|>", "pad_token": self.tokenizer.id_to_token(self.pad)}
+        tokens["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": _json(tokens)}
-        files |= given
+        files |= {PROMPT_FILE: f"{self.system_prompt}\n".encode()} | dict(given)
         if "chat_template.jinja" not in files and not _parsed(files, "tokenizer_config.json").get("chat_template"):
             files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
         generation = {"pad_token_id": self.pad} | _parsed(files, "generation_config.json")
@@ -171,7 +180,9 @@ def declared_stops(folder: Path, vocab_size: int) -> set[int]:
     """Return the ids that a checkpoint's configs declare to end a turn; ValueError for one outside the vocabulary."""
     found = set()
     for path in (folder / "config.json", folder / "generation_config.json"):
-        declared = read_json(path).get("eos_token_id") if path.exists() else None
+        raw = read_part(folder, path.name)
+        check_value(content := {} if raw is None else parse_json(raw, str(path)), dict, str(path))
+        declared = content.get("eos_token_id")
         check_value(declared, int | list[int] | None, f"{path}, eos_token_id")
         for token_id in _ids(declared):
             if not 0 <= token_id < vocab_size:
@@ -263,7 +274,7 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
         raise ValueError(
             f"history_profile is {history_profile!r}; --history-profile takes {' or '.join(HISTORY_PROFILES)}"
         )
-    prompt = tokenizer.message("system", SYSTEM_PROMPT)
+    prompt = tokenizer.message("system", tokenizer.system_prompt)
     if dialogue.turns:
         last = dialogue.turns[-1]
         reply = list(last.winner.token_ids)  # as sampled; the "\n" behind it is context, not action

@@ -1,8 +1,9 @@
 """Qwen-2.5 by hand: modules, a critic and a KV cache.
 
 Parameter names and shapes are Hugging Face's. So weights load without renaming, and what is saved loads in
-`transformers` and vLLM (`learners/weights.py` reads and writes checkpoints). RoPE scaling, sliding windows and other
-activations are not implemented; a config that asks for one is refused by name.
+`transformers` and vLLM (`learners/weights.py` reads and writes checkpoints). A Llama (SmolLM2, TinyLlama) is the same
+model without biases on q, k and v. RoPE scaling, sliding windows and other activations are not implemented; a config
+that asks for one is refused by name.
 
 Reading order: config, norm, rotary positions, attention, MLP, trunk, policy, critic, KV cache. `sampler.py` decodes
 with the cache. Tests: `pytest tests/test_model.py`.
@@ -14,9 +15,10 @@ H query heads, Hkv key and value heads, Dh width of a head, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,8 @@ from kernels.rope import rope, rope_into_cache
 from kernels.rows import Rows, adopt
 from kernels.swiglu import swiglu
 from kernels.tree_attention import Tree, tree_attention
-from untrusted.files import check_value, read_json
+from untrusted.files import check_value, parse_json
+from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
 try:  # an optional extra for CUDA machines, never required
@@ -41,8 +44,13 @@ except ImportError:
 
 # ----------------------------------------------------------------------------------------------------------- config
 
-IMPLEMENTED = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
-NEUTRAL = {"partial_rotary_factor": 1.0, "rope_traditional": False, "use_mrope": False}  # other savers' keys
+FAMILIES = {  # by model_type: what its config.json says of what is implemented
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+}
+NEUTRAL = {  # other savers' keys
+    "partial_rotary_factor": 1.0, "rope_traditional": False, "rope_interleaved": False, "use_mrope": False,
+}  # fmt: skip
 # Far above any real model, and low enough that a stranger's config.json neither hangs nor fills the memory before the
 # shapes of the weights are compared with it.
 Width, Heads, Layers = Annotated[int, (1, 10**7)], Annotated[int, (1, 10_000)], Annotated[int, (1, 1000)]
@@ -71,6 +79,7 @@ class Qwen2Config:
     initializer_range: Deviation = 0.02  # standard deviation of freshly drawn weights
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    model_type: Literal["qwen2", "llama"] = "qwen2"  # llama: q, k and v without biases
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -106,12 +115,12 @@ class Qwen2Config:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Qwen2Config:
-        """Read `config.json` itself or the folder that holds it; raise ValueError naming the file."""
+        """Read `config.json` itself, or that of a folder or a GGUF file; raise ValueError naming the file."""
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.exists():
+        folder, path = (path.parent, path) if path.suffix == ".json" else (path, path / "config.json")
+        if (raw := read_part(folder, path.name)) is None:
             raise ValueError(f"{path} does not exist; a checkpoint is a folder with it, tokenizer.json and safetensors")
-        content = read_json(path)
+        check_value(content := parse_json(raw, str(path)), dict, str(path))
         try:
             return cls.from_dict(content)
         except ValueError as error:
@@ -119,7 +128,7 @@ class Qwen2Config:
 
     def to_dict(self) -> dict:
         """Return the content of a `config.json` that `transformers` and vLLM load."""
-        return {**IMPLEMENTED, **asdict(self)}
+        return {"model_type": self.model_type, **FAMILIES[self.model_type], **asdict(self)}
 
 
 def plain_rope(d: dict) -> dict:
@@ -139,17 +148,19 @@ def plain_rope(d: dict) -> dict:
 
 
 def refuse_what_is_not_implemented(given: dict) -> None:
-    """Raise ValueError if a parsed config.json asks for another model than a Qwen-2.5 in whole numbers."""
+    """Raise ValueError if a parsed config.json asks for another model than a Qwen-2.5 or a Llama, unquantised."""
     for name in ("quantization_config", "quantization"):  # the second is MLX's
         if settings := given.get(name):
             raise ValueError(
                 f"{name} says that the weights are quantised ({shorten(repr(settings))}); only float32, bfloat16 and"
                 " float16 are read: give the model it was made from, or dequantise it; if that is done, remove the key"
             )
-    for name, value in {**IMPLEMENTED, **NEUTRAL}.items():
-        if given.get(name, None if name == "model_type" else value) != value:
-            kind = " (Qwen2, Qwen2.5 and models of their shape)" if name == "model_type" else ""
-            raise ValueError(f"{name} is {shorten(repr(given.get(name)))}; only {value!r} is implemented{kind}")
+    if (kind := given.get("model_type")) not in list(FAMILIES):  # a list: what is asked for may have no hash
+        known = " and ".join(map(repr, FAMILIES))
+        raise ValueError(f"model_type is {shorten(repr(kind))}; only {known} are implemented")
+    for name, value in {**FAMILIES[kind], **NEUTRAL}.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name} is {shorten(repr(given[name]))}; only {value!r} is implemented")
     check_value(kinds := given.get("layer_types", []), list, "layer_types")
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise ValueError(f"layer_types names {shorten(repr(others[0]))}; only 'full_attention' is implemented")
@@ -193,15 +204,68 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tree: Tree | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+def join_products(policy: Qwen2ForCausalLM) -> None:
+    """Let weights that share an input, q's, k's and v's, and gate's and up's, lie one behind another in memory.
+
+    `products` then needs one product for them. Parameters stay what they are, under the names that they have: each
+    becomes a view of its part, and is trained, saved and loaded as before. Layers that are not plain linear ones, as
+    LoRA's, stay where they are.
+    """
+    for layer in policy.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            if not all(type(linear) is nn.Linear for linear in group):
+                continue
+            for name in ("weight", "bias"):
+                parts = [getattr(linear, name) for linear in group]
+                if None not in parts and joined(parts) is None:
+                    whole = torch.cat([part.detach() for part in parts])
+                    for part, own in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                        part.data = own
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return tensors that lie one behind another in one storage as one, without a copy, and None for others.
+
+    >>> x = torch.arange(6)
+    >>> joined((x[:2], x[2:5])), joined((x[:2], x[3:])), joined((x[:2], torch.arange(2, 5)))
+    (tensor([0, 1, 2, 3, 4]), None, None)
+    """
+    first = parts[0]
+    if first is None:
+        return None
+    end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for part in parts:
+        if part is None or part.untyped_storage().data_ptr() != storage or part.storage_offset() != end:
+            return None
+        end += part.numel()
+    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def products(x: Tensor, layers: Sequence[nn.Module], context: Tree | Cached | None) -> Sequence[Tensor]:
+    """Return each layer's output of x (B, T, D); where tokens continue a cache, by one product if `joined` allows.
+
+    A decode step is so short that launches count: on a GPU two of three, and one of two, are saved in each layer. Where
+    gradients are wanted, or a forward must round as one with gradients does, each layer has its own product.
+    """
+    if isinstance(context, Cached) and all(type(layer) is nn.Linear for layer in layers):
+        weight, biases = joined([layer.weight for layer in layers]), [layer.bias for layer in layers]
+        bias = joined(biases)
+        if weight is not None and (bias is not None or not any(b is not None for b in biases)):
+            return F.linear(x, weight, bias).split([layer.out_features for layer in layers], -1)
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and Qwen's biases on q, k and v."""
+    """Grouped-query attention with rotary positions, and Qwen's biases on q, k and v."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
         super().__init__()
         D, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, kv_width)
-        self.v_proj = nn.Linear(D, kv_width)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, D, bias)
+        self.k_proj = nn.Linear(D, kv_width, bias)
+        self.v_proj = nn.Linear(D, kv_width, bias)
         self.o_proj = nn.Linear(D, D, bias=False)
         self.head_dim, self.layer_idx = config.head_dim, layer_idx
 
@@ -211,9 +275,8 @@ class Attention(nn.Module):
         context: a token tree or rows of a KV cache; None: a token sees itself and those before it in its row.
         """
         B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, Dh)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, Dh)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        found = products(x, (self.q_proj, self.k_proj, self.v_proj), context)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in found)  # (B, T, H, Dh); k and v (B, T, Hkv, Dh)
         if isinstance(context, Cached):
             out = context.attend(self.layer_idx, q[0], k[0], v[0], tables)
         else:
@@ -232,8 +295,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, inner, bias=False)
         self.down_proj = nn.Linear(inner, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., D)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, context: Tree | Cached | None = None) -> Tensor:  # (B, T, D)
+        return self.down_proj(swiglu(*products(x, (self.gate_proj, self.up_proj), context)))
 
 
 class DecoderLayer(nn.Module):
@@ -263,7 +326,7 @@ class DecoderLayer(nn.Module):
         """
         normed, x = self.input_layernorm(x, delta)
         normed, x = self.post_attention_layernorm(x, self.self_attn(normed, tables, context))
-        return x, self.mlp(normed)
+        return x, self.mlp(normed, context)
 
 
 # ------------------------------------------------------------------------------------------- trunk, policy and critic

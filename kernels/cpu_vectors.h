@@ -1,9 +1,12 @@
-// Sixteen floats at a time, in the vectors of GCC and Clang themselves, which the compiler cuts into what there is.
+// Sixteen floats at a time, in the vectors of GCC and Clang themselves, which the compiler cuts into what there is; and
+// work that threads share.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <thread>
 #include <vector>
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -32,6 +35,11 @@ inline Vec load(const float* x) { return *(const Vec*)x; }
 inline Vec load(const bf16* x) { return (Vec)(__builtin_convertvector(*(const Half*)x, Bits) << 16); }
 inline void store(float* x, Vec v) { *(Vec*)x = v; }
 inline void store(float* x, Vec8 v) { *(Vec8*)x = v; }
+inline float sum_of(Vec v) {
+    float sum = 0.0f;
+    for (int i = 0; i < W; i++) sum += v[i];
+    return sum;
+}
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec8 lower(Vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
@@ -84,6 +92,14 @@ inline typename L::B rounded(typename L::V x) {
     typename L::B near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return x == x ? near : near * 0 + 0x7fc0;
 }
+inline void store(bf16* x, Vec v) { *(Half*)x = __builtin_convertvector(rounded<Lanes16>(v), Half); }
+template <class Number>
+inline void store(Number* x, Vec v, i64 count) {  // the first `count` of them
+    if (count >= W) return store(x, v);
+    Number all[W];
+    store(all, v);
+    std::copy(all, all + count, x);
+}
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(float x, bf16* to) { *to = (bf16)rounded<Lanes16>(all(x))[0]; }
 
@@ -108,5 +124,18 @@ inline typename L::V exp_of(typename L::V x) {
 }
 inline Vec exp(Vec x) { return exp_of<Lanes16>(x); }
 inline Vec8 exp(Vec8 x) { return exp_of<Lanes8>(x); }
+
+// Run work(i) for each i below count, on so many threads.
+template <class Work>
+void share(i64 count, i64 threads, Work work) {
+    std::atomic<i64> next{0};
+    auto run = [&] {
+        for (i64 i; (i = next++) < count;) work(i);
+    };
+    std::vector<std::thread> others;
+    for (i64 thread = 1; thread < std::min(count, threads); thread++) others.emplace_back(run);
+    run();
+    for (auto& other : others) other.join();
+}
 
 }  // namespace

@@ -1,8 +1,8 @@
 """A checkpoint's folder: what it consists of, where its files are, and why another folder is none.
 
-    resolve_checkpoint    a folder, or a hub id after fetching it
+    resolve_checkpoint    a folder, or a hub id after fetching it; or a GGUF file, which is read as a folder
     weight_files          its safetensors files, one or numbered shards
-    carried_files            its other files, which every policy that is saved takes over
+    carried_files         its other files, which every policy that is saved takes over
 
 Only files in the folder itself are read: a link that leads out of it could bring in anything.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from untrusted import gguf_file
 from untrusted.files import check_value, read_bytes, read_json
 from untrusted.plain_text import shorten
 
@@ -24,22 +25,23 @@ CARRIED = (
     "tokenizer.json", "generation_config.json",  # read here: ids, and which of them end a turn
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja",  # these five are for others, who chat with what is saved
-    "rlpa.json", HELDOUT_FILE,  # its own settings and held-out text
+    "rlpa.json", "system_prompt.txt", HELDOUT_FILE,  # its own settings, system prompt and held-out text
 )  # fmt: skip
 SUFFIXES = (".json", ".jsonl", ".safetensors")  # of other files that a run saves; nothing here runs code when read
-ADAPTER = "adapter_config.json"  # not part of one: it tells a LoRA folder
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # not part of one: a LoRA folder's
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     """Give a checkpoint's folder: a local one as it is, or that of a hub id after fetching what a checkpoint needs.
 
-    Raises ValueError for what is neither, cannot be fetched (offline, unknown, gated), or is an adapter or GGUF alone.
+    A GGUF file is given as it is. Raises ValueError for what is neither, cannot be fetched (offline, unknown, gated),
+    or is an adapter alone.
     """
     path = Path(path_or_hub_id)
     if path.is_file():
-        gguf = "; GGUF is not read" if path.suffix.lower() == ".gguf" else ""
-        raise ValueError(f"--ckpt {path} is a file{gguf}; give a folder with {CONFIG} and {SINGLE}")
+        gguf_file.parts(path)
+        return path
     folder = path if path.is_dir() else fetch(str(path_or_hub_id))
     refuse_other_kinds(folder)
     return folder
@@ -60,14 +62,14 @@ def fetch(hub_id: str) -> Path:
 
 
 def refuse_other_kinds(folder: Path) -> None:
-    """Raise ValueError, with the way out, for a folder that holds an adapter, or GGUF and nothing else."""
+    """Raise ValueError, with the way out, for a folder that holds an adapter, or whose weights are GGUF."""
     if (folder / ADAPTER).is_file():
         base = shorten(str(read_json(folder / ADAPTER).get("base_model_name_or_path", "its base")))
         if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
             raise ValueError(f"{folder} holds whole weights and {ADAPTER}; if the adapter is merged, remove that file")
         raise ValueError(
-            f"{folder} is an adapter (LoRA) alone; merge it into {base} first (peft: merge_and_unload, then"
-            " save_pretrained) and give that folder"
+            f"{folder} is an adapter (LoRA) alone; give its base ({base}) as --ckpt and the adapter as --adapter, or"
+            f" what train_rlpa.py --ckpt BASE --adapter {folder} --merge FOLDER writes to FOLDER"
         )
     if (folder / "checkpoints").is_dir() and (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} is a run; give {folder / 'checkpoints'}/iteration_NUMBER/policy")
@@ -75,7 +77,7 @@ def refuse_other_kinds(folder: Path) -> None:
         raise ValueError(f"{folder} is a checkpoint of a run; give {folder / 'policy'}")
     gguf = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
     if gguf and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
-        raise ValueError(f"{folder} holds GGUF ({shorten(gguf[0])}), which is not read; give the model in safetensors")
+        raise ValueError(f"{folder} holds GGUF; give the file itself: {folder / shorten(gguf[0], 200)}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -94,7 +96,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a checkpoint's safetensors files; raise ValueError when there are none or a shard is absent."""
+    """List a checkpoint's safetensors files, or its GGUF; ValueError when there are none or a shard is absent."""
+    if folder.is_file():
+        return [folder]
     if (folder / SINGLE).is_file():
         return [inside(folder, SINGLE)]
     if not (folder / INDEX).is_file():
@@ -114,5 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def carried_files(folder: Path) -> dict[str, bytes]:
     """Return what a folder holds of the CARRIED, by name; ValueError for one that is too long or a link out of it."""
+    if folder.is_file():
+        return {name: content for name, content in gguf_file.parts(folder).items() if name in CARRIED}
     found = [name for name in CARRIED if (folder / name).exists()]
     return {name: read_bytes(inside(folder, name)) for name in found}

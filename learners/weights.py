@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint's weights in and out: safetensors only, one file or numbered shards (`folder.py`).
+"""A Hugging Face checkpoint's weights in and out: safetensors, one file or numbered shards (`folder.py`); GGUF in.
 
     load_policy, load_critic, load_value_head      build a model and fill it, without ever holding two sets of weights
     save_pretrained                                write config.json and weights, for `transformers`, vLLM and ourselves
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from learners.folder import CONFIG, INDEX, resolve_checkpoint, weight_files
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead
+from untrusted import gguf_file
 from untrusted.files import refuse_pointer
 from untrusted.plain_text import shorten
 
@@ -39,8 +40,11 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
 
     The file is opened anew for each: what was read through one mapping stays in memory until that is closed, and would
-    double the peak.
+    double the peak. What a GGUF file holds is restored in fp32.
     """
+    if file.suffix != ".safetensors":
+        yield from ((name, torch.from_numpy(array)) for name, array in gguf_file.read_tensors(file))
+        return
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
     for name in names:
@@ -51,7 +55,7 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
+    """Give each tensor of a file as `stored_tensors` does.
 
     Raises ValueError for a tensor that `shapes` lacks, of another shape, or not floats.
     """
@@ -137,6 +141,8 @@ def share_head(weights: dict[str, Tensor], shapes: dict[str, torch.Size], files:
 
 def aliases(file: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file: its savers note shared tensors there, as absent name → stored name."""
+    if file.suffix != ".safetensors":
+        return {}
     with safe_open(file, "pt") as opened:
         return opened.metadata() or {}
 
@@ -154,7 +160,7 @@ def load_model(kind: type[nn.Module], path_or_hub_id: str | Path, dtype: torch.d
 def load_policy(
     path_or_hub_id: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Qwen2ForCausalLM:
-    """Load a Qwen-2.5 checkpoint from a folder or the hub; raise a one-line ValueError if anything is amiss."""
+    """Load a Qwen-2.5 or Llama checkpoint from a folder or the hub; a one-line ValueError if anything is amiss."""
     return load_model(Qwen2ForCausalLM, path_or_hub_id, dtype, device)
 
 
@@ -185,6 +191,8 @@ def save_pretrained(
     written in place of the model's own: the fp32 masters of one that computes in bf16.
     """
     weights = {k: v.detach().to("cpu", dtype) for k, v in (weights or model.state_dict()).items()}
+    # Parts of a storage (`model.join_products`) are copied: safetensors refuses them. What was on a GPU is a copy now.
+    weights = {k: v if v.nbytes == v.untyped_storage().nbytes() else v.clone() for k, v in weights.items()}
     save_config(model, folder, next(iter(weights.values())).dtype)
     save_torch_state_dict(weights, folder, max_shard_size=int(max_shard_bytes))
 
@@ -193,7 +201,7 @@ def save_config(model: Qwen2ForCausalLM | Critic | ValueHead, folder: str | Path
     """Write the config.json of a model whose weights are saved in `dtype`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(kind for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
-    precision = str(dtype).removeprefix("torch.")
-    config = {"architectures": [kind.__name__], "torch_dtype": precision, **model.config.to_dict()}
+    name = next(kind.__name__ for kind in (Qwen2ForCausalLM, Critic, ValueHead) if isinstance(model, kind))
+    name = name.replace("Qwen2", model.config.model_type.capitalize())
+    config = {"architectures": [name], "torch_dtype": str(dtype).removeprefix("torch."), **model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -32,24 +32,30 @@ transformers = pytest.importorskip("transformers", reason="checkpoints go to and
 # ------------------------------------------------------------------------------------------------------- round trips
 
 
+FAMILIES = pytest.mark.parametrize("family", ["qwen2", "llama"])
+
+
+@FAMILIES
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [5e9, 20_000])
-def test_our_save_loads_in_transformers(tmp_path, tied, shard_bytes):
+def test_our_save_loads_in_transformers(tmp_path, tied, shard_bytes, family):
     """Guards the output layout: names, shards, index and config.json, read by somebody else's loader."""
-    policy = randomised(tiny_config(tie_word_embeddings=tied))
+    policy = randomised(tiny_config(tie_word_embeddings=tied, model_type=family))
     save_pretrained(policy, tmp_path, max_shard_bytes=shard_bytes)
     assert (tmp_path / INDEX).is_file() == (shard_bytes < 5e9)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     token_ids = some_ids(policy.config, 2, 20)
     torch.testing.assert_close(peer_logits(hf, token_ids), logits_of(policy, token_ids), atol=1e-5, rtol=0)
-    assert hf.config.eos_token_id == 60 and hf.config.architectures == ["Qwen2ForCausalLM"]
+    assert hf.config.eos_token_id == 60 and hf.config.architectures == [type(hf).__name__]
+    assert type(hf) is {"qwen2": transformers.Qwen2ForCausalLM, "llama": transformers.LlamaForCausalLM}[family]
 
 
+@FAMILIES
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 20_000])
-def test_transformers_save_loads_here(tmp_path, tied, shard_bytes):
+def test_transformers_save_loads_here(tmp_path, tied, shard_bytes, family):
     """Guards the input layout, with the newer config.json that nests rope_theta in rope_parameters."""
-    policy = randomised(tiny_config(tie_word_embeddings=tied))
+    policy = randomised(tiny_config(tie_word_embeddings=tied, model_type=family))
     peer(policy).save_pretrained(tmp_path, max_shard_size=shard_bytes)
     assert (tmp_path / INDEX).is_file() == (shard_bytes < 5e9)
     loaded = load_policy(tmp_path)
@@ -238,7 +244,13 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(model_type="llama"), "model_type is 'llama'"),
+        (dict(model_type="llama"), "tensor model.layers.0.self_attn.k_proj.bias is not part of the model"),
+        (dict(model_type="llama", attention_bias=True), "attention_bias is True; only False is implemented"),
+        (dict(model_type="llama", mlp_bias=True), "mlp_bias is True"),
+        (dict(model_type="llama", rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling is {'rope_type'"),
+        (dict(model_type="llama", rope_interleaved=True), "rope_interleaved is True"),
+        (dict(model_type="mistral"), "model_type is 'mistral'; only 'qwen2' and 'llama' are implemented"),
+        (dict(model_type=["qwen2"]), "model_type is .'qwen2'.; only"),
         (dict(model_type="absent"), "model_type is None"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(use_sliding_window=True), "use_sliding_window is True"),
@@ -418,17 +430,17 @@ CAUSES = {
     "fp8": (
         quantised(**{f"{Q}__weight": torch.ones(48, 48).to(torch.float8_e4m3fn)}), "float8_e4m3fn. belongs"),
     "fp8's scale": (quantised(**{f"{Q}__weight_scale_inv": torch.ones(1)}), "weight_scale_inv .* quantised weights"),
-    "an adapter": (adapter, "is an adapter .LoRA. alone; merge it into Qwen/Qwen2.5-0.5B first"),
+    "an adapter": (adapter, "is an adapter .LoRA. alone; give its base .Qwen/Qwen2.5-0.5B. as --ckpt"),
     "an adapter beside weights": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"), "whole weights and adapter_config.json"),
     "GGUF beside a config": (
-        lambda folder: (folder / SINGLE).rename(folder / "q4.gguf"), "holds GGUF .q4.gguf., which is not read"),
+        lambda folder: (folder / SINGLE).rename(folder / "q4.gguf"), "holds GGUF; give the file itself: .*/q4.gguf"),
     "a run": (
         lambda folder: ((folder / "checkpoints").mkdir(), (folder / "metrics.jsonl").touch()),
         "model is a run; give .*/checkpoints/iteration_NUMBER/policy"),
     "a checkpoint of a run": (
         lambda folder: ((folder / "policy").mkdir(), (folder / "trainer.json").touch()), "give .*/model/policy"),
-    "GGUF": (only_gguf, "holds GGUF .model-q4_k_m.gguf., which is not read"),
+    "GGUF": (only_gguf, "holds GGUF; give the file itself: .*/model-q4_k_m.gguf"),
     "NaN": (quantised(model__norm__weight=torch.tensor([1.0] * 47 + [float("nan")])), "model.norm.weight holds NaN or"),
     "infinity": (
         quantised(model__norm__weight=torch.tensor([-float("inf")] * 48).bfloat16()), "model.norm.weight holds NaN or"),
@@ -458,9 +470,11 @@ def test_what_is_no_checkpoint_is_refused_by_its_cause(tmp_path, cause):
 
 
 def test_a_file_is_no_folder(saved):
-    """Guards "no such folder" for a file that is there."""
-    for name, words in (("x.gguf", "is a file; GGUF is not read; give a folder"), (SINGLE, "is a file; give a folder")):
-        (saved / name).touch()
+    """Guards "no such folder" for a file that is there, and is no GGUF (tests/test_gguf.py)."""
+    (saved / "x.gguf").touch()
+    (saved / "y.gguf").write_text(POINTER)
+    for name, words in (("x.gguf", "is a file, and no GGUF.*; give a folder"), ("y.gguf", "git lfs pull"),
+                        (SINGLE, "is a file, and no GGUF.*; give a folder")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             resolve_checkpoint(saved / name)
 
@@ -631,4 +645,6 @@ def test_logits_that_are_not_finite_end_the_sampling(chat_folder):
 @pytest.mark.parametrize("name", fuzz_checkpoints.MUTATORS)
 def test_damaged_files_load_or_are_one_line(name):
     """Guards tracebacks, hangs, and reads outside the folder, from files that were damaged or made up."""
+    if name == fuzz_checkpoints.GGUF:
+        pytest.importorskip("gguf")
     assert fuzz_checkpoints.wrong(fuzz_checkpoints.fuzz(50, seed=1, names=(name,))) == {}
