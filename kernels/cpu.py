@@ -45,6 +45,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels import backend
 from kernels.rows import Rows
@@ -58,9 +59,9 @@ LONG = 8192  # logits of a row from which on torch's passes cost more than these
 
 
 class Linear(Structure):
-    """Pointers to the weight (out, in) of one product and to its bias, null where it has none."""
+    """One linear layer: its weight (out, in), bias or null, and LoRA's A and B or null, as in cpu_decode.cpp."""
 
-    _fields_ = [("weight", Pointer), ("bias", Pointer)]
+    _fields_ = [*((name, Pointer) for name in ("weight", "bias", "A", "B")), ("rank", c_int64), ("scale", c_float)]
 
 
 class Layer(Structure):
@@ -200,16 +201,24 @@ class CachedTrunk:
         H, Hkv: heads of queries, and of keys and values.
         eps: of the norms.
         cos, sin: (positions, Dh/2) fp32, for each position that a token may have.
+        adapters: LoRA's A (rank, in), B (out, rank) and factor, by their layers' names; copied where rank % 4.
     Raises:
         ValueError: a head dim that the library is not compiled for, weights of other or several types, or one that is
             not contiguous or not on the CPU; in bf16 widths that are no multiples of 4.
     """
 
-    def __init__(self, weights: dict[str, Tensor], H: int, Hkv: int, eps: float, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, weights: dict[str, Tensor], H: int, Hkv: int, eps: float, cos: Tensor, sin: Tensor,
+        adapters: dict[str, tuple[Tensor, Tensor, float]] | None = None,
+    ) -> None:  # fmt: skip
         L = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
         embedding, inner = weights["embed_tokens.weight"], len(weights["layers.0.mlp.gate_proj.weight"])
         self.dtype, self.head_dim = embedding.dtype, 2 * cos.shape[1]
-        for name, weight in weights.items():
+        low = {}  # a rank that is no multiple of 4 is filled up with zeros
+        for name, (A, B, _) in (adapters or {}).items():
+            more = -len(A) % 4
+            low |= {f"{name}.A": pad(A, (0, 0, 0, more)), f"{name}.B": pad(B, (0, more))}
+        for name, weight in (weights | low).items():
             if weight.dtype != self.dtype or not weight.is_contiguous() or weight.device.type != "cpu":
                 needed = f"{self.dtype}, contiguous, on the CPU is needed"
                 raise ValueError(f"{name} is {weight.dtype} on {weight.device}; {needed}")
@@ -218,7 +227,8 @@ class CachedTrunk:
         if self.head_dim not in HEAD_DIMS:
             raise ValueError(f"head dim {self.head_dim} must be one of {HEAD_DIMS}")
         # Norms and biases are read as fp32; products as they are.
-        self.kept = {name: x if x.dim() > 1 else x.float() for name, x in weights.items()} | {"cos": cos, "sin": sin}
+        self.kept = {name: x if x.dim() > 1 else x.float() for name, x in weights.items()}
+        self.kept |= low | {"cos": cos, "sin": sin}
         V, self.D = embedding.shape
         pointers = map(self.address, ("embed_tokens.weight", "norm.weight", "cos", "sin"))
         self.model = Model(L, self.D, H, Hkv, self.head_dim, inner, V, len(cos), eps, 0.0, *pointers)
@@ -227,8 +237,11 @@ class CachedTrunk:
             for name in Layer.NORMS:
                 setattr(layer, name, self.address(f"layers.{i}.{name}.weight"))
             for name in Layer.LINEARS:
-                parts = (self.address(f"layers.{i}.{name}.{part}") for part in ("weight", "bias"))
-                setattr(layer, name.split(".")[1], Linear(*parts))
+                whole = f"layers.{i}.{name}"
+                linear = Linear(*(self.address(f"{whole}.{part}") for part in ("weight", "bias", "A", "B")))
+                if linear.A:
+                    linear.rank, linear.scale = len(self.kept[f"{whole}.A"]), adapters[whole][2]
+                setattr(layer, name.split(".")[1], linear)
 
     def address(self, name: str) -> int | None:
         """Return where a tensor is kept; None: there is no such."""

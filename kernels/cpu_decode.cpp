@@ -26,6 +26,9 @@ constexpr int IDS = 2048;  // of the vocabulary, whose probabilities are summed 
 struct Linear {  // weights as Hugging Face stores them: (out, in)
     const void* weight;
     const float* bias;  // null: none
+    const void *A, *B;  // LoRA's (rank, in) and (out, rank), which add scale * B A x; null: none
+    i64 rank;
+    float scale;
 };
 
 // ------------------------------------------------------------------------------------------ products, norms, the gate
@@ -371,13 +374,16 @@ struct Step {
     const Tokens& t;
     Team& team;
     const i64 D, QD, KD, width;  // width: floats that a query's scores may take
+    i64 rank = 0;  // the largest
     std::vector<float> work, own;
     float *x, *q, *k, *v, *up, *inner, *down, *cos, *sin, *q_rows, *out;
-    const i64 own_size;
+    i64 own_size;
 
     Step(const Model& m, const Layer* layers, const Tokens& t, int members, Team& team)
-        : m(m), layers(layers), t(t), team(team), D(m.D), QD(m.H * m.DH), KD(m.HKV * m.DH), width(t.capacity + W),
-          own_size(2 * LANES * std::max(D, QD) + QUERIES * width) {
+        : m(m), layers(layers), t(t), team(team), D(m.D), QD(m.H * m.DH), KD(m.HKV * m.DH), width(t.capacity + W) {
+        for (i64 l = 0; l < m.layers; l++)
+            for (const Linear* w = &layers[l].q; w <= &layers[l].down; w++) rank = std::max(rank, w->rank);
+        own_size = 2 * LANES * std::max(D, QD) + 4 * LANES * rank + QUERIES * width;
         const i64 features[] = {D, QD, KD, KD, m.inner, m.inner, m.inner, m.DH / 2, m.DH / 2, QD, QD};
         float** parts[] = {&x, &q, &k, &v, &up, &inner, &down, &cos, &sin, &q_rows, &out};
         i64 total = 0;
@@ -396,49 +402,72 @@ struct Step {
         }
     }
 
-    Part part(i64 count, i64 step, int me) const { return Part(count, step, me, team.size); }
+    Part part(i64 count, i64 step, int me) const { return part_of(count, step, me, team.size); }
 
     // Compute tokens [first, first + count); lanes in excess repeat the first.
     template <class L, int NV>
     void block(int me, i64 first, int count) {
         constexpr int N = NV * L::N;
         float* y = own.data() + me * own_size;  // the norm of x, then what is made of it
-        float* made = y + LANES * std::max(D, QD);
+        float *made = y + LANES * std::max(D, QD), *low = made + LANES * std::max(D, QD);
+        float* scores = low + 4 * LANES * rank;
         begin<N>(me, first, count);
-        const Part to_q = part(QD, 8, me), to_kv = part(KD, 8, me), to_D = part(D, 8, me), to_inner = part(m.inner, 64, me);
+        const Part to_q = part(QD, 8, me), to_kv = part(KD, 8, me), to_D = part(D, 8, me);
+        const Part to_inner = part(m.inner, 64, me), heads = part(m.H + m.HKV, 1, me), lanes = part(count, 1, me);
         for (i64 l = 0; l < m.layers; l++) {
             const Layer& w = layers[l];
             rmsnorm<L, NV>(x, w.norm1, y, D, m.eps);
             const float* read = prepare<T, L, N>(y, made, D);
-            linear<T, L, NV>(w.q, read, q, D, to_q.first, to_q.last);
-            linear<T, L, NV>(w.k, read, k, D, to_kv.first, to_kv.last);
-            linear<T, L, NV>(w.v, read, v, D, to_kv.first, to_kv.last);
+            adapted<L, NV>(w.q, read, through_A<L, NV>(w.q, read, D, low), q, D, to_q);
+            adapted<L, NV>(w.k, read, through_A<L, NV>(w.k, read, D, low), k, D, to_kv);
+            adapted<L, NV>(w.v, read, through_A<L, NV>(w.v, read, D, low), v, D, to_kv);
             team.meet();
-            for (i64 head = part(m.H + m.HKV, 1, me).first; head < part(m.H + m.HKV, 1, me).last; head++)
+            for (i64 head = heads.first; head < heads.last; head++)
                 head < m.H ? turn_query<L, NV>(head, count) : store_key<L, NV>(w, head - m.H, first, count);
             team.meet();
-            attend_rows<N>(w, me, first, count, made + LANES * std::max(D, QD));
+            attend_rows<N>(w, me, first, count, scores);
             team.meet();
             gather<N>(y, count);
-            linear<T, L, NV>(w.o, prepare<T, L, N>(y, made, QD), x, QD, to_D.first, to_D.last, true);
+            read = prepare<T, L, N>(y, made, QD);
+            adapted<L, NV>(w.o, read, through_A<L, NV>(w.o, read, QD, low), x, QD, to_D, true);
             team.meet();
             rmsnorm<L, NV>(x, w.norm2, y, D, m.eps);
             read = prepare<T, L, N>(y, made, D);
+            const float *to_gate = through_A<L, NV>(w.gate, read, D, low);
+            const float *to_up = through_A<L, NV>(w.up, read, D, low + 2 * LANES * rank);
             for (i64 o = to_inner.first; o < to_inner.last; o += 64) {
-                i64 end = std::min(o + 64, to_inner.last);
-                linear<T, L, NV>(w.gate, read, inner, D, o, end);
-                linear<T, L, NV>(w.up, read, up, D, o, end);
-                gate<L>(up + o * N, inner + o * N, (end - o) * N);
-                prepare<T, L, N>(inner + o * N, down + (QUADS ? o / 2 : o) * N, end - o);
+                const Part some = {o, std::min(o + 64, to_inner.last)};
+                adapted<L, NV>(w.gate, read, to_gate, inner, D, some);
+                adapted<L, NV>(w.up, read, to_up, up, D, some);
+                gate<L>(up + o * N, inner + o * N, (some.last - o) * N);
+                prepare<T, L, N>(inner + o * N, down + (QUADS ? o / 2 : o) * N, some.last - o);
             }
             team.meet();
-            linear<T, L, NV>(w.down, sizeof(T) == sizeof(float) ? inner : down, x, m.inner, to_D.first, to_D.last, true);
+            read = sizeof(T) == sizeof(float) ? inner : down;
+            adapted<L, NV>(w.down, read, through_A<L, NV>(w.down, read, m.inner, low), x, m.inner, to_D, true);
             team.meet();
         }
         rmsnorm<L, NV>(x, m.norm, y, D, m.eps);
-        for (int lane = part(count, 1, me).first; lane < part(count, 1, me).last; lane++)
+        for (i64 lane = lanes.first; lane < lanes.last; lane++)
             for (i64 d = 0; d < D; d++) t.hidden[(first + lane) * D + d] = y[d * N + lane];
         team.meet();
+    }
+
+    // scale * A x, as products read it; null without an adapter. `to` has room for it twice.
+    template <class L, int NV>
+    const float* through_A(const Linear& w, const float* x, i64 in, float* to) const {
+        constexpr int N = NV * L::N;
+        if (!w.A) return nullptr;
+        linear<T, L, NV>({w.A}, x, to, in, 0, w.rank);
+        for (i64 i = 0; i < w.rank * N; i += L::N) store(to + i, L::load(to + i) * w.scale);
+        return prepare<T, L, N>(to, to + LANES * rank, w.rank);
+    }
+
+    // A part of W x + b + B (scale * A x).
+    template <class L, int NV>
+    void adapted(const Linear& w, const float* x, const float* low, float* y, i64 in, Part part, bool add = false) const {
+        linear<T, L, NV>(w, x, y, in, part.first, part.last, add);
+        if (low) linear<T, L, NV>({w.B}, low, y, w.rank, part.first, part.last, true);
     }
 
     // Look up embeddings and angles.
@@ -581,13 +610,13 @@ struct Draws {
         for (int lane = 0; lane < N; lane++)
             for (i64 d = 0; d < D; d++) x[d * N + lane] = hidden[(first + (lane < count ? lane : 0)) * D + d];
         const float* read = prepare<T, L, N>(x, x + D * N, D);
-        const Part mine(chunks, 1, me, team.size);
+        const Part mine = part_of(chunks, 1, me, team.size);
         for (i64 c = mine.first; c < mine.last; c++) {
-            linear<T, L, NV>({weight, nullptr}, read, z.data(), D, c * IDS, std::min(V, (c + 1) * IDS));
+            linear<T, L, NV>({weight}, read, z.data(), D, c * IDS, std::min(V, (c + 1) * IDS));
             for (int v = 0; v < NV; v++) reduce<L, N>(c, v * L::N);
         }
         team.meet();
-        const Part lanes(count, 1, me, team.size);
+        const Part lanes = part_of(count, 1, me, team.size);
         for (int lane = lanes.first; lane < lanes.last; lane++) draw<N>(lane, first + lane);
         team.meet();
     }

@@ -100,10 +100,10 @@ class Team {
 // The part of [0, count) that is a member's, in whole multiples of `step` but for the last.
 struct Part {
     i64 first, last;
-    Part(i64 count, i64 step, int member, int size) {
-        i64 steps = (count + step - 1) / step;
-        first = steps * member / size * step, last = std::min(count, steps * (member + 1) / size * step);
-    }
 };
+inline Part part_of(i64 count, i64 step, int member, int size) {
+    i64 steps = (count + step - 1) / step;
+    return {steps * member / size * step, std::min(count, steps * (member + 1) / size * step)};
+}
 
 }  // namespace

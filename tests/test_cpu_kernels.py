@@ -19,6 +19,7 @@ from kernels.rows import Rows
 from kernels.sample_head import sample
 from kernels.swiglu import reference_swiglu, swiglu
 from kernels.tree_attention import reference_tree_attention, tree_attention
+from learners.lora import adapters, with_adapter
 from model import Cached, KVCache, Qwen2Config, random_policy
 from sampler import Sampler, cached_trunk, generate
 
@@ -60,16 +61,16 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["fp32", "no biases", "bf16", "bf16 widened"])
+@pytest.fixture(params=["fp32", "no biases", "LoRA", "bf16", "bf16 LoRA", "bf16 widened", "bf16 widened LoRA"])
 def how(request, monkeypatch):
-    """A type of weights; for the last the library knows no AVX-512, and widens bf16 in registers, as most machines."""
-    if request.param == "bf16 widened":
+    """Guards each type of weights, and a library that knows no AVX-512 and widens bf16 in registers, as most do."""
+    if "widened" in request.param:
         if platform.machine() != "x86_64":
             pytest.skip("there is no AVX-512 to leave out")
         monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or 'g++'} -mno-avx512f")
         cpu.load_library.cache_clear()
     yield request.param
-    if request.param == "bf16 widened":
+    if "widened" in request.param:
         monkeypatch.undo()
         cpu.load_library.cache_clear()
 
@@ -81,6 +82,11 @@ def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n, how):
     dtype = torch.bfloat16 if "bf16" in how else torch.float32
     policy = tiny_policy(D, H, Hkv, family="llama" if how == "no biases" else "qwen2").to(dtype)
     generator = torch.Generator().manual_seed(n)
+    if "LoRA" in how:
+        policy = with_adapter(policy, rank=6, alpha=9.0, seed=2).requires_grad_(False)
+        for layer in adapters(policy).values():
+            torch.nn.init.normal_(layer.lora_B.weight, 0.0, 0.2, generator=generator)
+        policy.to(dtype)
     B, capacity = 7, 40 + 5 * n
     prompts = torch.tensor([1, 5, 17, 30, 33, 2, 40])
     ids = [torch.randint(101, (int(p),), generator=generator) for p in prompts]
