@@ -18,6 +18,7 @@ RUN_FORMAT = "rlpa run 1"  # "format" in a run's config.json: the mark by which 
 Natural, Count, Small = Annotated[int, (0, MANY)], Annotated[int, (1, MANY)], Annotated[int, (1, 10_000)]
 OrMinusOne, Threads = Annotated[int, (-1, MANY)], Annotated[int, (0, 1024)]
 Amount, Positive, Share = Annotated[float, (0, MANY)], Annotated[float, (1e-6, MANY)], Annotated[float, (0, 1)]
+Rank = Annotated[int, (0, 4096)]
 Patience = Annotated[float, (1, 10**7)]
 ProfileTarget = Literal["persona", "evidence", "ledger"]
 
@@ -28,6 +29,8 @@ class Config:
 
     # --- checkpoint and run folder
     ckpt: str = ""  # policy to start from: a Hugging Face folder, hub id or GGUF file; bare: the tiny checkpoint
+    adapter: str = ""  # LoRA folder, in peft's layout, to start from on --ckpt; the reference has it, too
+    merge: str = ""  # only write --ckpt with --adapter added to its weights into this folder: a whole checkpoint
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head
     run_dir: str = ""  # where everything is written; empty: runs/<date-time>_<process>
     overwrite: bool = False  # remove the run that --run-dir holds already
@@ -95,6 +98,8 @@ class Config:
     minibatch_size: Count = 4  # dialogues per optimizer step, over all processes (x 10 turns x 4 candidates: 160)
     microbatch_tokens: Count = 16384  # tree tokens per forward and backward in one process; one dialogue is never cut
     num_epochs: Count = 1  # passes over a rollout batch
+    lora_rank: Rank = 0  # train adapters (LoRA) of this rank on a frozen base; they want about 5 x the --lr; 0: off
+    lora_alpha: Positive = 32.0  # adapters are weighed by alpha / rank
     lr: Amount = 5e-7  # policy's peak learning rate
     critic_lr: Amount = 9e-6  # critic's peak learning rate
     adam_beta1: Share = 0.9  # AdamW
@@ -141,6 +146,7 @@ class Config:
             )
         if self.critic == "shared" and self.critic_ckpt:
             raise ValueError(f"--critic-ckpt {self.critic_ckpt} needs --critic separate: a shared one has no trunk")
+        check_adapters(self)
         if self.critic == "separate" and self.value_coef != Config.value_coef:
             raise ValueError(f"--value-coef {self.value_coef} needs --critic shared: a separate one has its own step")
         if self.advantage != "gae":
@@ -174,6 +180,14 @@ def refuse_critic_flags(config: Config) -> None:
             )
 
 
+def check_adapters(config: Config) -> None:
+    """Raise ValueError for adapters without a rank, and for what does not work with them."""
+    if config.adapter and not config.lora_rank:
+        raise ValueError(f"--adapter {config.adapter} needs its --lora-rank")
+    if config.merge and not config.adapter:
+        raise ValueError(f"--merge {config.merge} needs --adapter: the one to add to the weights of --ckpt")
+
+
 def check_credit(config: Config) -> None:
     """Raise ValueError for discounts of steps that do not exist."""
     if config.credit == "turn" and config.gamma_turn != Config.gamma_turn:
@@ -196,12 +210,12 @@ def check_clips(config: Config) -> None:
 
 def refuse_ignored(config: Config, given: Collection[str]) -> None:
     """Raise ValueError for a flag that was given and has no effect; what a checkpoint brings along may have none."""
-    ignored: dict[str, str] = {}
+    ignored = {} if config.lora_rank else {"lora_alpha": "--lora-rank"}
     if config.advantage != "gae":
         names = ("gamma", "gae_lambda", "reward_at", "critic_lr", "value_clip")
-        ignored = dict.fromkeys(names, f"--advantage gae: {config.advantage} has no critic")
+        ignored |= dict.fromkeys(names, f"--advantage gae: {config.advantage} has no critic")
     elif config.gae_level == "turn":
-        ignored = {"reward_at": "--gae-level token: a turn's rewards are summed"}
+        ignored["reward_at"] = "--gae-level token: a turn's rewards are summed"
         if config.credit == "turn":
             ignored["gae_lambda"] = "--credit dialogue: with --gae-level turn, a turn alone is one step"
     for name, needed in ignored.items():

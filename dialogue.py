@@ -37,6 +37,7 @@ then reply:
 <response>
 your reply
 </response>"""
+PROMPT_FILE = "system_prompt.txt"  # of a checkpoint that brings its own
 HISTORY_PROFILES = ("all", "latest")
 MOST_IDS = 10**7  # `Tokenizer.to_str` takes a step for each number up to the largest id, which a file may set at will
 # What `ChatTokenizer.message` does, for programs that render text: Jinja, as `transformers` and vLLM read it.
@@ -74,11 +75,12 @@ class ChatTokenizer:
     Args:
         tokenizer: a `tokenizers.Tokenizer` that knows `<|im_start|>` and `<|im_end|>`.
         stop_ids: ids that end a turn, beside that of `<|im_end|>`.
+        system_prompt: what each dialogue begins with.
     Raises:
         ValueError: the tokenizer lacks one of those two, or has an id that no model has.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = (), system_prompt: str = SYSTEM_PROMPT):
         for name in ("<|im_start|>", "<|im_end|>"):
             if tokenizer.token_to_id(name) is None:
                 raise ValueError(f"the tokenizer has no {name}; --ckpt needs a ChatML model, as Qwen2.5 and SmolLM2")
@@ -96,12 +98,13 @@ class ChatTokenizer:
         self.im_start, self.im_end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
         self.pad = self.im_end if (end := tokenizer.token_to_id("<|endoftext|>")) is None else end
         self.stop_ids = frozenset({self.im_end, *stop_ids})
+        self.system_prompt = system_prompt
         self.newline = self.encode("\n")
         self.generation_header = [self.im_start, *self.encode("assistant\n")]  # ids after which the policy speaks
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:
-        """Load `tokenizer.json` from a checkpoint's folder or GGUF file, and which ids end a turn.
+        """Load a checkpoint's tokenizer, from its folder or GGUF file, which ids end a turn, and its system prompt.
 
         Raises ValueError if it is absent or unreadable, or has more ids than the model's embedding, `vocab_size`.
         """
@@ -119,6 +122,11 @@ class ChatTokenizer:
                 f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}"
             )
         chat.stop_ids |= declared_stops(Path(folder), vocab_size or chat.vocab_size)
+        if (raw := read_part(Path(folder), PROMPT_FILE)) is not None:
+            try:
+                chat.system_prompt = raw.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{Path(folder) / PROMPT_FILE} is not UTF-8: {error}") from None
         return chat
 
     def encode(self, text: str) -> list[int]:
@@ -158,7 +166,7 @@ class ChatTokenizer:
         tokens = {"eos_token": "<|im_end|>", "pad_token": self.tokenizer.id_to_token(self.pad)}
         tokens["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": _json(tokens)}
-        files |= given
+        files |= {PROMPT_FILE: f"{self.system_prompt}\n".encode()} | dict(given)
         if "chat_template.jinja" not in files and not _parsed(files, "tokenizer_config.json").get("chat_template"):
             files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
         generation = {"pad_token_id": self.pad} | _parsed(files, "generation_config.json")
@@ -266,7 +274,7 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
         raise ValueError(
             f"history_profile is {history_profile!r}; --history-profile takes {' or '.join(HISTORY_PROFILES)}"
         )
-    prompt = tokenizer.message("system", SYSTEM_PROMPT)
+    prompt = tokenizer.message("system", tokenizer.system_prompt)
     if dialogue.turns:
         last = dialogue.turns[-1]
         reply = list(last.winner.token_ids)  # as sampled; the "\n" behind it is context, not action

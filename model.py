@@ -15,6 +15,7 @@ H query heads, Hkv key and value heads, Dh width of a head, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -203,6 +204,58 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tree: Tree | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+def join_products(policy: Qwen2ForCausalLM) -> None:
+    """Let weights that share an input, q's, k's and v's, and gate's and up's, lie one behind another in memory.
+
+    `products` then needs one product for them. Parameters stay what they are, under the names that they have: each
+    becomes a view of its part, and is trained, saved and loaded as before. Layers that are not plain linear ones, as
+    LoRA's, stay where they are.
+    """
+    for layer in policy.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            if not all(type(linear) is nn.Linear for linear in group):
+                continue
+            for name in ("weight", "bias"):
+                parts = [getattr(linear, name) for linear in group]
+                if None not in parts and joined(parts) is None:
+                    whole = torch.cat([part.detach() for part in parts])
+                    for part, own in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                        part.data = own
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return tensors that lie one behind another in one storage as one, without a copy, and None for others.
+
+    >>> x = torch.arange(6)
+    >>> joined((x[:2], x[2:5])), joined((x[:2], x[3:])), joined((x[:2], torch.arange(2, 5)))
+    (tensor([0, 1, 2, 3, 4]), None, None)
+    """
+    first = parts[0]
+    if first is None:
+        return None
+    end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for part in parts:
+        if part is None or part.untyped_storage().data_ptr() != storage or part.storage_offset() != end:
+            return None
+        end += part.numel()
+    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def products(x: Tensor, layers: Sequence[nn.Module], context: Tree | Cached | None) -> Sequence[Tensor]:
+    """Return each layer's output of x (B, T, D); where tokens continue a cache, by one product if `joined` allows.
+
+    A decode step is so short that launches count: on a GPU two of three, and one of two, are saved in each layer. Where
+    gradients are wanted, or a forward must round as one with gradients does, each layer has its own product.
+    """
+    if isinstance(context, Cached) and all(type(layer) is nn.Linear for layer in layers):
+        weight, biases = joined([layer.weight for layer in layers]), [layer.bias for layer in layers]
+        bias = joined(biases)
+        if weight is not None and (bias is not None or not any(b is not None for b in biases)):
+            return F.linear(x, weight, bias).split([layer.out_features for layer in layers], -1)
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, and Qwen's biases on q, k and v."""
 
@@ -222,9 +275,8 @@ class Attention(nn.Module):
         context: a token tree or rows of a KV cache; None: a token sees itself and those before it in its row.
         """
         B, T, D = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, Dh)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, Dh)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        found = products(x, (self.q_proj, self.k_proj, self.v_proj), context)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in found)  # (B, T, H, Dh); k and v (B, T, Hkv, Dh)
         if isinstance(context, Cached):
             out = context.attend(self.layer_idx, q[0], k[0], v[0], tables)
         else:
@@ -243,8 +295,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, inner, bias=False)
         self.down_proj = nn.Linear(inner, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., D)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, context: Tree | Cached | None = None) -> Tensor:  # (B, T, D)
+        return self.down_proj(swiglu(*products(x, (self.gate_proj, self.up_proj), context)))
 
 
 class DecoderLayer(nn.Module):
@@ -274,7 +326,7 @@ class DecoderLayer(nn.Module):
         """
         normed, x = self.input_layernorm(x, delta)
         normed, x = self.post_attention_layernorm(x, self.self_attn(normed, tables, context))
-        return x, self.mlp(normed)
+        return x, self.mlp(normed, context)
 
 
 # ------------------------------------------------------------------------------------------- trunk, policy and critic

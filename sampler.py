@@ -37,8 +37,9 @@ from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
 from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
+from learners.lora import adapters
 from learners.processes import world_size
-from model import Cached, KVCache, Qwen2ForCausalLM, rope_tables
+from model import Cached, KVCache, Qwen2ForCausalLM, join_products, rope_tables
 
 PREFILL_TOKENS = 8192  # most tokens of one prefill; a longer prompt goes alone
 BUCKETS = (1, 2, 4, 8, *range(16, 1025, 16))  # numbers of candidates that a CUDA graph is captured for
@@ -132,6 +133,8 @@ class Sampler:
         self.pending: deque[tuple[list[Draw], Sent]] = deque()  # sampled, but not read by the host yet
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by bucket: graph, lanes, log-probs
         self.trunk = cached_trunk(policy)
+        if self.device.type == "cuda":
+            join_products(policy)
         self.resize([], 0, 0)
 
     # ------------------------------------------------------------------------------------------------------ dialogues
@@ -472,6 +475,8 @@ def kv_budget(config: Config, device: torch.device) -> int:
 
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
     """Return a policy's trunk as one C++ call, or None where torch or Triton computes it."""
+    if adapters(policy):  # the C++ knows none
+        return None
     config, weights = policy.config, policy.model.state_dict()
     if config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight) or not is_small(weights.values()):
         return None

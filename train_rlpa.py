@@ -50,11 +50,12 @@ from endpoints.wire import ChatError
 from kernels import linear_logprob, ppo_head
 from kernels.backend import use_triton
 from learners import processes, sharding
-from learners.learner import Learner
+from learners.learner import Learner, trained_parameters
 from model import Critic, Qwen2ForCausalLM, ValueHead
 from packing import Batch, Packed, Span, critic_values, make_batches, pack, policy_hidden
 from records.iteration import IterationMeter, play_metrics, retention
 from records.log import RunLog, claim_folder
+from records.merge import merge
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
 from records.state import State, go_on_after_restart, resume_point, save_checkpoint, setup
@@ -86,9 +87,9 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
     store: torchrun's, on rank 0 alone. It outlives the processes that torchrun restarts.
     """
     config = processes.on_rank_0(lambda: go_on_after_restart(config, store))
-    if config.dry_run:
+    if config.dry_run or config.merge:
         if processes.rank() == 0:
-            say(dry_run(config).rstrip())
+            say((dry_run if config.dry_run else merge)(config).rstrip())
         return 0
     with ExitStack() as stack:
         claim = claim_folder(config.run_dir, bool(config.resume), config.overwrite)
@@ -146,7 +147,8 @@ def run_iteration(state: State) -> tuple[dict[str, float], list[Dialogue]]:
     config, env, policy, critic = state.config, state.env, state.policy, state.critic
     meter = IterationMeter(env)
     play = Play(config.num_candidates, config.temperature, (config.seed, "train", state.iteration))
-    dialogues = play_batch(policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
+    with sharding.gathered(policy.sampled):
+        dialogues = play_batch(policy.sampled, state.chat, lambda: persona_batch(state), play, config, env)
     with env.timers("statistics"), processes.computing():
         packed = [p for p in (pack(d, config) for d in dialogues) if p is not None]
         batches = make_batches(packed, config)  # they hold the same Packed objects, which are filled in below
@@ -704,7 +706,7 @@ def optimizer_step(learner: Learner, share: float, max_grad_norm: float) -> tupl
         group["lr"] = learner.peak_lr * share
     learner.optimizer.step()
     with torch.no_grad():
-        for parameter, master in zip(learner.model.parameters(), masters, strict=True):
+        for parameter, master in zip(trained_parameters(learner.model), masters, strict=True):
             if parameter is not master:  # the model computes with a bf16 copy of its fp32 master
                 parameter.copy_(master)
     return norm, True
@@ -719,7 +721,8 @@ def conclude_iteration(state: State, log: RunLog | None) -> dict[str, list[Dialo
     last, ends = i == state.num_iterations, i in (0, state.num_iterations)
     played, state.reward = {}, math.nan
     if ends or config.eval_every and i % config.eval_every == 0:
-        played = run_evaluation(state, log, ends)
+        with sharding.gathered(state.policy.sampled):
+            played = run_evaluation(state, log, ends)
     played = played if ends else {}
     record_episodes(state, log, played)
     state.mark(log, evaluated=True)

@@ -1,7 +1,7 @@
 """Whole iterations on a GPU that is not there: every tensor has a device, a dtype and a shape, and no numbers.
 
-    python -m benchmarks.fake_gpu                    every shape and setting, 144 cases: prints a line for each
-    python -m benchmarks.fake_gpu --pairwise         13 of them, in which every pair of values occurs
+    python -m benchmarks.fake_gpu                    every shape and setting, 288 cases: prints a line for each
+    python -m benchmarks.fake_gpu --pairwise         14 of them, in which every pair of values occurs
 
 A case has two layers of its shape, which differ in what surrounds them; `--layers 0` takes all.
 
@@ -59,6 +59,7 @@ from benchmarks.gpu_train import SHAPES, random_state  # noqa: E402
 from config import Config  # noqa: E402
 from kernels import tree_attention  # noqa: E402
 from kernels.backend import triton  # noqa: E402
+from model import joined  # noqa: E402
 from simulator import Environment, open_environment  # noqa: E402
 from train_rlpa import run_iteration  # noqa: E402
 
@@ -69,6 +70,7 @@ VALUES = {  # of each setting that makes a branch; k1 … exact: --kl-estimator
     "critic": ("separate", "shared", "none"),  # none: --advantage grpo
     "checkpointing": (False, True),
     "dtype": ("bfloat16", "float32"),
+    "lora": (0, 16),
 }
 LENGTHS = dict(
     rollout_batch_size=2, minibatch_size=2, decode_batch_size=1, max_turns=2, num_candidates=4, max_new_tokens=4,
@@ -92,16 +94,21 @@ def check_launch(kernel: triton.runtime.JITFunction, *args, grid, warmup: bool, 
     assert fits and all(fits), f"{kernel.__name__}: grid {grid}"
     assert all(isinstance(value, int) and value > 0 for value in launch.values()), f"{kernel.__name__}: {launch}"
     for parameter in kernel.params:
-        check_argument(f"{kernel.__name__}({parameter.name})", given[parameter.name], parameter.is_constexpr)
+        name, row = f"{kernel.__name__}({parameter.name})", given.get(f"{parameter.name.upper()}_ROW")
+        check_argument(name, given[parameter.name], parameter.is_constexpr, row)
     seen[f"{kernel.__module__.removeprefix('kernels.')}.{kernel.__name__}"] += 1
 
 
-def check_argument(name: str, value: object, constant: bool) -> None:
-    """Check one argument: a tensor lies on the card, its elements as the kernel counts them; a number fits 32 bits."""
+def check_argument(name: str, value: object, constant: bool, row: int | None) -> None:
+    """Check one argument: a tensor lies on the card, its elements as the kernel counts them; a number fits 32 bits.
+
+    row: how far a tensor's rows are apart, if the kernel is told by a constant.
+    """
     if isinstance(value, Tensor):
         assert not constant, f"{name} is a constant, and got a tensor"
         assert value.device == CARD, f"{name} is on {value.device}"
-        rows = value.dim() == 2 and value.stride(1) == 1  # its kernel gets the stride of a row
+        rows = value.dim() == 2 if row is None else value.stride(0) == row  # its kernel gets the stride of a row
+        rows = rows and value.narrow(0, 0, 1).is_contiguous()
         assert value.is_contiguous() or rows, f"{name} has shape {tuple(value.shape)}, strides {value.stride()}"
         return
     assert value is None or isinstance(value, bool | int | float), f"{name} is {type(value).__name__}"
@@ -221,6 +228,7 @@ def settings(case: dict) -> Config:
     """Turn a case into settings of the trainer."""
     critic = {"separate": {}, "shared": {"critic": "shared"}, "none": {"advantage": "grpo"}}[case["critic"]]
     rest = dict(kl_estimator=case["kl"], checkpointing=case["checkpointing"], dtype=case["dtype"])
+    rest |= {"lora_rank": case["lora"]}
     return Config(ckpt="fake", num_iterations=1, **critic, **rest, **LENGTHS)
 
 
@@ -234,8 +242,16 @@ def run_case(case: dict, layers: int, env: Environment) -> Counter:
         assert state.policy.sampled.head_weight.device == CARD
         metrics, dialogues = run_iteration(state)
         assert all(len(dialogue.turns) == config.max_turns for dialogue in dialogues) and metrics["action_tokens"]
+        assert all(map(is_joined, state.policy.sampled.model.layers))
         assert all(master.grad is None and master.device == CARD for master in state.policy.masters.values())
     return Counter(seen)
+
+
+def is_joined(layer: nn.Module) -> bool:
+    """Say whether a layer's q, k and v lie one behind another, and its gate and up."""
+    attention, mlp = layer.self_attn, layer.mlp
+    groups = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+    return all(joined([linear.weight for linear in group]) is not None for group in groups)
 
 
 def every_case() -> list[dict]:
@@ -247,7 +263,7 @@ def pairwise_cases() -> list[dict]:
     """Choose few cases in which every two values of different settings meet: each the one with the most new pairs.
 
     >>> len(pairwise_cases())
-    13
+    14
     """
     missing, chosen, cases = {pair for case in every_case() for pair in pairs_of(case)}, [], every_case()
     while missing:
@@ -264,12 +280,12 @@ def pairs_of(case: dict) -> set[tuple]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairwise", action="store_true", help="13 cases [all 144]")
+    parser.add_argument("--pairwise", action="store_true", help="14 cases [all 288]")
     parser.add_argument("--layers", type=int, default=2, metavar="N", help="layers of each shape [2; 0: all]")
     args = parser.parse_args()
-    failed, everything = 0, Counter()
+    cases, failed, everything = pairwise_cases() if args.pairwise else every_case(), 0, Counter()
     with open_environment(Config(ckpt="fake")) as env:
-        for case in pairwise_cases() if args.pairwise else every_case():
+        for case in cases:
             try:
                 launches = run_case(case, args.layers, env)
                 print("ok    ", *case.values(), f" {launches.total()} launches of {len(launches)} kernels", flush=True)
@@ -278,6 +294,8 @@ def main() -> None:
                 failed += 1
                 print("FAILED", *case.values(), f" {type(error).__name__}: {error}"[:2000], flush=True)
     print("launches of all cases:", *(f"{name} {count}" for name, count in sorted(everything.items())), sep="\n  ")
+    passed, layers = len(cases) - failed, args.layers or "all"
+    print(f"{passed} of {len(cases)} cases ok, with {layers} layers, torch {torch.__version__}")
     sys.exit(1 if failed else 0)
 
 

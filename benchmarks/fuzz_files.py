@@ -213,8 +213,8 @@ def watched(root: Path) -> Iterator[Counter]:
 
 def fuzz(name: str, number: int, seed: int, root: Path) -> tuple[Counter, Counter]:
     """Damage one of the FILES so many times; returns how often what became of it, and violations."""
-    folder, rng = root / "files", random.Random(f"{seed} {name}")
-    sound_folder(folder := Path(tempfile.mkdtemp(dir=root)))
+    folder, rng = Path(tempfile.mkdtemp(dir=root)), random.Random(f"{seed} {name}")
+    sound_folder(folder)
     mutate, use = FILES[name]
     sound, outcomes, seconds = (folder / name).read_bytes(), Counter(), 0.0
     if (first := outcome(use, folder)) != "used":

@@ -31,6 +31,7 @@ say() { echo "$@" | tee -a "$OUT/log.txt"; }
 step() { # step NAME SECONDS COMMAND…: run it, with its output in the log too; remember a failure
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
+    [ "$cuda" = 1 ] || limit=$((limit * 10)) # a CPU, interpreted, and maybe shared
     [ "$limit" -le $((TOTAL - SECONDS - 10)) ] || limit=$((TOTAL - SECONDS - 10))
     if [ "$limit" -lt 10 ]; then
         say "== $name: left out, $TOTAL s are used up" && echo "$name: left out" >> "$OUT/steps.txt"
@@ -48,7 +49,7 @@ step() { # step NAME SECONDS COMMAND…: run it, with its output in the log too;
 checked() { # checked FILE: run a file of kernel tests, interpreted without a GPU; where one fails, say in which launch
     local name=${1##*/} pytest=("$PYTHON" -m pytest -p no:cacheprovider -W ignore::RuntimeWarning --tb=short "$1")
     if [ "$cuda" != 1 ]; then
-        TRITON_INTERPRET=1 step "$name" 900 "${pytest[@]}"
+        TRITON_INTERPRET=1 step "$name" 120 "${pytest[@]}"
     else
         step "$name" 60 "${pytest[@]}" || CUDA_LAUNCH_BLOCKING=1 step "$name again, launches one by one" 60 "${pytest[@]}" -x
     fi

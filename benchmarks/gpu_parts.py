@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_train import SHAPES, build, installed, machine, random_weights, update_json
-from benchmarks.measure import copy_seconds, median_seconds
+from benchmarks.gpu_train import SHAPES, WITH, build, random_weights, update_json
+from benchmarks.measure import copy_seconds, median_seconds, synchronize, versions
+from benchmarks.peers import installed
 from config import Config
 from dialogue import Candidate, Dialogue, Turn
 from kernels.linear_logprob import linear_logprob
@@ -84,15 +85,15 @@ def decode() -> Found:
         assert sampler.start(key, prompt, [key])
     start = time.perf_counter()
     sampler.step()
-    synchronize()
+    synchronize(DEVICE.type)
     yield f"prefill of {batch * context:,} tokens and first step, cold, ms", 1e3 * (time.perf_counter() - start)
     for _ in range(4):
         sampler.step()
-    synchronize()
+    synchronize(DEVICE.type)
     start = time.perf_counter()
     for _ in range(steps):
         sampler.step()
-    synchronize()
+    synchronize(DEVICE.type)
     ms = 1e3 * (time.perf_counter() - start) / steps
     read = sum(p.nbytes for p in policy.parameters()) + batch * (context + steps // 2) * sampler.bytes_per_slot
     moved = min(read, 1 << 31)
@@ -121,18 +122,12 @@ def transformers_steps(policy: Qwen2ForCausalLM, shape: Qwen2Config, prompts: li
             start = time.perf_counter()
             counts = dict(max_new_tokens=new, min_new_tokens=new)
             peer.generate(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **how, **cache, **counts)
-            synchronize()
+            synchronize(DEVICE.type)
             return time.perf_counter() - start
 
         few = max(2, steps // 4)
         seconds(few + 1)  # compiles
         yield f"transformers, {kind} cache, decode step, ms", 1e3 * (seconds(few + 1) - seconds(1)) / few
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def random_dialogue(turns: int, n: int, tokens: int) -> Dialogue:
@@ -162,7 +157,7 @@ def tree() -> Found:
     out = tree_attention(q, k, v, given)
     gradient = torch.randn_like(out)
     torch.autograd.grad(out, (q, k, v), gradient)
-    synchronize()
+    synchronize(DEVICE.type)
     yield f"tree of {T:,} tokens, {pairs:,} pairs: mask and compilation, s", time.perf_counter() - start
     both = timed(lambda: torch.autograd.grad(tree_attention(q, k, v, given), (q, k, v), gradient))
     with torch.no_grad():
@@ -191,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write; other parts' stay")
     parser.add_argument("part", choices=PARTS)
     args = parser.parse_args()
-    found: dict[str, object] = {"machine": machine()}
+    found: dict[str, object] = {"machine": versions(*WITH)}
     for name, value in PARTS[args.part]():
         found[name] = value
         update_json(args.out, args.part, found)

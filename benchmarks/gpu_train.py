@@ -14,20 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import versions
 from command_line.flags import TINY_CHECKPOINT
 from config import Config
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners.learner import make_learner
 from learners.loading import (
+    adapt,
     compute_dtype,
     keep_freed_memory,
+    let_segments_grow,
     load_all_personas,
     load_or_make_critic,
     own_device,
@@ -35,6 +37,7 @@ from learners.loading import (
 )
 from learners.processes import take_device
 from model import Qwen2Config, Qwen2ForCausalLM, ValueHead
+from records import checkpoints
 from records.state import State
 from simulator import Environment, open_environment
 from train_rlpa import run_iteration
@@ -47,6 +50,7 @@ SHAPES = {  # of the checkpoints on the Hub
     "7B": Qwen2Config(152_064, 3584, 18_944, 28, 28, 4, **INSTRUCT),
     "small": Qwen2Config(1000, 64, 128, 2, 4, 2, tie_word_embeddings=True),  # seconds on a CPU
 }
+WITH = ("numpy", "transformers")  # packages whose versions are noted, beside torch and triton
 WHOLE = dict(rollout_batch_size=32, max_turns=4, max_new_tokens=256)
 SMALL = dict(rollout_batch_size=2, minibatch_size=1, max_turns=2, num_candidates=2, max_new_tokens=8)
 
@@ -73,15 +77,20 @@ def build(shape: Qwen2Config, weights: dict[str, Tensor]) -> Qwen2ForCausalLM:
 
 def random_state(shape: Qwen2Config, config: Config, env: Environment) -> State:
     """Make what `records.state.setup` loads: policy, critic and reference of a shape, and the embedded world."""
+    let_segments_grow()
     device = own_device()
     dtype = compute_dtype(config, device.type)
     with torch.device("meta"):
         weights = random_weights(Qwen2ForCausalLM(shape), shape, device)
-    policy = build(shape, weights)
-    ref_policy = None
-    if config.kl_coef:
-        ref_policy = build(shape, {n: w.to(dtype, copy=True) for n, w in weights.items()}).requires_grad_(False)
-    critic = load_or_make_critic(config, policy, None) if config.advantage == "gae" else None
+    if config.lora_rank:
+        models, ref_policy = adapt(build(shape, {n: w.to(dtype) for n, w in weights.items()}), config, None)
+        policy, critic = models["policy"], models.get("critic")
+        del weights
+    else:
+        policy, ref_policy = build(shape, weights), None
+        if config.kl_coef:
+            ref_policy = build(shape, {n: w.to(dtype, copy=True) for n, w in weights.items()}).requires_grad_(False)
+        critic = load_or_make_critic(config, policy, None) if config.advantage == "gae" else None
     for model in (policy, critic):
         if model is not None and not isinstance(model, ValueHead):
             model.model.checkpointing = config.checkpointing
@@ -94,26 +103,10 @@ def random_state(shape: Qwen2Config, config: Config, env: Environment) -> State:
     return State(config, chat, learner, critic, ref_policy, *load_all_personas(config), env)
 
 
-def installed(name: str) -> str | None:
-    """Return the version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def machine() -> dict[str, str | None]:
-    """Name what is measured on, and with."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": card} | {name: installed(name) for name in ("torch", "triton", "numpy", "transformers")}
-
-
 def update_json(file: Path, name: str, found: dict) -> None:
     """Write what one run or part has found so far into a JSON file that holds others'."""
     held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    temporary = file.with_suffix(".new")  # a kill leaves the old file or the new one
-    temporary.write_text(json.dumps(held | {name: found}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    checkpoints.write_text(file, json.dumps(held | {name: found}, indent=1) + "\n")  # whole, wherever one is killed
 
 
 def peak_memory() -> dict[str, float]:
@@ -127,7 +120,7 @@ def peak_memory() -> dict[str, float]:
 
 def iterate(state: State, name: str, out: Path) -> dict:
     """Run the iterations; write metrics and peaks to `out` after each, and print the phases."""
-    found = dict(machine=machine(), settings=vars(state.config), iterations=[])
+    found = dict(machine=versions(*WITH), settings=vars(state.config), iterations=[])
     for _ in range(state.num_iterations):
         metrics, _ = run_iteration(state)
         metrics |= peak_memory()

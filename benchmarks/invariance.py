@@ -104,8 +104,8 @@ class Trained(NamedTuple):
 def run_update(config: Config, dialogues: list[Dialogue], gradients: bool = False) -> Trained:
     """Train once on the dialogues that this process owns."""
     mesh = sharding.make_mesh() if config.shard else None
-    loaded = load_sharded(config, None, mesh) if mesh else load_models(config, None)
-    policy, critic, ref_policy = loaded
+    load = load_sharded if mesh and not config.lora_rank else load_models
+    policy, critic, ref_policy = load(config, None, mesh)
     learners = {"policy": policy} | ({"critic": critic} if critic else {})
     packed = [pack(dialogue, config) for dialogue in dialogues]
     batches = make_batches(packed, config)

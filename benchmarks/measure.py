@@ -10,9 +10,11 @@ On CUDA `max_memory_allocated` less the bytes returned, which flatters a call th
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -21,6 +23,27 @@ from torch.profiler import ProfilerActivity, profile
 
 Result = dict[str, Tensor]
 SECONDS = 0.5  # of rounds for one number
+
+
+def package_version(name: str) -> str | None:
+    """Return an installed package's version."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return what is measured on, and with."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    found = {name: package_version(name) for name in ("torch", "triton", *packages)}
+    return dict(device=card, machine=platform.machine(), python=platform.python_version(), **found)
+
+
+def synchronize(device: str) -> None:
+    """Wait for a device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def nbytes(result: Result) -> int:
@@ -120,8 +143,7 @@ def median_seconds(call: Callable[[], object], device: str) -> float:
     """Return the median time of a call, after one that is not counted."""
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     clock = Clock(device)
     for _ in range(count_rounds(time.perf_counter() - start, device)):
         clock.flush()

@@ -180,6 +180,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.error = exits.refuse
     tiny = str(TINY_CHECKPOINT)
     parser.add_argument("--ckpt", nargs="?", const=tiny, required=True, help="folder or hub id; bare: the tiny one")
+    parser.add_argument("--adapter", default="", help="LoRA folder on --ckpt, as a run with --lora-rank saves it")
     parser.add_argument("--temperature", type=float, default=0.0, help="divides the logits; 0 is greedy [0]")
     parser.add_argument("--serve", action="store_true", help="be an OpenAI-compatible endpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; any but loopback needs a key")
@@ -201,7 +202,7 @@ def run(argv: Sequence[str] | None) -> None:
     server = make_server(args.host, args.port, models=[model], key=key) if args.serve else None  # before the slow load
     given = {name: value for name, value in vars(args).items() if name in PASSED}
     config = Config(**{**checkpoint_defaults(folder), **given})
-    policy, chat = load_checkpoint(folder, config)
+    policy, chat = load_checkpoint(folder, config, args.adapter)
     if server is not None:
         serve(server, Service(policy, chat, config, model, args.temperature))
     else:

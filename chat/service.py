@@ -16,7 +16,7 @@ from http.server import ThreadingHTTPServer
 from threading import Thread
 
 from config import Config
-from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, render_turn, stream_seed
+from dialogue import Candidate, ChatTokenizer, Dialogue, render_turn, stream_seed
 from endpoints.wire import Message, RequestError, parse_request
 from model import Qwen2ForCausalLM
 from rewards import read_candidate
@@ -123,12 +123,12 @@ class Service:
         --history-profile latest.
         """
         whole = messages[0]["role"] == "system"
-        if whole and messages[0]["content"].strip() != SYSTEM_PROMPT:
+        if whole and messages[0]["content"].strip() != self.chat.system_prompt.strip():
             raise RequestError(422, "the policy knows one system prompt, its own; send no system message")
         said = messages[whole:]
         if len(said) % 2 == 0 or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(said)):
             raise RequestError(422, '"user" and "assistant" messages must take turns, and the first and last be "user"')
-        ids = self.chat.message("system", SYSTEM_PROMPT)
+        ids = self.chat.message("system", self.chat.system_prompt)
         for i, message in enumerate(said):
             told = not whole and (self.config.history_profile == "all" or i == len(said) - 2)
             text = as_written(message, i + whole) if told else message["content"]

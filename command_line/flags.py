@@ -22,17 +22,18 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from command_line.exits import check_prices, refuse
 from config import HERE, Config, flag, refuse_ignored
 from endpoints.wire import shown_url
-from learners.weights import resolve_checkpoint
+from learners.adapters import adapter_settings
+from learners.folder import resolve_checkpoint
 from untrusted.files import check_value, read_json
 from untrusted.plain_text import shorten
 
 TINY_CHECKPOINT = Path(__file__).parent.parent / "tiny"
 BARE = {"ckpt": str(TINY_CHECKPOINT), "dry_run": HERE}  # what these flags mean without a value
-PATHS = ("critic_ckpt", "personas", "eval_personas", "record", "replay")  # kept absolute: --resume from anywhere
+PATHS = ("adapter", "critic_ckpt", "personas", "eval_personas", "record", "replay")  # absolute: --resume from anywhere
 TRAINING = ("rollout", "rewards", "advantages", "update", "evaluation, log, checkpoints")  # groups of `Config`
 ASKED = ("simulator_url", "judge_url", "api_key_env", "record", "replay")  # from the command line alone, on resume too
-OWN = ("resume", "overwrite", "run_dir", "dry_run")  # what a start does, which the next one does not go on with
-MOVED = ("ckpt", "personas", "eval_personas")  # on resume: where these are now; what they hold must be as it was
+OWN = ("resume", "overwrite", "run_dir", "dry_run", "merge")  # what a start does, and the next one does not
+MOVED = ("ckpt", "adapter", "personas", "eval_personas")  # on resume: where these are now, unchanged
 RESUMED = (  # flags that may be given beside --resume, for they leave the result alone
     *ASKED, *MOVED, "simulator_model", "judge_model", "request_timeout", "max_retries", "max_concurrency",
     "requests_per_minute", "tokens_per_minute", "breaker_failures", "outage_budget", "quorum", "quorum_retries",
@@ -52,7 +53,11 @@ def parse_args(argv: Sequence[str] | None, description: str) -> Config:
     if not given.get("ckpt"):
         raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
     folder = resolve_checkpoint(given["ckpt"])
-    config = Config(**{**checkpoint_defaults(folder), **given, "ckpt": str(folder.resolve())})
+    adapter = adapter_settings(Path(given["adapter"])) if given.get("adapter") else {}
+    for name in adapter.keys() & given.keys():
+        if given[name] != adapter[name]:
+            raise ValueError(f"{flag(name)} {given[name]} is not that of --adapter {given['adapter']}, {adapter[name]}")
+    config = Config(**{**checkpoint_defaults(folder), **adapter, **given, "ckpt": str(folder.resolve())})
     refuse_ignored(config, given)
     if config.critic_ckpt and not Path(config.critic_ckpt).is_dir():
         raise ValueError(f"--critic-ckpt {config.critic_ckpt}: no such folder")

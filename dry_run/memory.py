@@ -38,6 +38,16 @@ def policy_parameters(config: Qwen2Config) -> int:
     return trunk_parameters(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
+def adapter_parameters(config: Qwen2Config, rank: int) -> int:
+    """Count the numbers of A and B (LoRA) in all linear layers: rank · (in + out) of each.
+
+    >>> adapter_parameters(Qwen2Config(10, 4, 6, 1, 1, 1), 2)   # 2 · (4 x (4 + 4) + 3 x (4 + 6))
+    124
+    """
+    D, I, K = config.hidden_size, config.intermediate_size, kv_width(config)  # noqa: E741
+    return config.num_hidden_layers * rank * (4 * D + 2 * (D + K) + 3 * (D + I))
+
+
 def root_parameters(config: Qwen2Config, head: bool) -> int:
     """Count the parameters outside of the layers, which sharding gathers as one: embedding, norm and, of a policy, an
     untied head."""
@@ -69,19 +79,20 @@ def kv_bytes(config: Qwen2Config, rows: int, capacity: int, itemsize: int = 4) -
     return 2 * config.num_hidden_layers * rows * capacity * kv_width(config) * itemsize
 
 
-def layer_bytes(config: Qwen2Config, itemsize: int = 4, fused: bool = False) -> int:
+def layer_bytes(config: Qwen2Config, itemsize: int = 4, fused: bool = False, rank: int = 0) -> int:
     """Give the bytes per token that one layer keeps for its backward.
 
     Torch paths: a norm keeps the stream in fp32, the unit row and its output (the input of the projections); the turn
     of q and of k keeps cos and sin for all channels; SDPA keeps q, k, v, its output and a log-sum-exp per head; SwiGLU
     keeps gate, silu(gate), up and its output. `fused`, the Triton kernels: a norm keeps stream and output, SwiGLU
-    recomputes silu, and the turn keeps the tables that all layers share.
+    recomputes silu, and the turn keeps the tables that all layers share. Adapters of a `rank` keep A x of seven layers,
+    and a frozen norm no unit row.
     """
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    norm = 2 * D * itemsize + 4 if fused else 4 * D + 2 * D * itemsize + 4
+    norm = 2 * D * itemsize + 4 if fused else 4 * D + (1 if rank else 2) * D * itemsize + 4
     attention = (2 * D + 2 * kv_width(config)) * itemsize + 4 * config.num_attention_heads
     attention += 0 if fused else 2 * 2 * 4 * config.head_dim
-    return 2 * norm + attention + (3 if fused else 4) * I * itemsize
+    return 2 * norm + attention + (3 if fused else 4) * I * itemsize + 7 * rank * itemsize
 
 
 def block_bytes(config: Qwen2Config, blocks: Sequence[tuple[int, int | None]], itemsize: int = 4) -> tuple[int, int]:
@@ -111,16 +122,17 @@ def activations(
     fused: bool = False,
     checkpointing: bool = False,
     blocks: Sequence[tuple[int, int | None]] = (),
+    rank: int = 0,
 ) -> Activations:
-    """Count what a trunk keeps of N tokens; `blocks` of a CPU's tree attention, if any.
+    """Count what a trunk keeps of N tokens; `blocks` of a CPU's tree attention, if any; `rank` of adapters, or 0.
 
     With `checkpointing` a layer keeps its two inputs, and the backward computes one layer at a time again. The largest
     temporaries of a backward are gradients of the MLP's inner width: two beside the kept tensors.
     """
     D, L = config.hidden_size, config.num_hidden_layers
     per_layer, masks = block_bytes(config, blocks, itemsize) if blocks else (0, 0)
-    layer = tokens * layer_bytes(config, itemsize, fused) + per_layer
-    norm = tokens * (D * itemsize if fused else 4 * D + D * itemsize)
+    layer = tokens * layer_bytes(config, itemsize, fused, rank) + per_layer
+    norm = tokens * (D * itemsize if fused else 4 * D + D * itemsize * (not rank))
     tables = tokens * 4 * config.head_dim  # cos and sin, fp32
     transient = tokens * (2 * config.intermediate_size + D) * itemsize
     if checkpointing:
@@ -137,18 +149,22 @@ class Head(NamedTuple):
     kept: int
 
 
-def head_bytes(config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, fused: bool = False) -> Head:
+def head_bytes(
+    config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, fused: bool = False, frozen: bool = False
+) -> Head:
     """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
 
     Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
     come on top; on a CPU (not `fused`) fp32 copies of the operands and, from the second chunk on, of the weight, too.
+    A `frozen` head has no gradient and no sum, so that the first chunk's copy of the weight counts.
     """
     V, D = config.vocab_size, config.hidden_size
-    kept = (actions * D + V * D) * itemsize
+    kept = (actions * D + V * D * (not frozen)) * itemsize
     logits = 4 * actions * (-(-V // 128) * 128)
     chunks, workspace = logits / workspace, min(workspace, logits)
-    half = 4 * V * D + workspace // 2
-    half += 0 if fused else 4 * V * D * (chunks > 1) + workspace
+    chunk = logits / max(1, math.ceil(chunks))  # of equal chunks; the last bytes of the workspace may be unused
+    half = 4 * V * D * (not frozen) + chunk // 2
+    half += 0 if fused else 4 * V * D * (chunks > 1 or frozen) + chunk
     half *= itemsize != 4
     return Head(kept + half + workspace + actions * D * (4 + (0 if itemsize == 4 else itemsize)), kept)
 
@@ -173,12 +189,13 @@ class Plan:
     gradients_in_rollout: bool = True  # False: the trainer frees them before it samples, as train_rlpa.py does
     fused: bool = True  # Triton kernels
     checkpointing: bool = False
+    lora_rank: int = 0  # of adapters on a base that is held once, in compute_bytes; 0: all weights are trained
     shards: int = 0  # processes that share out weights, gradients and moments (--shard); 0: each holds all of them
 
     def resident(self, config: Qwen2Config) -> dict[str, float]:
         """Return what is there from the first optimizer step to the last."""
         policy, critic = policy_parameters(config), self.critic_parameters(config)
-        if self.shards:
+        if self.shards and not self.lora_rank:
             reference = policy / self.shards + root_parameters(config, head=True)  # its root stays gathered
             return {
                 "policy": 4 * policy / self.shards,
@@ -188,12 +205,22 @@ class Plan:
                 "optimizer": (policy + critic) * 8 / self.shards,
             }
         copies = 4 if self.compute_bytes == 4 else 4 + self.compute_bytes
+        base, (own, critic) = policy * self.compute_bytes, self.trained_parameters(config)
+        if self.shards:
+            base -= self.compute_bytes * layers_elsewhere(config, self.shards)
         return {
-            "policy": policy * copies,
+            "policy": own * copies + base * bool(self.lora_rank),
             "critic": critic * copies,
-            "reference": policy * self.compute_bytes * self.reference,
-            "optimizer": (policy + critic) * 8,  # AdamW's two moments in fp32
+            "reference": base * self.reference * (not self.lora_rank),
+            "optimizer": (own + critic) * 8,  # AdamW's two moments in fp32
         }
+
+    def trained_parameters(self, config: Qwen2Config) -> tuple[int, int]:
+        """Count the numbers that policy and critic train."""
+        if not self.lora_rank:
+            return policy_parameters(config), self.critic_parameters(config)
+        adapter = adapter_parameters(config, self.lora_rank)
+        return adapter, adapter * self.separate_critic + config.hidden_size * self.critic
 
     def critic_parameters(self, config: Qwen2Config) -> int:
         """Count the critic's own parameters."""
@@ -206,6 +233,11 @@ class Plan:
         return 4 * rows * config.hidden_size * (self.compute_bytes != 4)
 
 
+def layers_elsewhere(config: Qwen2Config, shards: int) -> float:
+    """Count the numbers of all layers that a process has not, of `shards` that share them out."""
+    return config.num_hidden_layers * layer_parameters(config) * (1 - 1 / shards)
+
+
 def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
     """Return the bytes of each phase of an iteration at its fullest moment, part by part.
 
@@ -213,13 +245,14 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
     between the sum moves evenly from one to the other. Or at its very end, when the embedding's gradient comes on top
     of one that is there already: a tied head's, an earlier micro-batch's. Gradients are summed in fp32.
     """
-    if plan.shards:
+    if plan.shards and not plan.lora_rank:
         return sharded_phases(config, plan)
     resident, c, earlier = plan.resident(config), plan.compute_bytes, plan.several_microbatches
-    policy, critic = (4 * n for n in (policy_parameters(config), plan.critic_parameters(config)))
-    kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks)
-    head, values = head_bytes(config, plan.actions, plan.workspace, c, plan.fused), plan.value_bytes(config)
-    embedding, tied = config.vocab_size * config.hidden_size, config.tie_word_embeddings
+    policy, critic = (4 * n for n in plan.trained_parameters(config))
+    kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks, plan.lora_rank)
+    head = head_bytes(config, plan.actions, plan.workspace, c, plan.fused, frozen=bool(plan.lora_rank))
+    values, tied = plan.value_bytes(config), config.tie_word_embeddings
+    embedding = config.vocab_size * config.hidden_size * (not plan.lora_rank)  # whose gradient there is
     cache = kv_bytes(config, 1, plan.cache_tokens, c)
     late = 4 * embedding * (not earlier)  # a gradient that does not exist before the very end
     both = policy + critic
@@ -238,6 +271,10 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
         phase["critic's first layer"] = {"gradients": both - late, "activations": end}
         phase["critic's gradients"] = {"gradients": both, "head": embedding_sums(embedding, c, earlier, False)}
     phase["optimizer's step"] = {"gradients": both}
+    if plan.shards:  # of adapters' base one matrix at a time is gathered, and for a rollout all of it
+        one = dict.fromkeys(phase, c * config.hidden_size * config.intermediate_size)
+        for name, nbytes in (one | {"rollout": c * layers_elsewhere(config, plan.shards)}).items():
+            phase[name]["gathered"] = nbytes
     return {name: resident | parts for name, parts in phase.items()}
 
 
@@ -409,16 +446,16 @@ def remedy(part: str, plan: Plan) -> str:
     """Say which flag makes a part smaller.
 
     >>> remedy("optimizer", Plan()), remedy("optimizer", Plan(separate_critic=False))
-    ("--critic shared drops the critic's trunk", '--shard over several GPUs, or a smaller --ckpt')
+    ("--critic shared drops the critic's trunk", '--lora-rank 16, --shard over several GPUs, or a smaller --ckpt')
     """
     if part == "activations" and not plan.checkpointing:
         return "give --checkpointing, or lower --microbatch-tokens"
-    if part in ("optimizer", "gradients", "critic") and plan.separate_critic:
+    if part in ("optimizer", "gradients", "critic") and plan.separate_critic and not plan.lora_rank:
         return "--critic shared drops the critic's trunk"
     if part in ("policy", "critic", "optimizer", "gradients") and plan.shards:
         return "--nproc-per-node with more GPUs makes each one's share smaller"
-    if part in ("policy", "critic", "optimizer", "gradients"):
-        return "--shard over several GPUs, or a smaller --ckpt"
+    if part in ("policy", "critic", "optimizer", "gradients") and not plan.lora_rank:
+        return "--lora-rank 16, --shard over several GPUs, or a smaller --ckpt"
     return ADVICE.get(part, ADVICE["policy"])
 
 

@@ -41,6 +41,7 @@ def dry_run(config: Config) -> str:
         gradients_in_rollout=False,
         fused=device == "cuda",
         checkpointing=config.checkpointing,
+        lora_rank=config.lora_rank,
         shards=processes * config.shard,
     )
     if not here:

@@ -52,6 +52,7 @@ PLAIN_HTTP = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # what OpenSSL ca
 CLOSED = "the client was closed"
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 PING_TOKENS = 2  # of a probe and its answer
+THINKS = "sends thoughts in its text"
 POLL = 0.1  # seconds between two looks at a breaker
 
 
@@ -215,18 +216,19 @@ class ChatClient:
         used, failure = most_tokens, None  # where the endpoint does not say
         try:
             reply = bound_usage(self._attempt_as_taken(url, request, deadline), most_tokens)
-            thoughts, ran_on = reply.thoughts, reply.ran_on
+            if reply.thoughts:
+                self._tell_once(url, THINKS)
+            if reply.ran_on:
+                self._tell_once(url, "does not stop where a turn ends (its stop tokens are wrong)")
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
             error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
             self.last_failure = failure = error
-            used, thoughts, ran_on = 0, error.reason == "only_thoughts", False
+            used = 0
+            if error.reason == "only_thoughts":
+                self._tell_once(url, THINKS)
         self.quota.take(used - most_tokens, requests=0)
-        if thoughts:
-            self._tell_once(url, "sends thoughts in its text")
-        if ran_on:
-            self._tell_once(url, "does not stop where a turn ends (its stop tokens are wrong)")
         if failure and failure.reason in AWAY:
             self._note_failure(url, failure, probe)
         elif self.breakers[url].answered():
@@ -470,6 +472,7 @@ def ca_bundle() -> str | bool:
 
 
 def check_limits(zero: bool = False, **limits: float) -> None:
+    """Raise ValueError for a limit that is not finite and above 0; with `zero`, 0 is allowed, too."""
     for name, value in limits.items():
         if not (value >= 0 if zero else value > 0) or not math.isfinite(value):
             raise ValueError(f"{name} is {value}; it must be {'0 or more' if zero else 'above 0'}, and finite")

@@ -183,6 +183,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
+    """Serve chat completions to a bounded number of connections, each in a thread of its own."""
+
     request_queue_size = 256  # the default of 5 makes simultaneous connections wait a second
     answer: Callable[[bytes], dict[str, Any]] | None  # body of a chat completion request → reply
     models: list[str]  # names that /v1/models lists

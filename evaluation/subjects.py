@@ -28,6 +28,7 @@ from endpoints.speech import split_thoughts
 from endpoints.wire import ChatError, ChatReply, Message
 from evaluation import prompting
 from kernels import set_backend
+from learners.adapters import with_saved_adapter
 from learners.loading import compute_dtype, keep_freed_memory, let_segments_grow, set_threads
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
@@ -62,11 +63,12 @@ def counted_by(candidate: Candidate) -> str:
 # ---------------------------------------------------------------------------------------------------- playing subjects
 
 
-def load_checkpoint(folder: Path, config: Config) -> tuple[Qwen2ForCausalLM, ChatTokenizer]:
-    """Load a policy for sampling; ValueError in one line if folder or tokenizer is amiss."""
+def load_checkpoint(folder: Path, config: Config, adapter: str = "") -> tuple[Qwen2ForCausalLM, ChatTokenizer]:
+    """Load a policy, or a base with an adapter, for sampling; ValueError in one line if a folder is amiss."""
     let_segments_grow()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(folder, dtype=compute_dtype(config, device), device=device).requires_grad_(False)
+    policy = with_saved_adapter(policy, Path(adapter)) if adapter else policy
     chat = ChatTokenizer.from_folder(folder, policy.config.vocab_size)
     set_threads(policy, config)
     keep_freed_memory()

@@ -55,6 +55,16 @@ def send(numbers: list, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.long, pin_memory=True).to(device, non_blocking=True)
 
 
+def contiguous_rows(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors of which every row x[i] is contiguous: parts of a wider product as they are, others as copies.
+
+    >>> x = torch.zeros(2, 3, 4)
+    >>> [found.data_ptr() == x.data_ptr() for found in contiguous_rows(x[:, :2], x[:, :, :2])]
+    [True, False]
+    """
+    return [x if x[:1].is_contiguous() else x.contiguous() for x in tensors]
+
+
 def jit(do_not_specialize: tuple[str, ...] = ()):
     """Make a Triton kernel of the decorated function.
 

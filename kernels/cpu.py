@@ -10,8 +10,15 @@ values. Of a model whose weights no cache holds, reading them is the floor, and 
 **Tree attention** (`cpu_tree.cpp`): a tile of 16 queries, one to a lane of a vector, visits those tokens only that one
 of them sees. Floor: a pair of query and key costs 2 Dh multiply-adds forward and 5 Dh backward.
 
-Both are fp32. The library is built by the machine's own C++ compiler when it is first wanted (some 10 seconds), and
-kept in the user's cache folder under a hash of source, command and processor. Without a compiler torch serves.
+**The head** (`cpu_head.cpp`): products of bf16 matrices with sums and results in fp32, as fast as torch's own, whose
+results are bf16; and the row kernels of `linear_logprob.py`, for long rows.
+
+**The passes between products** (`cpu_passes.cpp`): norm, rotation and gate for bf16, which torch widens, writes and
+reads again and again.
+
+All numbers are fp32 but where bf16 is named. The library is built by the machine's own C++ compiler when it is first
+wanted (some 10 seconds), and kept in the user's cache folder under a hash of source, command and processor. Without a
+compiler torch serves.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterable
-from ctypes import POINTER, Structure, c_float, c_int64
+from ctypes import POINTER, Structure, c_bool, c_float, c_int64
 from ctypes import c_void_p as Pointer
 from functools import cache
 from pathlib import Path
@@ -37,11 +44,13 @@ from torch import Tensor
 from kernels import backend
 from kernels.rows import Rows
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_decode.cpp", "cpu_tree.cpp")]
+SOURCES = [Path(__file__).with_name(f"cpu_{name}.cpp") for name in ("decode", "tree", "head", "passes")]
 HEADER = Path(__file__).with_name("cpu_vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 HEAD_DIMS = (16, 32, 64, 128)  # that they are compiled for
 SMALL = 32 * 2**20  # bytes: the weights that a last-level cache holds
+ROWS = 64  # as in cpu_passes.cpp: rows of a norm whose gradients of the weight are one partial sum
+LONG = 8192  # logits of a row from which on torch's passes cost more than these
 
 
 class Layer(Structure):
@@ -136,15 +145,27 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     library.sample.argtypes = [Pointer, Pointer, Pointer, c_float, c_int64, c_int64, c_int64, Pointer, Pointer]
     library.tree_forward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 5]
     library.tree_backward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 9]
-    for function in (library.sample, library.tree_forward, library.tree_backward):
-        function.restype = None
+    library.product.argtypes = [*[Pointer] * 5, c_int64, c_int64, c_int64, c_bool, c_int64]
+    library.fold.argtypes = [Pointer, Pointer, c_int64, c_int64, c_int64, c_float, Pointer, c_int64, c_int64]
+    library.gradients.argtypes = [*library.fold.argtypes[:-1], c_bool, c_bool, c_int64]
+    library.norm_forward.argtypes = [*[Pointer] * 6, c_int64, c_int64, c_float, c_int64]
+    library.norm_backward.argtypes = [*[Pointer] * 7, c_int64, c_int64, c_int64]
+    library.rope.argtypes = [*[Pointer] * 4, c_int64, c_int64, c_int64, c_float, c_int64]
+    library.swiglu_forward.argtypes = [*[Pointer] * 3, c_int64, c_int64, c_int64]
+    library.swiglu_backward.argtypes = [*[Pointer] * 5, c_int64, c_int64, c_int64]
+    for name in ("sample", "tree_forward", "tree_backward", "product", "fold", "gradients", "norm_forward",
+                 "norm_backward", "rope", "swiglu_forward", "swiglu_backward"):  # fmt: skip
+        getattr(library, name).restype = None
     return library, ""
 
 
-def use_cpu(x: Tensor) -> bool:
-    """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built."""
-    fp32_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    return backend.chosen == "auto" and fp32_on_cpu and load_library()[0] is not None
+def use_cpu(x: Tensor, low: bool = False) -> bool:
+    """Say whether a call on this tensor runs in C++: fp32 on a CPU, `--kernels auto`, and a library that was built.
+
+    low: bf16 is taken, too.
+    """
+    known = x.dtype == torch.float32 or low and x.dtype == torch.bfloat16
+    return backend.chosen == "auto" and known and x.device.type == "cpu" and load_library()[0] is not None
 
 
 def is_small(weights: Iterable[Tensor]) -> bool:
@@ -251,3 +272,46 @@ def tree_backward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor, l
     pointers = (x.data_ptr() for x in (q, k, v, out, lse, g, *found))
     load_library()[0].tree_backward(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
     return found
+
+
+def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Say whether `product` takes these matrices: bf16 on a CPU that has products of them, with an fp32 result."""
+    low = a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32 and out.is_contiguous()
+    return low and use_cpu(a, low=True) and bool(load_library()[0].has_bf16())
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """Write a (M, K) @ b (K, N), bf16 with any strides, to out (M, N) fp32, contiguous, or add it there."""
+    strides = [(c_int64 * 2)(*x.stride()) for x in (a, b)]
+    sizes = *out.shape, a.shape[1], add, torch.get_num_threads()
+    load_library()[0].product(a.data_ptr(), strides[0], b.data_ptr(), strides[1], out.data_ptr(), *sizes)
+
+
+def folds(logits: Tensor) -> bool:
+    """Say whether `fold` and `dlogits` take these logits: long rows, in fp32 on a CPU."""
+    return logits.shape[1] >= LONG and use_cpu(logits) and logits.is_contiguous()
+
+
+def fold(logits: Tensor, targets: Tensor, first: int, temperature: float, stats: Tensor) -> None:
+    """Do what `linear_logprob.fold` does; a row of stats is contiguous."""
+    pointers, strides = (logits.data_ptr(), targets.data_ptr()), (stats.data_ptr(), stats.stride(0))
+    load_library()[0].fold(*pointers, *logits.shape, first, 1 / temperature, *strides, torch.get_num_threads())
+
+
+def dlogits(logits: Tensor, targets: Tensor, first: int, temperature: float, rows: Tensor, low: bool) -> Tensor:
+    """Do what `linear_logprob.dlogits` does, in place; low: as bf16 in the first half of each row's memory."""
+    pointers, strides = (logits.data_ptr(), targets.data_ptr()), (rows.data_ptr(), rows.stride(0))
+    sizes, kind = (*logits.shape, first, 1 / temperature), (len(rows) == 5, low, torch.get_num_threads())
+    load_library()[0].gradients(*pointers, *sizes, *strides, *kind)
+    return logits.view(torch.bfloat16)[:, : logits.shape[1]] if low else logits
+
+
+def passes(x: Tensor, width: int) -> bool:
+    """Say whether the passes below take x, whose rows are so wide: bf16 on a CPU. They are given contiguous tensors."""
+    return x.dtype == torch.bfloat16 and width % 16 == 0 and use_cpu(x, low=True)
+
+
+def run_pass(name: str, tensors: Iterable[Tensor | None], *sizes: float) -> None:
+    """Call a function of cpu_passes.cpp."""
+    pointers = (None if x is None else x.data_ptr() for x in tensors)
+    getattr(load_library()[0], name)(*pointers, *sizes, torch.get_num_threads())

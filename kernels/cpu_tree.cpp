@@ -8,8 +8,6 @@
 //
 // q, o and their gradients are (T, H, DH), k, v and theirs (T, HKV, DH); lse (H, T) is log Σ exp of each softmax.
 
-#include <thread>
-
 #include "cpu_vectors.h"
 
 struct TreeTokens {
@@ -101,10 +99,11 @@ struct Tile {
         }
     }
 
-    // out[seen[j]] += Σ_lane p[j][lane] rows[first + lane]
-    void scatter(const float* p, const float* rows, i64 stride, float* out, i64 out_stride) const {
+    // out[seen[j]] += Σ_lane p[j][lane] rows[first + lane], where seen[j] is in [begin, end)
+    void scatter(const float* p, const float* rows, i64 stride, float* out, i64 out_stride, i64 begin, i64 end) const {
         constexpr int NV = DH / W, SOME = NV <= 2 ? 8 : NV <= 4 ? 4 : 2;  // sums that stay in registers
-        i64 j = 0, S = seen.size();
+        i64 j = std::lower_bound(seen.begin(), seen.end(), begin) - seen.begin();
+        const i64 S = std::lower_bound(seen.begin(), seen.end(), end) - seen.begin();
         for (; j + SOME <= S; j += SOME) scatter_some<SOME>(p + j * W, &seen[j], rows, stride, out, out_stride);
         for (; j < S; j++) scatter_some<1>(p + j * W, &seen[j], rows, stride, out, out_stride);
     }
@@ -131,11 +130,14 @@ struct Tile {
     }
 };
 
-template <int DH>
-std::vector<Tile<DH>> tiles_of(const TreeTokens& t) {
-    std::vector<Tile<DH>> tiles;
-    for (i64 first = 0; first < t.T; first += W) tiles.emplace_back(t, first);
-    return tiles;
+// Where runs of whole trees begin, and T: as many runs as keep all threads busy beside so many KV heads.
+std::vector<i64> cut(const TreeTokens& t, i64 threads) {
+    const i64 runs = t.HKV % threads ? threads : 1;
+    std::vector<i64> cuts = {0};
+    for (i64 root = 0; root < t.T; root = t.leave[root])
+        if (root && root >= t.T * (i64)cuts.size() / runs) cuts.push_back(root);
+    cuts.push_back(t.T);
+    return cuts;
 }
 
 template <int DH>
@@ -164,10 +166,11 @@ void forward_head(const Tile<DH>& tile, const float* q, const float* k, const fl
 }
 
 // p = exp(q·k - lse),  ds = p (do·v - do·o) / √DH,  dq = Σ ds k,  dk = Σ ds q,  dv = Σ p do
+// dk and dv of the tokens in [begin, end); dq if the tile begins there.
 template <int DH>
 void backward_head(const Tile<DH>& tile, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv, i64 head,
-                   std::vector<float>& work) {
+                   std::vector<float>& work, i64 begin, i64 end) {
     const TreeTokens& t = tile.t;
     const i64 S = tile.seen.size(), kv = head / (t.H / t.HKV) * DH, stride = t.HKV * DH;
     const float scale = 1.0f / std::sqrt((float)DH);
@@ -191,48 +194,44 @@ void backward_head(const Tile<DH>& tile, const float* q, const float* k, const f
         store(p + j * W, e);
         store(ds + j * W, e * (load(ds + j * W) - delta) * scale);
     }
+    tile.scatter(ds, q + head * DH, t.H * DH, dk + kv, stride, begin, end);
+    tile.scatter(p, d_o + head * DH, t.H * DH, dv + kv, stride, begin, end);
+    if (tile.first < begin) return;
     tile.weigh(ds, k + kv, stride, dx);
     for (int lane = 0; lane < tile.count; lane++)
         for (int d = 0; d < DH; d++) dq[((tile.first + lane) * t.H + head) * DH + d] = dx[d * W + lane];
-    tile.scatter(ds, q + head * DH, t.H * DH, dk + kv, stride);
-    tile.scatter(p, d_o + head * DH, t.H * DH, dv + kv, stride);
 }
 
-// Run work(kv_head) for all KV heads, on so many threads: what a head adds to is its own.
-template <class Work>
-void share(i64 heads, i64 threads, Work work) {
-    threads = std::min(heads, threads);
-    auto run = [&](i64 thread) {
-        for (i64 head = thread; head < heads; head += threads) work(head);
-    };
-    std::vector<std::thread> others;
-    for (i64 thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
-    run(0);
-    for (auto& other : others) other.join();
+// Run work(tile, head, begin, end) for all query heads and all tiles with queries in the run [begin, end) of trees.
+// What a run adds to is its own, for each KV head, and is added in the order of the tiles: the same bits on any number
+// of threads. A tile that lies across two runs is visited in both.
+template <int DH, class Work>
+void all_tiles(const TreeTokens& t, i64 threads, Work work) {
+    std::vector<Tile<DH>> tiles;
+    for (i64 first = 0; first < t.T; first += W) tiles.emplace_back(t, first);
+    const auto cuts = cut(t, threads);
+    const i64 G = t.H / t.HKV, runs = cuts.size() - 1;
+    share(runs * t.HKV, threads, [&](i64 i) {
+        std::vector<float> space;
+        const i64 begin = cuts[i % runs], end = cuts[i % runs + 1];
+        for (i64 tile = begin / W; tile * W < end; tile++)
+            for (i64 head = i / runs * G; head < i / runs * G + G; head++) work(tiles[tile], head, space, begin, end);
+    });
 }
 
 template <int DH>
 void forward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, float* o,
                   float* lse) {
-    const auto tiles = tiles_of<DH>(t);
-    share(t.HKV, threads, [&](i64 kv) {
-        const i64 G = t.H / t.HKV;
-        std::vector<float> work;
-        for (const auto& tile : tiles)
-            for (i64 head = kv * G; head < kv * G + G; head++) forward_head<DH>(tile, q, k, v, o, lse, head, work);
+    all_tiles<DH>(t, threads, [&](const Tile<DH>& tile, i64 head, std::vector<float>& space, i64 begin, i64) {
+        if (tile.first >= begin) forward_head<DH>(tile, q, k, v, o, lse, head, space);
     });
 }
 
 template <int DH>
 void backward_tree(const TreeTokens& t, i64 threads, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv) {
-    const auto tiles = tiles_of<DH>(t);
-    share(t.HKV, threads, [&](i64 kv) {
-        const i64 G = t.H / t.HKV;
-        std::vector<float> work;
-        for (const auto& tile : tiles)
-            for (i64 head = kv * G; head < kv * G + G; head++)
-                backward_head<DH>(tile, q, k, v, o, lse, d_o, dq, dk, dv, head, work);
+    all_tiles<DH>(t, threads, [&](const Tile<DH>& tile, i64 head, std::vector<float>& space, i64 begin, i64 end) {
+        backward_head<DH>(tile, q, k, v, o, lse, d_o, dq, dk, dv, head, space, begin, end);
     });
 }
 

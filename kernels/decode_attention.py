@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import INTERPRETED, jit, tl, use_triton
-from kernels.rows import Rows
+from kernels.rows import Rows, check_cache
 
 TILE = dict(BLOCK=32, num_warps=4, num_stages=4)  # slots a step: at Dh 128 K and V are 16 KiB, three steps in flight
 FP32_TILE = dict(BLOCK=32, num_warps=4, num_stages=2)
@@ -270,15 +270,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Ten
     """
     if q.dim() != 3 or not len(q) or rows.place.shape != (len(q),):
         raise ValueError(f"q must be (R, H, Dh) with R > 0, got {tuple(q.shape)} for {len(rows.place)} candidates")
-    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] != q.shape[2]:
-        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
-        raise ValueError(f"{shapes} must both be (B, Hkv, capacity, {q.shape[2]})")
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("keys and values must be contiguous: give the whole cache, and not a part of each row")
-    if not q.dtype == keys.dtype == values.dtype:
-        raise ValueError(f"q is {q.dtype}, keys {keys.dtype}, values {values.dtype}; they must be of one dtype")
-    if q.shape[1] % keys.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
+    check_cache(q, keys, values)
     B = len(keys)
     if rows.members.dim() != 2 or not B == len(rows.prompt) == len(rows.lengths) == len(rows.members):
         raise ValueError(f"{B} cache rows; prompt and lengths must be ({B},), members ({B}, n)")

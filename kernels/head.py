@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from kernels import cpu
+
 CACHED_ELEMENTS = 1 << 18  # 1 MiB of fp32: what a core's cache holds
 TILE_BYTES = 64 << 20  # of logits that exist at one time, where no L2 cache is known: on a CPU
 
@@ -44,8 +46,11 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """
     if out.dim() == 1:
         out = out[: len(a) * b.shape[1]].view(len(a), b.shape[1])
+    if cpu.multiplies(a, b, out):
+        cpu.product(a, b, out, add)
+        return out
     if a.dtype != out.dtype and not a.is_cuda:
-        a, b = a.to(out.dtype), b.to(out.dtype)  # a CPU has no product of half-precision matrices that sums in fp32
+        a, b = a.to(out.dtype), b.to(out.dtype)  # on a CPU torch has no product of half-precision matrices that does
     dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     return torch.addmm(out, a, b, out=out, **dtype) if add else torch.mm(a, b, out=out, **dtype)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import head
+from kernels import cpu, head
 from kernels.backend import LOWEST, first_order, jit, tl, use_triton
 
 TILE = dict(BLOCK=4096, num_warps=8)  # 16 logits a thread: enough loads in flight, and no spills
@@ -98,6 +98,9 @@ def fold(logits: Tensor, targets: Tensor, first: int, temperature: float, stats:
         strides = logits.stride(0), stats.stride(0)
         fold_kernel[(len(logits),)](logits, targets, stats, first, logits.shape[1], *strides, 1 / temperature, **TILE)
         return
+    if cpu.folds(logits):
+        cpu.fold(logits, targets, first, temperature, stats)
+        return
     for block in head.row_blocks(logits):
         m, s, u, z_y = stats[:, block]
         z = logits[block] / temperature
@@ -111,10 +114,12 @@ def fold(logits: Tensor, targets: Tensor, first: int, temperature: float, stats:
 
 
 def dlogits(logits: Tensor, targets: Tensor, first: int, temperature: float, rows: Tensor, dtype: torch.dtype):
-    """Turn a tile of logits into the gradient of h Wᵀ: in place, or into a new tile where dtype is another.
+    """Turn a tile of logits into the gradient of h Wᵀ: in its own memory, or in a new tile where dtype is another.
 
     rows (3 or 5, n): m, log s, g and, where the entropy has a gradient, H and e of each row.
     """
+    if cpu.folds(logits):
+        return cpu.dlogits(logits, targets, first, temperature, rows, dtype == torch.bfloat16)
     out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     if use_triton(logits):
         strides = logits.stride(0), out.stride(0), rows.stride(0)

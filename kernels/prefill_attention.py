@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from kernels.backend import INTERPRETED, jit, send, tl, use_triton
+from kernels.rows import check_cache
 
 TILE = dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=3)  # 64 keys a step would spill on an A100 at Dh 128
 FP32_TILE = dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
@@ -140,11 +141,7 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, chunks: Chunks) -
     """
     if q.dim() != 3 or sum(chunk.last - chunk.first for chunk in chunks.chunks) != len(q):
         raise ValueError(f"q must be (N, H, Dh) of all chunks' tokens, got {tuple(q.shape)} for {list(chunks.chunks)}")
-    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] != q.shape[2] or q.shape[1] % keys.shape[1]:
-        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
-        raise ValueError(f"{shapes} must both be (B, Hkv, capacity, {q.shape[2]}), {q.shape[1]} a multiple of Hkv")
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("keys and values must be contiguous: give the whole cache, and not a part of each row")
+    check_cache(q, keys, values)
     if not use_triton(q):
         return attend_chunks(q, keys, values, chunks.chunks)
     tile = FP32_TILE if q.dtype == torch.float32 else TILE

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.backend import first_order, jit, tl, use_triton
 
 PROGRAMS = 512  # of the backward: what an H100 or H200 holds at a time at D <= 2,048, and not too many partial sums
@@ -119,14 +120,17 @@ def backward_kernel(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """The two kernels, on contiguous rows (N, D); keeps the stream and one number a row."""
+    """The two kernels, by Triton or in C++, on contiguous rows (N, D); keeps the stream and one number a row."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
         N, D = x.shape
         y, rstd = torch.empty_like(x), torch.empty(N, dtype=torch.float32, device=x.device)
         h = None if residual is None else torch.empty_like(x)
-        forward_kernel[(N,)](x, residual, weight, y, h, rstd, eps, residual is not None, D, **tile(D))
+        if use_triton(x):
+            forward_kernel[(N,)](x, residual, weight, y, h, rstd, eps, residual is not None, D, **tile(D))
+        else:
+            cpu.run_pass("norm_forward", (x, residual, weight, y, h, rstd), N, D, eps)
         ctx.save_for_backward(x if h is None else h, weight, rstd)
         ctx.set_materialize_grads(False)
         return y if h is None else (y, h)
@@ -138,9 +142,13 @@ class RMSNormFunction(torch.autograd.Function):
         if g is None:  # only the sum was used
             return d, None, None, d
         (N, D), programs = h.shape, min(len(h), PROGRAMS)
-        dh, dw = torch.empty_like(h), torch.empty(programs, D, dtype=torch.float32, device=h.device)
-        d = None if d is None else d.contiguous()
-        backward_kernel[(programs,)](g.contiguous(), d, h, weight, rstd, dh, dw, N, d is not None, D, **tile(D))
+        g, d, dh = g.contiguous(), None if d is None else d.contiguous(), torch.empty_like(h)
+        if use_triton(h):
+            dw = torch.empty(programs, D, dtype=torch.float32, device=h.device)
+            backward_kernel[(programs,)](g, d, h, weight, rstd, dh, dw, N, d is not None, D, **tile(D))
+        else:
+            dw = torch.zeros(-(-N // cpu.ROWS), D)
+            cpu.run_pass("norm_backward", (g, d, h, weight, rstd, dh, dw), N, D)
         return dh, dw.sum(0).to(weight.dtype), None, dh if ctx.needs_input_grad[3] else None
 
 
@@ -166,9 +174,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
         added = "" if residual is None else f" and residual {tuple(residual.shape)}"
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}{added}"
         raise ValueError(f"{shapes} must be (..., D), (D,) and (..., D), x and weight of one dtype")
-    if not use_triton(x):
+    if not (use_triton(x) or cpu.passes(x, D)):
         return reference_rmsnorm(x, weight, eps, residual)
-    if D > LONGEST_ROW:
+    if x.is_cuda and D > LONGEST_ROW:
         raise ValueError(f"rows of {D} numbers; the kernel holds at most {LONGEST_ROW} in registers (--kernels torch)")
     rows = x.reshape(-1, D).contiguous()
     if residual is None:

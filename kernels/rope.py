@@ -24,7 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import first_order, jit, tl, use_triton
+from kernels import cpu
+from kernels.backend import contiguous_rows, first_order, jit, tl, use_triton
 
 
 def reference_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,19 +56,22 @@ def turn(x, x_at, out, out_at, c, s, load, store, HALF: tl.constexpr):
 
 @jit(do_not_specialize=("capacity",))
 def rope_kernel(
-    q,  # (N, H, 2 HALF)
-    k,  # (N, HKV, 2 HALF)
-    v,  # (N, HKV, 2 HALF), or None without a cache, as are those marked *
+    q,  # (N, H, 2 HALF), a token's Q_ROW behind the one before
+    k,  # (N, HKV, 2 HALF), K_ROW
+    v,  # (N, HKV, 2 HALF), V_ROW; or None without a cache, as are those marked *
     cos,  # (N, HALF) fp32
     sin,  # (N, HALF) fp32
-    q_out,  # out, as q
-    k_out,  # out: as k, or the cache's keys (B, HKV, capacity, 2 HALF)
+    q_out,  # out: (N, H, 2 HALF), contiguous
+    k_out,  # out: (N, HKV, 2 HALF), or the cache's keys (B, HKV, capacity, 2 HALF)
     v_out,  # * out: the cache's values
     rows,  # * (N,) int64
     slots,  # * (N,) int64
     capacity,
     CACHED: tl.constexpr,
     SIGN: tl.constexpr,  # 1, or −1 to turn back
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,  # *
     H: tl.constexpr,
     HKV: tl.constexpr,
     HALF: tl.constexpr,
@@ -83,23 +87,24 @@ def rope_kernel(
 
     head = tl.arange(0, HEADS)[:, None]
     inside = (head < H) & (pair < HALF)
-    at = (token * H + head) * (2 * HALF) + pair
-    turn(q, at, q_out, at, c, s, inside, inside, HALF)
+    within = head * (2 * HALF) + pair
+    turn(q, token * Q_ROW + within, q_out, token * (H * 2 * HALF) + within, c, s, inside, inside, HALF)
 
     head = tl.arange(0, KV_HEADS)[:, None]
     inside = (head < HKV) & (pair < HALF)
-    at = (token * HKV + head) * (2 * HALF) + pair
+    within = head * (2 * HALF) + pair
     if CACHED:
         row, slot = tl.load(rows + token), tl.load(slots + token)
         real = (row >= 0) & (slot >= 0) & (slot < capacity)  # a slot past the end would be the next head's first
         slot_at = ((row * HKV + head) * capacity + slot) * (2 * HALF) + pair
-        turn(k, at, k_out, slot_at, c, s, inside, inside & real, HALF)
-        v1 = tl.load(v + at, mask=inside & real, other=0.0)
-        v2 = tl.load(v + at + HALF, mask=inside & real, other=0.0)
+        turn(k, token * K_ROW + within, k_out, slot_at, c, s, inside, inside & real, HALF)
+        v += token * V_ROW
+        v1 = tl.load(v + within, mask=inside & real, other=0.0)
+        v2 = tl.load(v + within + HALF, mask=inside & real, other=0.0)
         tl.store(v_out + slot_at, v1, mask=inside & real)
         tl.store(v_out + slot_at + HALF, v2, mask=inside & real)
     else:
-        turn(k, at, k_out, at, c, s, inside, inside, HALF)
+        turn(k, token * K_ROW + within, k_out, token * (HKV * 2 * HALF) + within, c, s, inside, inside, HALF)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -117,11 +122,20 @@ def tile(H: int, Hkv: int, Dh: int) -> dict[str, int]:
 
 
 def launch(q, k, cos, sin, k_out, v=None, v_out=None, rows=None, slots=None, *, sign: int = 1) -> Tensor:
-    """Run the kernel on contiguous tensors; return the turned q."""
-    (*tokens, H, Dh), Hkv, q_out = q.shape, k.shape[-2], torch.empty_like(q)
+    """Run the kernel on tensors of which each token's part is contiguous; return the turned q.
+
+    Without Triton, and without a cache, C++ does it, for contiguous tensors.
+    """
+    (*tokens, H, Dh), Hkv = q.shape, k.shape[-2]
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not use_triton(q):
+        for x, out in ((q, q_out), (k, k_out)):
+            cpu.run_pass("rope", (x, cos, sin, out), math.prod(tokens), x.shape[-2], Dh // 2, sign)
+        return q_out
+    Q_ROW, K_ROW, V_ROW = (0 if x is None else x.flatten(0, -3).stride(0) for x in (q, k, v))
     rope_kernel[(math.prod(tokens),)](
         q, k, v, cos, sin, q_out, k_out, v_out, rows, slots, k_out.shape[2],
-        CACHED=v is not None, SIGN=sign, **tile(H, Hkv, Dh),
+        CACHED=v is not None, SIGN=sign, Q_ROW=Q_ROW, K_ROW=K_ROW, V_ROW=V_ROW, **tile(H, Hkv, Dh),
     )  # fmt: skip
     return q_out
 
@@ -165,7 +179,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if q.dim() != 4:
         raise ValueError(f"q is {tuple(q.shape)}; it must be (B, T, H, Dh)")
     check(q, k, cos, sin)
-    if not use_triton(q):
+    if not (use_triton(q) or cpu.passes(q, q.shape[-1] // 2)):
         return reference_rope(q, cos, sin), reference_rope(k, cos, sin)
     return RopeFunction.apply(q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous())
 
@@ -203,5 +217,6 @@ def rope_into_cache(
         raise ValueError(f"{shapes} must be (B, {Hkv}, capacity, {Dh}), contiguous")
     if not use_triton(q):
         return reference_rope_into_cache(q, k, v, cos, sin, keys, values, rows, slots)
-    q, k, v, cos, sin, rows, slots = (x.contiguous() for x in (q, k, v, cos, sin, rows, slots))
+    cos, sin, rows, slots = (x.contiguous() for x in (cos, sin, rows, slots))
+    q, k, v = contiguous_rows(q, k, v)
     return launch(q, k, cos, sin, keys, v, values, rows, slots)

@@ -87,6 +87,19 @@ class Rows:
         return torch.where(((slot < prompt) | own) & (slot < length), 0.0, -torch.inf)
 
 
+def check_cache(q: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless queries (N, H, Dh) can attend to keys and values (B, Hkv, capacity, Dh), contiguous."""
+    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] != q.shape[2]:
+        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        raise ValueError(f"{shapes} must both be (B, Hkv, capacity, {q.shape[2]})")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous: give the whole cache, and not a part of each row")
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"q is {q.dtype}, keys {keys.dtype}, values {values.dtype}; they must be of one dtype")
+    if q.shape[1] % keys.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads must be a multiple of the {keys.shape[1]} KV heads")
+
+
 # --------------------------------------------------------------------------------------------------------------- adopt
 
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import first_order, jit, tl, use_triton
+from kernels import cpu
+from kernels.backend import contiguous_rows, first_order, jit, tl, use_triton
 
 TILE = dict(BLOCK=1024, num_warps=4)  # 8 numbers a thread: one 16-byte load of each operand in bf16
 
@@ -33,25 +34,28 @@ def reference_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @jit()
-def forward_kernel(gate, up, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Gate BLOCK columns of row `program_id(0)`."""
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def forward_kernel(
+    gate, up, y, GATE_ROW: tl.constexpr, UP_ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gate BLOCK columns of row `program_id(0)`; rows of gate and up are so many numbers apart, those of y WIDTH."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    at = tl.program_id(0).to(tl.int64) * WIDTH + columns
-    a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (a / (1.0 + tl.exp(-a)) * b).to(y.dtype.element_ty), mask=inside)
+    a = tl.load(gate + row * GATE_ROW + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + row * UP_ROW + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * WIDTH + columns, (a / (1.0 + tl.exp(-a)) * b).to(y.dtype.element_ty), mask=inside)
 
 
 @jit()
-def backward_kernel(g, gate, up, d_gate, d_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def backward_kernel(
+    g, gate, up, d_gate, d_up,
+    GATE_ROW: tl.constexpr, UP_ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write both gradients of BLOCK columns of row `program_id(0)`."""
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    at = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = columns < WIDTH, row * WIDTH + columns
     dy = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(gate + row * GATE_ROW + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + row * UP_ROW + columns, mask=inside, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-a))
     d_a = dy * b * sigmoid * (1.0 + a * (1.0 - sigmoid))
     tl.store(d_gate + at, d_a.to(d_gate.dtype.element_ty), mask=inside)
@@ -67,12 +71,16 @@ def grid(x: Tensor) -> tuple[int, int]:
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """The two kernels, on contiguous gate and up (N, I); keeps both, and nothing else."""
+    """The kernels, by Triton or in C++, on gate and up (N, I) with contiguous rows; keeps both, and nothing else."""
 
     @staticmethod
     def forward(ctx, gate, up):
-        y = torch.empty_like(gate)
-        forward_kernel[grid(gate)](gate, up, y, gate.shape[1], **TILE)
+        y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        if use_triton(gate):
+            forward_kernel[grid(gate)](gate, up, y, gate.stride(0), up.stride(0), gate.shape[1], **TILE)
+        else:
+            gate, up = gate.contiguous(), up.contiguous()
+            cpu.run_pass("swiglu_forward", (gate, up, y), *gate.shape)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -80,8 +88,12 @@ class SwiGLUFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        backward_kernel[grid(gate)](g.contiguous(), gate, up, d_gate, d_up, gate.shape[1], **TILE)
+        d_gate, d_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+        found = g.contiguous(), gate, up, d_gate, d_up
+        if use_triton(gate):
+            backward_kernel[grid(gate)](*found, gate.stride(0), up.stride(0), gate.shape[1], **TILE)
+        else:
+            cpu.run_pass("swiglu_backward", found, *gate.shape)
         return d_gate, d_up
 
 
@@ -95,7 +107,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
-    if not use_triton(gate):
+    if not (use_triton(gate) or cpu.passes(gate, gate.shape[-1])):
         return reference_swiglu(gate, up)
-    I = gate.shape[-1]  # noqa: E741
-    return SwiGLUFunction.apply(gate.reshape(-1, I).contiguous(), up.reshape(-1, I).contiguous()).view(gate.shape)
+    rows = contiguous_rows(*(x.reshape(-1, x.shape[-1]) for x in (gate, up)))
+    return SwiGLUFunction.apply(*rows).view(gate.shape)

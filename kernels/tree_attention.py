@@ -128,18 +128,25 @@ def compiled_flex_attention():
 
 
 class TileAttention(torch.autograd.Function):
-    """The tiles of cpu_tree.cpp, for q (T, H, Dh), k and v (T, Hkv, Dh); keeps the outputs and each softmax's sum."""
+    """The tiles of cpu_tree.cpp, for q (T, H, Dh), k and v (T, Hkv, Dh); keeps the outputs and each softmax's sum.
+
+    bf16 is widened here, both ways: these tensors are small beside those of the products around them.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, spans):
-        out, lse = cpu.tree_forward(q, k, v, spans)
-        ctx.save_for_backward(q, k, v, spans, out, lse)
+        out, lse = cpu.tree_forward(q.float(), k.float(), v.float(), spans)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, spans, lse)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, g):
-        return *cpu.tree_backward(*ctx.saved_tensors, g.contiguous()), None
+        *rows, spans, lse = ctx.saved_tensors
+        q, k, v, out = (x.float() for x in rows)
+        found = cpu.tree_backward(q, k, v, spans, out, lse, g.float().contiguous())
+        return *(x.to(g.dtype) for x in found), None
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
@@ -159,7 +166,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:
         options = FLEX_OPTIONS.get((torch.cuda.get_device_capability(q.device), q.shape[3], q.dtype.itemsize))
         flex = compiled_flex_attention()
         return flex(q, k, v, block_mask=tree.block_mask, enable_gqa=True, kernel_options=options)
-    if cpu.use_cpu(q) and q.shape[3] in cpu.HEAD_DIMS:
+    if cpu.use_cpu(q, low=True) and q.shape[3] in cpu.HEAD_DIMS:
         rows = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, H, Dh): as the projections wrote them
         return TileAttention.apply(*rows, tree.spans).transpose(0, 1)[None]
     out = []

@@ -2,7 +2,7 @@
 
     resolve_checkpoint    a folder, or a hub id after fetching it; or a GGUF file, which is read as a folder
     weight_files          its safetensors files, one or numbered shards
-    carried_files            its other files, which every policy that is saved takes over
+    carried_files         its other files, which every policy that is saved takes over
 
 Only files in the folder itself are read: a link that leads out of it could bring in anything.
 """
@@ -25,10 +25,10 @@ CARRIED = (
     "tokenizer.json", "generation_config.json",  # read here: ids, and which of them end a turn
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja",  # these five are for others, who chat with what is saved
-    "rlpa.json", HELDOUT_FILE,  # its own settings and held-out text
+    "rlpa.json", "system_prompt.txt", HELDOUT_FILE,  # its own settings, system prompt and held-out text
 )  # fmt: skip
 SUFFIXES = (".json", ".jsonl", ".safetensors")  # of other files that a run saves; nothing here runs code when read
-ADAPTER = "adapter_config.json"  # not part of one: it tells a LoRA folder
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # not part of one: a LoRA folder's
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last two: torch's distributed checkpoints
 
 
@@ -68,8 +68,8 @@ def refuse_other_kinds(folder: Path) -> None:
         if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
             raise ValueError(f"{folder} holds whole weights and {ADAPTER}; if the adapter is merged, remove that file")
         raise ValueError(
-            f"{folder} is an adapter (LoRA) alone; merge it into {base} first (peft: merge_and_unload, then"
-            " save_pretrained) and give that folder"
+            f"{folder} is an adapter (LoRA) alone; give its base ({base}) as --ckpt and the adapter as --adapter, or"
+            f" what train_rlpa.py --ckpt BASE --adapter {folder} --merge FOLDER writes to FOLDER"
         )
     if (folder / "checkpoints").is_dir() and (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} is a run; give {folder / 'checkpoints'}/iteration_NUMBER/policy")

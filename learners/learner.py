@@ -29,17 +29,25 @@ class Learner:
 
 
 def make_learner(model: nn.Module, lr: float, config: Config, dtype: torch.dtype = torch.float32) -> Learner:
-    """Wrap an fp32 model with AdamW (fp32, no weight decay); it computes in `dtype` from here on."""
-    masters = dict(model.named_parameters())
+    """Wrap a model, whose trained parameters are fp32, with their AdamW (fp32, no weight decay).
+
+    It computes in `dtype` from here on. What it has that needs no gradient, as the base of adapters, stays as it is.
+    """
+    masters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if dtype != torch.float32:
-        masters = {name: nn.Parameter(parameter.detach()) for name, parameter in masters.items()}
+        masters = {name: nn.Parameter(parameter.detach().float()) for name, parameter in masters.items()}
         model.to(dtype)
-        for parameter, master in zip(model.parameters(), masters.values(), strict=True):
+        for parameter, master in zip(trained_parameters(model), masters.values(), strict=True):
             hand_gradients_to(master, parameter)
     optimizer = torch.optim.AdamW(
         masters.values(), lr=lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0, fused=True
     )
     return Learner(model, optimizer, lr, masters, sampled=model)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters that have gradients: all, or adapters and value head on a frozen base."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def hand_gradients_to(master: Tensor, parameter: nn.Parameter) -> None:

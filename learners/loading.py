@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from config import Config, has_own_trunk
 from learners import sharding
+from learners.adapters import load_adapter, with_saved_adapter
 from learners.learner import Learner, is_sharded, load_optimizer, make_learner
+from learners.lora import critic_with_adapter, with_adapter
 from learners.processes import rank, world_size
 from learners.weights import load_critic, load_policy, load_value_head
 from model import Critic, Qwen2ForCausalLM, ValueHead, draw_value_head
@@ -22,17 +24,25 @@ from worlds.first import generate_personas
 from worlds.personas import Persona, load_personas
 
 
-def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
+def load_models(
+    config: Config, folder: Path | None, mesh: DeviceMesh | None = None
+) -> tuple[Learner, Learner | None, Qwen2ForCausalLM | None]:
     """Load policy, critic and frozen reference, if any; the first two from a checkpoint's folder, if one is given.
 
-    What is trained is loaded in fp32, for the masters.
+    What is trained is fp32, for the masters. mesh: the processes that share out the base of adapters.
     """
     device = own_device()
     dtype = compute_dtype(config, device.type)
-    policy = load_policy(folder / "policy" if folder else config.ckpt, device=device)
-    models = {"policy": policy}
-    if config.advantage == "gae":
-        models["critic"] = load_or_make_critic(config, policy, folder)
+    if config.lora_rank:
+        base = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False)
+        models, ref_policy = adapt(sharding.shard_base(base, mesh) if mesh else base, config, folder)
+    else:
+        models = {"policy": load_policy(folder / "policy" if folder else config.ckpt, device=device)}
+        if config.advantage == "gae":
+            models["critic"] = load_or_make_critic(config, models["policy"], folder)
+        ref_policy = load_policy(config.ckpt, dtype=dtype, device=device) if config.kl_coef else None
+    if ref_policy:
+        ref_policy.requires_grad_(False)
     learners = {}
     for (name, model), lr in zip(models.items(), (config.lr, config.critic_lr), strict=False):
         if not isinstance(model, ValueHead):
@@ -40,8 +50,30 @@ def load_models(config: Config, folder: Path | None) -> tuple[Learner, Learner |
         learners[name] = make_learner(model, lr, config, dtype)
         if folder:
             load_optimizer(learners[name], folder / f"{name}_optimizer.safetensors")
-    ref_policy = load_policy(config.ckpt, dtype=dtype, device=device).requires_grad_(False) if config.kl_coef else None
     return learners["policy"], learners.get("critic"), ref_policy
+
+
+def adapt(
+    base: Qwen2ForCausalLM, config: Config, folder: Path | None
+) -> tuple[dict[str, nn.Module], Qwen2ForCausalLM | None]:
+    """Put the adapters of policy and critic, if any, on a base, which is held once; return them and the reference.
+
+    The reference is the base. Of a policy that came as an adapter (--adapter) it is the base with that adapter.
+    """
+    given = base, config.lora_rank, config.lora_alpha, config.seed
+    models: dict[str, nn.Module] = {"policy": with_adapter(*given)}
+    if has_own_trunk(config):
+        models["critic"] = critic_with_adapter(*given)
+    adapted = list(models)
+    if config.critic == "shared" and config.advantage == "gae":
+        models["critic"] = load_or_make_critic(config, base, folder)
+    starts = {"policy": config.adapter, "critic": config.critic_ckpt or config.adapter}
+    for name in adapted:
+        if start := folder / name if folder else starts[name]:
+            load_adapter(models[name], Path(start))
+    if not config.kl_coef:
+        return models, None
+    return models, with_saved_adapter(base, Path(config.adapter)) if config.adapter else base
 
 
 def load_sharded(
@@ -138,7 +170,8 @@ def let_segments_grow() -> None:
     Else what updates free lies in pieces, and no later KV cache fits into one of them.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first allocation
+        # Torch reads it once, when it first needs a setting of the allocator: later than at its import.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

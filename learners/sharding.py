@@ -3,6 +3,7 @@
     load      build a model of which every process reads and keeps its own rows of each parameter only
     refresh   write the whole weights into a copy in the dtype of products, which samples by itself
     save      write plain safetensors from everybody's rows
+    shard_base, gathered   with adapters: cut the frozen base, and gather it for a rollout
 
 Each decoder layer is a group of parameters, and the rest, embedding, last norm and head, one more: the root. A group is
 gathered just before it computes, in the dtype of products; its gradients are summed over the processes in fp32 and cut
@@ -15,6 +16,8 @@ Shards are rows: parameter (R, ...) is cut as by `torch.chunk` along its first a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from learners.folder import INDEX, SINGLE, resolve_checkpoint
@@ -45,6 +48,34 @@ def shard(model: Qwen2ForCausalLM | Critic, mesh: DeviceMesh, dtype: torch.dtype
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
         module.set_gradient_divide_factor(1.0)  # sums, not means: losses are divided by global counts already
         module.set_force_sum_reduction_for_comms(True)  # else a factor needs NCCL, which gloo is not
+
+
+def shard_base(base: Qwen2ForCausalLM, mesh: DeviceMesh) -> Qwen2ForCausalLM:
+    """Cut the layers of a frozen model, which adapters are put on, into rows, in place; they have no gradients.
+
+    Each linear layer is a group of its own, because several trees of modules share it and nothing larger. Embedding,
+    norms and head stay whole, since losses read the head's weight.
+    """
+    for module in base.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module, mesh=mesh)
+    return base
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold the layers that `shard_base` has cut whole for a while, in which a process may sample by itself.
+
+    Every process must enter and leave; without such layers nothing happens.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    yield
+    for layer in layers:  # not after an error: it ends the run on all processes
+        layer.set_reshard_after_forward(True)
+        layer.reshard()
 
 
 def load(

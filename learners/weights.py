@@ -191,6 +191,8 @@ def save_pretrained(
     written in place of the model's own: the fp32 masters of one that computes in bf16.
     """
     weights = {k: v.detach().to("cpu", dtype) for k, v in (weights or model.state_dict()).items()}
+    # Parts of a storage (`model.join_products`) are copied: safetensors refuses them. What was on a GPU is a copy now.
+    weights = {k: v if v.nbytes == v.untyped_storage().nbytes() else v.clone() for k, v in weights.items()}
     save_config(model, folder, next(iter(weights.values())).dtype)
     save_torch_state_dict(weights, folder, max_shard_size=int(max_shard_bytes))
 

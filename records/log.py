@@ -147,8 +147,7 @@ class RunLog:
         """Append one record of a kind ("train", "heldout/greedy", …); numbers that are not finite are left out."""
         finite = {k: rounded(float(v)) for k, v in values.items() if math.isfinite(v)}
         self.append("metrics.jsonl", [{"iteration": iteration, "kind": kind, **finite}])
-        for name, value in values.items():
-            self.show(lambda writer, name=name, value=value: writer.add_scalar(f"{kind}/{name}", value, iteration))
+        self.show(lambda writer: [writer.add_scalar(f"{kind}/{name}", x, iteration) for name, x in values.items()])
 
     def episodes(self, iteration: int, kind: str, dialogues: list[dict]) -> None:
         """Append whole dialogues: text, profile, each reward part, stop and failure reasons."""

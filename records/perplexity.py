@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dialogue import ChatTokenizer
 from kernels import linear_logprob
 from model import Qwen2ForCausalLM
-from untrusted.files import fits, parse_json, read_bytes
+from untrusted.files import parse_json, read_bytes
 
 OBJECT_START = re.compile(r"\A\s*[{]|^\s*[{]\s*\"", re.MULTILINE)  # a file that begins with one, or a line with its key
 Text = str | list[dict[str, str]]  # plain text, or the messages of a chat
@@ -54,7 +54,7 @@ def _read_line(line: str, where: str) -> Text:
         found = parse_json(line.encode("utf-8", "replace"), where)
     except ValueError as error:
         raise ValueError(f"{error}; a file with a line that begins like a JSON object is read as JSONL") from None
-    if fits(found, {"text": str}):
+    if isinstance(found, dict) and isinstance(found.get("text"), str):  # further keys, such as a source, are welcome
         return _encodable(found["text"])
     messages = found.get("messages") if isinstance(found, dict) else None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):

@@ -107,6 +107,9 @@ def announce(state: State) -> None:
     config, millions = state.config, sum(p.numel() for p in state.policy.model.parameters()) / 1e6
     critic = "and a critic of that size" if has_own_trunk(config) else "the critic is a head on them"
     critic = critic if state.critic else f"{config.advantage}: no critic"
+    if config.lora_rank:
+        trained = sum(m.numel() for x in (state.policy, state.critic) if x for m in x.masters.values()) / 1e6
+        critic += f"; {trained:.2f} M are trained, in adapters of rank {config.lora_rank}"
     sets = ", ".join(f"{len(personas)} {name}" for name, personas in state.eval_sets.items())
     batch = f"{config.rollout_batch_size} dialogues x {config.max_turns} turns x {config.num_candidates} candidates"
     lines = (

@@ -20,7 +20,8 @@ from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
 from learners import sharding
-from learners.folder import SINGLE, carried_files, weight_files
+from learners.adapters import save_adapter, save_learned
+from learners.folder import ADAPTER_WEIGHTS, SINGLE, carried_files, weight_files
 from learners.learner import Learner, is_sharded, optimizer_tensors
 from learners.loading import (
     keep_freed_memory,
@@ -30,6 +31,7 @@ from learners.loading import (
     load_sharded,
     set_threads,
 )
+from learners.lora import adapters
 from learners.processes import Result, on_rank_0, rank
 from learners.weights import save_config, save_pretrained, stored_tensors
 from model import Qwen2ForCausalLM
@@ -41,8 +43,8 @@ from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds.personas import Persona
 
 PROGRESS = ("iteration", "updates", "evaluated", "best", "logs", "sources")  # what trainer.json holds of a State
-READ = ("ckpt", "critic_ckpt", "personas", "eval_personas")  # files that a run's own config.json may name
-SOURCES = ("ckpt", "personas", "eval_personas")  # those of them that a resumed run reads again
+READ = ("ckpt", "adapter", "critic_ckpt", "personas", "eval_personas")  # files that a run's own config.json may name
+SOURCES = ("ckpt", "adapter", "personas", "eval_personas")  # those of them that a resumed run reads again
 Size = Annotated[int, (0, 2**62)]  # bytes of a file
 
 
@@ -92,7 +94,8 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
         check_sources(config, progress["sources"])
     personas, eval_sets = load_all_personas(config)
     let_segments_grow()
-    policy, critic, ref_policy = load_sharded(config, folder, mesh) if mesh else load_models(config, folder)
+    load = load_sharded if mesh and not config.lora_rank else load_models
+    policy, critic, ref_policy = load(config, folder, mesh)
     set_threads(policy.model, config)
     keep_freed_memory()
     set_backend(config.kernels)
@@ -129,17 +132,19 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def check_sources(config: Config, before: dict[str, str]) -> None:
     """Raise ValueError if a file that a resumed run needs is gone, or another than the one that it began with.
 
-    The checkpoint that it began with is needed for the reference alone.
+    The checkpoint that it began with is needed for the reference alone, or as the base of adapters.
     """
-    for name in (name for name in SOURCES if name in before and (name != "ckpt" or config.kl_coef)):
+    needs = {"ckpt": ("lora_rank", "kl_coef"), "adapter": ("kl_coef",)}
+    why = {name: next((x for x in settings if getattr(config, x)), "") for name, settings in needs.items()}
+    for name in (name for name in SOURCES if name in before and why.get(name, name)):
         path = getattr(config, name)
         try:
             digest = fingerprint(config, name)
         except (OSError, ValueError, SafetensorError) as error:
-            why = f"--kl-coef {config.kl_coef:g} needs it; " if name == "ckpt" else ""
+            needed = f"{flag(why[name])} {getattr(config, why[name]):g} needs it; " if name in why else ""
             raise ValueError(
-                f"{flag(name)} {path} cannot be read ({getattr(error, 'strerror', None) or error}); {why}say where it"
-                f" is now: --resume {config.run_dir} {flag(name)} …"
+                f"{flag(name)} {path} cannot be read ({getattr(error, 'strerror', None) or error}); {needed}say where"
+                f" it is now: --resume {config.run_dir} {flag(name)} …"
             ) from None
         if digest != before[name]:
             raise ValueError(
@@ -149,12 +154,12 @@ def check_sources(config: Config, before: dict[str, str]) -> None:
 
 
 def fingerprint(config: Config, name: str) -> str:
-    """Return the SHA-256 of a persona file, or of the weights in --ckpt, however they are cut into files."""
+    """Return the SHA-256 of a persona file, or of the weights in --ckpt or --adapter, in any number of files."""
     path = Path(getattr(config, name))
-    if name != "ckpt":
+    if name not in ("ckpt", "adapter"):
         return checkpoints.sha256(path)
     digests = {}
-    for file in weight_files(path):
+    for file in weight_files(path) if name == "ckpt" else [path / ADAPTER_WEIGHTS]:
         for tensor_name, tensor in stored_tensors(file):
             data = tensor.reshape(-1).view(torch.uint8).numpy()
             digests[tensor_name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
@@ -208,7 +213,7 @@ def write_checkpoint(state: State, folder: Path) -> None:
         if is_sharded(learner):
             save_config(learner.model, folder / name, torch.float32)
         else:
-            save_pretrained(learner.model, folder / name, weights=learner.masters)
+            save_learned(learner, folder / name, state.config.ckpt)
             save_file(optimizer_tensors(learner), folder / f"{name}_optimizer.safetensors")
     save_texts(state, folder / "policy")
     progress = {name: getattr(state, name) for name in PROGRESS}
@@ -216,8 +221,11 @@ def write_checkpoint(state: State, folder: Path) -> None:
 
 
 def write_policy(state: State, folder: Path) -> None:
-    """Write the policy alone, as it samples: no fp32 masters, and no run goes on from it."""
-    save_pretrained(state.policy.sampled, folder / "policy")
+    """Write the policy alone, as it samples: no fp32 masters but of adapters, and no run goes on from it."""
+    if adapters(state.policy.model):
+        save_adapter(state.policy, folder / "policy", state.config.ckpt)
+    else:
+        save_pretrained(state.policy.sampled, folder / "policy")
     save_texts(state, folder / "policy")
 
 

@@ -2,6 +2,7 @@
 
     python -m studies.offline --method sft --ckpt                      collects, then fine-tunes the tiny checkpoint
     python -m studies.offline --method dpo --ckpt --data runs/NAME     learns from the same dialogues
+    python -m studies.offline --method warmup --ckpt FOLDER            teaches a chat model the form, before RLPA
 
 collect   The starting policy plays what a run of `train_rlpa.py` of so many --num-iterations plays: the same personas
           in the same order, turns, candidates, rewards, and the best candidate goes on. The budget is printed and kept.
@@ -9,8 +10,10 @@ sft       Best-of-n fine-tuning (RAFT, arXiv 2304.06767): cross-entropy on the t
           With --min-reward only on those that earned as much, which is rejection sampling.
 dpo       arXiv 2305.18290: of each turn whose candidates earned differently, best and worst are a pair w, l with the
           same prefix. Loss −log σ(β (log π(w)/π_ref(w) − log π(l)/π_ref(l))), π_ref the starting policy.
+warmup    Cross-entropy on scripted dialogues of the embedded world (tiny/scripts.py), of which so many are attentive. A
+          model that writes no profile earns nothing, and RL has nothing to choose from.
 
-Both learn from the trainer's token trees, so that each prefix is computed once for all turns and both of a pair, and
+All learn from the trainer's token trees, so that each prefix is computed once for all turns and both of a pair, and
 both sums are divided by the mini-batch's count, of tokens or of pairs. Written to --run-dir: dialogues.jsonl (token ids
 too), collection.json (settings and budget), metrics.jsonl, and policy/, a checkpoint in Hugging Face layout.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -38,7 +42,7 @@ import train_rlpa
 from command_line import exits
 from command_line.flags import check_settings, checkpoint_defaults, make_parser, new_folder
 from config import Amount, Config, Count, Natural, flag
-from dialogue import Candidate, Dialogue, Turn, stream_seed
+from dialogue import Candidate, Dialogue, Turn, open_turn, stream_seed
 from endpoints.calls import calls_note
 from kernels import linear_logprob
 from learners.folder import resolve_checkpoint
@@ -50,13 +54,17 @@ from records.log import RunLog, claim_folder
 from records.outages import Unavailable
 from records.progress import settings_record
 from records.state import State, save_texts, setup
-from rewards import REWARD_PARTS
+from rewards import REWARD_PARTS, read_candidate
 from simulator import Environment, open_environment
+from tiny.scripts import ATTENTIVE, FORGETFUL, scripted_dialogue
 from train_rlpa import Play, lr_share, optimizer_step
 from untrusted.files import from_json, parse_json, read_json, read_lines
 from untrusted.plain_text import clean_text, say, shorten
 
-METHODS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
+METHODS = ("sft", "dpo", "warmup")
+LR_FACTORS = {"sft": 3.0, "dpo": 1 / 3}  # learning rate ÷ the checkpoint's own, which is PPO's: good for the tiny one
+WARMUP_LR = 1e-4
+ATTENTIVE_SHARE = 0.3  # of a warm-up's dialogues; the others are forgetful, so that RL has something to teach
 WEIGHTS = [f"{name}_weight" for name in REWARD_PARTS]
 COLLECTED = (  # settings that decide what the dialogues are and earn; with --data they are those of its collection
     "ckpt", "personas", "num_personas", "num_iterations", "rollout_batch_size", "max_turns", "num_candidates",
@@ -79,10 +87,10 @@ LEARNING = (
 class Offline(Config):
     """The trainer's settings, of which those named above are flags here, and what offline learning adds."""
 
-    method: str = ""  # sft: cross-entropy on each turn's best candidate; dpo: its best against its worst
+    method: str = ""  # sft: cross-entropy on each turn's best candidate; dpo: its best against its worst; warmup
     data: str = ""  # run folder of this program whose dialogues are learned from again; empty: they are collected
     num_epochs: Count = 2  # passes over the dialogues
-    lr: Amount = 5e-7  # peak learning rate; not given: 3 times the checkpoint's with sft, a third of it with dpo
+    lr: Amount = 5e-7  # peak; not given: 3 times the checkpoint's with sft, a third with dpo, 1e-4 with warmup
     min_reward: float = 0.0  # sft: a turn's best candidate is learned from if it earned so much
     beta: float = 0.5  # dpo: weight of log-ratios; with 0.1 the tiny checkpoint unlearned the format
     eval_every: Natural = 1  # epochs between held-out evaluations; 0: only before and after
@@ -95,6 +103,8 @@ class Offline(Config):
         if self.num_candidates == 1:
             raise ValueError("--num-candidates 1 leaves nothing to choose from; offline learning needs 2 or more")
         super().__post_init__()
+        if self.data and self.method == "warmup":
+            raise ValueError(f"--data {self.data} needs --method sft or dpo: a warm-up writes its own dialogues")
         if self.min_reward and self.method != "sft":
             raise ValueError(f"--min-reward {self.min_reward} needs --method sft: dpo learns from differences")
         if self.beta != Offline.beta and self.method != "dpo":
@@ -130,7 +140,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
         raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
     own = {"lr": Config.lr} | checkpoint_defaults(Path(chosen["ckpt"]))
     own = {name: own[name] for name in (*COLLECTED, "minibatch_size", "eval_dialogues", "lr") if name in own}
-    own["lr"] *= METHODS.get(chosen.get("method"), 1.0)
+    method = chosen.get("method")
+    own["lr"] = WARMUP_LR if method == "warmup" else own["lr"] * LR_FACTORS.get(method, 1.0)
     config = Offline(**{**own, **chosen})
     config.run_dir = config.run_dir or new_folder(f"{config.method}_")
     if (Path(config.run_dir) / "metrics.jsonl").exists():
@@ -148,9 +159,7 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     start, calls_before = time.perf_counter(), env.calls()
     with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as file:
         for i in tqdm(range(state.num_iterations), desc="collecting", unit="it"):
-            batch = partial(train_rlpa.persona_batch, replace(state, iteration=i))
-            play = Play(config.num_candidates, config.temperature, (config.seed, "train", i))
-            dialogues = train_rlpa.play_batch(state.policy.model, state.chat, batch, play, config, env)
+            dialogues = scripted_batch(state, i) if config.method == "warmup" else played_batch(state, i)
             file.writelines(json.dumps(asdict(dialogue)) + "\n" for dialogue in dialogues)
             collected += dialogues
     budget = budget_of(collected) | (env.calls() - calls_before)
@@ -159,6 +168,27 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     # Last of all: where it stands, the dialogues are whole.
     (folder / "collection.json").write_text(json.dumps(collection, indent=1) + "\n", encoding="utf-8")
     return collected, budget
+
+
+def played_batch(state: State, i: int) -> list[Dialogue]:
+    """Play the dialogues of RLPA's iteration i."""
+    config, batch = state.config, partial(train_rlpa.persona_batch, replace(state, iteration=i))
+    play = Play(config.num_candidates, config.temperature, (config.seed, "train", i))
+    return train_rlpa.play_batch(state.policy.model, state.chat, batch, play, config, state.env)
+
+
+def scripted_batch(state: State, i: int) -> list[Dialogue]:
+    """Write as many dialogues as an iteration plays: each turn has one candidate, what the script says."""
+    config, chat, dialogues = state.config, state.chat, []
+    for index in range(i * config.rollout_batch_size, (i + 1) * config.rollout_batch_size):
+        rng = random.Random(stream_seed(config.seed, "scripted", index))
+        habits = ATTENTIVE if rng.random() < ATTENTIVE_SHARE else FORGETFUL
+        dialogue = Dialogue(index, f"scripted-{index}", ())
+        for said, text in scripted_dialogue(rng, config.max_turns, habits):
+            turn, ids = open_turn(dialogue, said, chat, config.history_profile), [*chat.encode(text), chat.im_end]
+            turn.candidates = [read_candidate(ids, [0.0] * len(ids), "stop", dialogue, chat)]
+        dialogues.append(dialogue)
+    return dialogues
 
 
 def budget_of(dialogues: list[Dialogue]) -> dict[str, float]:
@@ -226,10 +256,10 @@ def check_tokens(dialogues: list[Dialogue], config: Offline, model: Qwen2Config)
 
 
 def teachers(turn: Turn, config: Offline) -> list[Candidate]:
-    """Return the candidates of a turn to learn from: [best] or, with dpo, [best, worst]; none if they teach nothing."""
+    """Return a turn's candidates to learn from: [best] or, with dpo, [best, worst]; none if they teach nothing."""
     rewards = [c.reward if c.judged else math.inf for c in turn.candidates]
     best, worst = rewards[turn.chosen], min(rewards)
-    if config.method == "sft":
+    if config.method != "dpo":
         return [turn.winner] if best >= config.min_reward else []
     return [turn.winner, turn.candidates[rewards.index(worst)]] if worst < best else []
 
@@ -295,7 +325,7 @@ def dpo_sums(logprobs: Tensor, batch: Batch, config: Offline) -> dict[str, Tenso
 
 def units(batch: Batch, config: Offline) -> int:
     """Count what a micro-batch's loss is a sum over: action tokens, or pairs."""
-    return len(batch.targets) if config.method == "sft" else sum(len(p.spans) for p in batch.dialogues) // 2
+    return len(batch.targets) if config.method != "dpo" else sum(len(p.spans) for p in batch.dialogues) // 2
 
 
 def minibatch_step(learner: Learner, minibatch: list[Batch], config: Offline, share: float) -> dict[str, float]:
@@ -304,7 +334,7 @@ def minibatch_step(learner: Learner, minibatch: list[Batch], config: Offline, sh
     count, sums = sum(units(batch, config) for batch in minibatch), Counter()
     for batch in (batch.to(learner.model.head_weight) for batch in minibatch):
         logprobs = action_logprobs(learner.model, batch, config)
-        parts = sft_sums(logprobs) if config.method == "sft" else dpo_sums(logprobs, batch, config)
+        parts = dpo_sums(logprobs, batch, config) if config.method == "dpo" else sft_sums(logprobs)
         (parts["loss"] / count).backward()
         sums.update({name: torch.as_tensor(value).item() for name, value in parts.items()})
     norm, taken = optimizer_step(learner, share, config.max_grad_norm)
@@ -366,7 +396,7 @@ def learn(config: Offline, env: Environment) -> None:
 def budget_line(budget: dict[str, float], packed: list[Packed], config: Offline) -> str:
     """Say what the dialogues cost and what is learned from them."""
     spans, tokens = sum(len(p.spans) for p in packed), sum(len(p.targets) for p in packed)
-    taught = f"{spans:,} best candidates" if config.method == "sft" else f"{spans // 2:,} pairs"
+    taught = f"{spans // 2:,} pairs" if config.method == "dpo" else f"{spans:,} best candidates"
     return (
         f"{'collected' if not config.data else 'reused'} {budget['dialogues']:,} dialogues"
         f" ({budget['dialogues_dropped']} dropped), {budget['candidates']:,} candidates,"

@@ -121,13 +121,17 @@ def model_cases(model: Model) -> list[Case]:
         (swiglu.forward_kernel, ("gate", "up", "y")),
         (swiglu.backward_kernel, ("g", "gate", "up", "d_gate", "d_up")),
     ):
-        cases.append(with_tile(kernel, dict.fromkeys(names, T), swiglu.TILE, (), WIDTH=model.width))
+        for row in (model.width, 2 * model.width):  # gate and up apart, and parts of one product
+            sizes = dict(GATE_ROW=row, UP_ROW=row, WIDTH=model.width)
+            cases.append(with_tile(kernel, dict.fromkeys(names, T), swiglu.TILE, (), **sizes))
     types = dict.fromkeys(("q", "k", "v", "q_out", "k_out", "v_out"), T) | dict(cos=FP32, sin=FP32)
     types |= dict(rows=INT64, slots=INT64, capacity="i32")
-    for cached, sign in ((False, 1), (False, -1), (True, 1)):
-        absent = {} if cached else dict.fromkeys(("v", "v_out", "rows", "slots"))
-        tile = rope.tile(model.H, model.Hkv, model.Dh)
-        cases.append(with_tile(rope.rope_kernel, types, tile, (), CACHED=cached, SIGN=sign, **absent))
+    q_row, kv_row, all_rows = model.H * model.Dh, model.Hkv * model.Dh, (model.H + 2 * model.Hkv) * model.Dh
+    apart, together = (q_row, kv_row, kv_row), (all_rows,) * 3  # q, k and v: of three products, or parts of one
+    for cached, sign, strides in ((False, 1, apart), (False, -1, apart), (True, 1, apart), (True, 1, together)):
+        given = {} if cached else dict.fromkeys(("v", "v_out", "rows", "slots"))
+        given |= rope.tile(model.H, model.Hkv, model.Dh) | dict(zip(("Q_ROW", "K_ROW", "V_ROW"), strides, strict=True))
+        cases.append(with_tile(rope.rope_kernel, types, given, (), CACHED=cached, SIGN=sign))
     return cases
 
 

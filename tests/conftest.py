@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
+from benchmarks.measure import versions
 from benchmarks.peers import PACKAGES
 from benchmarks.table import render
 
@@ -59,7 +57,7 @@ class Report:
         """Add a measurement, and write all of them: a run may be cut short at any time."""
         self.rows.append(row)
         if self.file:
-            found = dict(machine=versions(), notes=noted(self.notes), rows=self.rows)
+            found = dict(machine=versions(*PACKAGES.values()), notes=noted(self.notes), rows=self.rows)
             self.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -73,24 +71,9 @@ def report(request) -> Report:
     return request.config.stash[REPORT]
 
 
-def package_version(name: str) -> str | None:
-    """Return an installed package's version."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def noted(notes: dict[str, list[str]]) -> list[str]:
     """Return each note, and where it holds."""
     return [note + (f" ({', '.join(where)})" if where else "") for note, where in notes.items()]
-
-
-def versions() -> dict[str, str | None]:
-    """Return what was measured with, and on what."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    found = {name: package_version(name) for name in ("torch", "triton", *PACKAGES.values())}
-    return dict(device=card, machine=platform.machine(), python=platform.python_version(), **found)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -98,7 +81,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows, kept = config.stash[REPORT].rows, config.stash[REPORT].notes
     if not rows:
         return
-    found = versions()
+    found = versions(*PACKAGES.values())
     absent = [name for name, number in found.items() if number is None]
     notes = [", ".join(f"{name} {number}" for name, number in found.items() if number)]
     notes[0] += f"; load average {os.getloadavg()[0]:.1f}"

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from learners.weights import save_pretrained
 from model import Qwen2Config, random_policy
 from simulator import make_user_server
-from tiny.make import scripted_dialogue, train_tokenizer
+from tiny.make import train_tokenizer
+from tiny.scripts import scripted_dialogue
 
 USAGE = {"prompt_tokens": 40, "completion_tokens": 9}
 
@@ -38,11 +39,11 @@ def write_checkpoint(folder: Path, settings: dict) -> Path:
 
 
 @contextmanager
-def served(server: ThreadingHTTPServer) -> Iterator[str]:
+def served(server: ThreadingHTTPServer, path: str = "/v1") -> Iterator[str]:
     """Serve in a thread of this process; gives the URL."""
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        yield f"http://127.0.0.1:{server.server_address[1]}{path}"
     finally:
         server.shutdown()
         server.server_close()

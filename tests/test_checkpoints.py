@@ -430,7 +430,7 @@ CAUSES = {
     "fp8": (
         quantised(**{f"{Q}__weight": torch.ones(48, 48).to(torch.float8_e4m3fn)}), "float8_e4m3fn. belongs"),
     "fp8's scale": (quantised(**{f"{Q}__weight_scale_inv": torch.ones(1)}), "weight_scale_inv .* quantised weights"),
-    "an adapter": (adapter, "is an adapter .LoRA. alone; merge it into Qwen/Qwen2.5-0.5B first"),
+    "an adapter": (adapter, "is an adapter .LoRA. alone; give its base .Qwen/Qwen2.5-0.5B. as --ckpt"),
     "an adapter beside weights": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"), "whole weights and adapter_config.json"),
     "GGUF beside a config": (
@@ -596,6 +596,7 @@ def test_what_a_checkpoint_brought_is_carried_over(chat_folder, tmp_path):
         "vocab.json": b"{}\n",
         "merges.txt": b"#version: 0.2\n",
         "rlpa.json": b'{"max_turns": 3}',
+        "system_prompt.txt": b"Ask.\r\n",
         "sft_heldout.jsonl": b"{}\n",
     }
     for name, content in brought.items() | {("notes.txt", b"private"), ("modeling_qwen.py", b"1 / 0")}:

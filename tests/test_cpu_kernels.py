@@ -1,4 +1,4 @@
-"""The C++ kernels against torch, and both against fp64: a decode step as a whole, sampling, and token trees."""
+"""The C++ kernels against torch, and both against fp64: a decode step, sampling, token trees, heads, passes in bf16."""
 
 import subprocess
 
@@ -6,10 +6,14 @@ import pytest
 import torch
 from test_tree_attention import random_trees
 
-from kernels import cpu, set_backend
+from kernels import cpu, head, ppo_head, set_backend
+from kernels.ppo_head import reference_ppo
 from kernels.prefill_attention import Chunk, Chunks
+from kernels.rmsnorm import reference_rmsnorm, rmsnorm
+from kernels.rope import reference_rope, rope
 from kernels.rows import Rows
 from kernels.sample_head import sample
+from kernels.swiglu import reference_swiglu, swiglu
 from kernels.tree_attention import reference_tree_attention, tree_attention
 from model import Cached, KVCache, Qwen2Config, random_policy
 from sampler import Sampler, cached_trunk, generate
@@ -164,8 +168,9 @@ def test_torch_computes_what_cpp_does_not(change, monkeypatch):
 
 
 @pytest.mark.parametrize("H, Hkv, Dh", [(3, 3, 32), (4, 2, 16), (7, 1, 64), (2, 2, 128)])
-@pytest.mark.parametrize("seed, size, threads", [(0, 12, 1), (1, 0, 1), (2, 20, 2)])
-def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
+@pytest.mark.parametrize("seed, size, threads", [(0, 12, 1), (1, 0, 1), (2, 20, 2), (3, 20, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads, dtype):
     """Guards a token that sees a stranger or misses an ancestor, tiles that are not full, grouped heads, threads."""
     tree, _ = random_trees(seed, 64, torch.float32, [size] * 3, longest=40, most=9)
     N, generator = len(tree.enter), torch.Generator().manual_seed(seed)
@@ -182,14 +187,92 @@ def test_trees_are_as_exact_as_torch(H, Hkv, Dh, seed, size, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours = differentiated(lambda *x: tree_attention(*x, tree), torch.float32)
+        ours = differentiated(lambda *x: tree_attention(*x, tree), dtype)
     finally:
         torch.set_num_threads(before)
-    truth, plain = differentiated(dense, torch.float64), differentiated(dense, torch.float32)
+    q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
+    truth, plain = differentiated(dense, torch.float64), differentiated(dense, dtype)
     for a, b, exact in zip(ours, plain, truth, strict=True):
         assert error(a, exact) <= 2 * error(b, exact) + 1e-6
-    again = differentiated(lambda *x: tree_attention(*x, tree), torch.float32)
+    again = differentiated(lambda *x: tree_attention(*x, tree), dtype)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))  # the same bits on any number of threads
+
+
+@pytest.mark.parametrize("M, K, N", [(1, 1, 1), (7, 9, 70), (200, 2051, 33), (13, 64, 300)])
+@pytest.mark.parametrize("strides", ["ab", "aT", "bT", "half"])
+def test_products_of_bf16_are_summed_in_fp32(M, K, N, strides):
+    """Guards a product that is rounded to bf16, an odd number of terms, a last block that is not full, and strides."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator).bfloat16() for size in ((M, K), (K, N)))
+    a = a.T.contiguous().T if strides == "aT" else torch.stack((a, a), 1)[:, 0] if strides == "half" else a
+    b = b.T.contiguous().T if strides == "bT" else b
+    out = torch.randn(M, N, generator=generator)
+    if not cpu.multiplies(a, b, out):
+        pytest.skip("no bf16 products here")
+    before, exact = out.double(), a.double() @ b.double()
+    assert error(head.matmul(a, b, out, add=True), before + exact) < 1e-4
+    assert error(head.matmul(a, b, out), exact) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_long_rows_are_as_exact_as_torch(dtype, entropy_coef):
+    """Guards the row kernels in C++: the last logits of a row, gradients that are written over what is still read."""
+    N, D, V, generator = 21, 32, cpu.LONG + 21, torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((N, D), (V, D)))
+    targets, advantages = torch.randint(V, (N,), generator=generator), torch.randn(N, generator=generator)
+    targets[:2] = torch.tensor([0, V - 1])
+
+    def losses(logprobs, advantages):
+        return advantages * logprobs.exp() - logprobs, {"logprobs": logprobs}
+
+    def differentiated(function, dtype, **options):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        options |= dict(temperature=0.7, entropy_coef=entropy_coef)
+        loss, statistics = function(*leaves, targets, losses, (advantages.to(head.sum_dtype(leaves[0])),), **options)
+        loss.backward()
+        return statistics | {"hidden": leaves[0].grad, "weight": leaves[1].grad}
+
+    assert cpu.folds(torch.empty(N, V))
+    truth, plain = differentiated(reference_ppo, torch.float64), differentiated(reference_ppo, dtype)
+    ours = differentiated(ppo_head, dtype, workspace_bytes=8 * 4 * V)
+    for name, exact in truth.items():
+        assert error(ours[name], exact) <= 2 * error(plain[name], exact) + 2e-6, name
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200])
+@pytest.mark.parametrize("name", ["norm", "first norm", "rope", "swiglu"])
+def test_passes_in_bf16_are_as_exact_as_torch(rows, name):
+    """Guards a gradient that the passes in C++ forget or round twice, and blocks of rows that are not full."""
+    generator = torch.Generator().manual_seed(rows)
+    angles = torch.rand(1, rows, 1, 16, generator=generator) * 6
+
+    def turned(function, q, k):
+        return torch.cat([x.flatten(2) for x in function(q, k, angles.cos(), angles.sin())], 2)
+
+    def by_parts(q, k, cos, sin):
+        return reference_rope(q, cos.to(q.dtype), sin.to(q.dtype)), reference_rope(k, cos.to(q.dtype), sin.to(q.dtype))
+
+    shapes, ours, plain = {
+        "norm": ([(rows, 48), (48,), (rows, 48)], lambda x, w, r: torch.cat(rmsnorm(x, w, 1e-6, r), 1),
+                 lambda x, w, r: torch.cat(reference_rmsnorm(x, w, 1e-6, r), 1)),
+        "first norm": ([(rows, 48), (48,)], lambda x, w: rmsnorm(x, w, 1e-6),
+                       lambda x, w: reference_rmsnorm(x, w, 1e-6)),
+        "rope": ([(1, rows, 3, 32), (1, rows, 1, 32)], lambda q, k: turned(rope, q, k),
+                 lambda q, k: turned(by_parts, q, k)),
+        "swiglu": ([(rows, 80), (rows, 80)], swiglu, reference_swiglu),
+    }[name]  # fmt: skip
+    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    g = torch.randn(ours(*inputs).shape, generator=generator).bfloat16()
+
+    def differentiated(function, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, g.to(out.dtype))]
+
+    found = differentiated(ours, torch.bfloat16), differentiated(plain, torch.bfloat16)
+    for a, b, exact in zip(*found, differentiated(plain, torch.float64), strict=True):
+        assert a.dtype == torch.bfloat16 and error(a, exact) <= 2 * error(b, exact) + 1e-6
 
 
 def test_gradients_have_no_graph():

@@ -64,24 +64,27 @@ def test_a_dozen_iterations_on_a_gpu_that_is_not_there():
 
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fake_gpu", "--pairwise"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("ok    ") == 13, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("ok    ") == 14, done.stdout + done.stderr[-3000:]
     launched = set(re.findall(r"^  (\S+) \d+$", done.stdout, re.MULTILINE))
     assert launched == {"flex_attention"} | {
         f"{kernel.__module__.removeprefix('kernels.')}.{kernel.__name__}" for kernel in aot.all_kernels()
     }
 
 
-def launch(x: object, y: object = 3, grid: tuple = (4, 2), **options) -> None:
-    """Launch a kernel of a pointer and a constant, on the fake GPU."""
-    parameters = [SimpleNamespace(name=name, is_constexpr=name == "Y") for name in ("x", "Y")]
-    kernel = SimpleNamespace(__name__="kernel", __module__="kernels.none", arg_names=["x", "Y"], params=parameters)
-    fake_gpu.check_launch(kernel, x, y, grid=grid, warmup=False, **options)
+def launch(x: object, y: object = 3, grid: tuple = (4, 2), row: int = 12, **options) -> None:
+    """Launch a kernel of a pointer, the distance of its rows and a constant, on the fake GPU."""
+    names = ["x", "X_ROW", "Y"]
+    parameters = [SimpleNamespace(name=name, is_constexpr=name != "x") for name in names]
+    kernel = SimpleNamespace(__name__="kernel", __module__="kernels.none", arg_names=names, params=parameters)
+    fake_gpu.check_launch(kernel, x, row, y, grid=grid, warmup=False, **options)
 
 
 @pytest.mark.parametrize("why, change", [
     ("is on cpu", lambda x: dict(x=x.cpu())),
     ("is on cuda:1", lambda x: dict(x=x.to("cuda:1"))),
     ("strides", lambda x: dict(x=x.transpose(0, 1))),
+    ("strides", lambda x: dict(x=x.as_strided((2, 2, 4), (12, 4, 1)), row=8)),
+    ("strides", lambda x: dict(x=x.as_strided((2, 3, 2), (12, 4, 1)))),
     ("got a tensor", lambda x: dict(y=x)),
     ("grid", lambda x: dict(grid=(4, 0))),
     ("grid", lambda x: dict(grid=(4, 65_536))),
@@ -95,6 +98,7 @@ def test_a_wrong_launch_is_found(why, change):
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, device="cuda:0")
         launch(x, num_warps=4)
+        launch(x.as_strided((2, 2, 4), (12, 4, 1)))  # a part of wider rows
         with pytest.raises(AssertionError, match=why):
             launch(**{"x": x} | change(x))
 

@@ -27,7 +27,7 @@ from records import metrics, perplexity
 from records.perplexity import encode_text, parse_texts, read_texts, text_scores
 from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
-from tiny import make
+from tiny import make, scripts
 
 TINY = TINY_CHECKPOINT
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")
@@ -163,7 +163,7 @@ def test_scores_are_the_log_likelihood_of_the_assistants_turns(tiny):
 
 def test_chats_are_encoded_as_in_fine_tuning(tiny):
     """Guards another template than the one the policy was tuned on."""
-    turns = make.scripted_dialogue(random.Random(5), 3)
+    turns = scripts.scripted_dialogue(random.Random(5), 3)
     messages = [{"role": "system", "content": make.SYSTEM_PROMPT}]
     for user, assistant in turns:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
@@ -209,7 +209,7 @@ def test_the_heldout_text_was_not_trained_on():
     heldout = {tuple(m["content"] for m in text if m["role"] == "user") for text in read_texts(TINY / HELDOUT_FILE)}
     for rank in (0, 1):
         rng = random.Random(f"0|{rank}")  # as in make.fine_tune
-        assert not heldout & {tuple(u for u, _ in make.scripted_dialogue(rng, 6)) for _ in range(100)}
+        assert not heldout & {tuple(u for u, _ in scripts.scripted_dialogue(rng, 6)) for _ in range(100)}
     for text in read_texts(TINY / HELDOUT_FILE):
         assert len(text) == 13 and text[0]["role"] == "system"
 
@@ -218,7 +218,7 @@ def test_text_is_read_from_jsonl_and_from_plain_files(tmp_path):
     """Guards a format that the documentation names and the reader does not know."""
     chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     jsonl, plain = tmp_path / "a.jsonl", tmp_path / "b.txt"
-    jsonl.write_text(json.dumps(chat) + "\n\n" + json.dumps({"text": "Plain."}) + "\n")
+    jsonl.write_text(json.dumps(chat) + "\n\n" + json.dumps({"text": "Plain.", "url": "x"}) + "\n")
     plain.write_text("One passage\nof two lines.\n\n\nAnother.\n")
     assert read_texts(jsonl) == [chat["messages"], "Plain."]
     assert [" ".join(passage.split()) for passage in read_texts(plain)] == ["One passage of two lines.", "Another."]

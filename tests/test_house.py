@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # a program may import these other programs, and every room
     "benchmarks": "studies report train_rlpa",
-    "studies": "evaluation train_rlpa",
+    "studies": "evaluation tiny train_rlpa",
     "chat": "evaluation train_rlpa",
     "evaluation": "train_rlpa",
     "train_rlpa": "",

@@ -24,6 +24,7 @@ from dry_run.plan import dry_run
 from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
 from learners.learner import make_learner
+from learners.lora import critic_with_adapter, with_adapter
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
 from packing import Packed, TokenTree, collate
 
@@ -68,13 +69,18 @@ def make_packed(config: Qwen2Config, shape: tuple) -> tuple[Packed, TokenTree]:
 
 
 def measured_step(
-    config: Qwen2Config, shape: tuple, micro: int, checkpointing: bool, dtype: torch.dtype, shared: bool
+    config: Qwen2Config, shape: tuple, micro: int, checkpointing: bool, dtype: torch.dtype, shared: bool, rank: int = 0
 ) -> tuple[int, Plan]:
     """Run one update of the trainer; return the peak of its bytes without weights and moments, and its plan."""
     packed, tree = make_packed(config, shape)
     settings = Config(ckpt="x", kl_coef=0.0, critic="shared" if shared else "separate")
     policy = random_policy(config, 0)
-    critic = ValueHead.from_policy(policy) if shared else Critic.from_policy(policy)
+    if rank:
+        base = policy.to(dtype)
+        policy, critic = (make(base, rank, 32.0, 0) for make in (with_adapter, critic_with_adapter))
+        critic = ValueHead.from_policy(base) if shared else critic
+    else:
+        critic = ValueHead.from_policy(policy) if shared else Critic.from_policy(policy)
     learners = [make_learner(model, 1e-4, settings, dtype) for model in (policy, critic)]
     for model in (policy,) if shared else (policy, critic):
         model.model.checkpointing = checkpointing
@@ -94,7 +100,7 @@ def measured_step(
     plan = Plan(
         tokens=len(tree), actions=len(packed.targets), blocks=blocks, several_microbatches=micro > 1,
         cache_tokens=0, workspace=WORKSPACE, compute_bytes=dtype.itemsize, reference=False, separate_critic=not shared,
-        gradients_in_rollout=False, fused=False, checkpointing=checkpointing,
+        gradients_in_rollout=False, fused=False, checkpointing=checkpointing, lora_rank=rank,
     )  # fmt: skip
     return extra_peak(allocations(prof), returned=set()), plan
 
@@ -134,6 +140,27 @@ def test_peak_of_an_update(monkeypatch, config, shape, micro, checkpointing, dty
     name, bytes_ = peak(config, plan)
     predicted = bytes_ - sum(plan.resident(config).values())
     assert predicted == pytest.approx(measured, rel=0.03 if dtype == torch.float32 else 0.06), name
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "micro", "checkpointing", "dtype", "shared"),
+    [
+        (MODEL, LONG, 1, False, torch.float32, False),
+        (MODEL, MIDDLE, 2, True, torch.float32, False),
+        (UNTIED, MIDDLE, 2, False, torch.float32, True),
+        (SMALL, MIDDLE, 1, False, torch.bfloat16, False),
+        (WIDE, SHORT, 2, False, torch.bfloat16, False),
+        (SMALL, MIDDLE, 2, True, torch.bfloat16, True),
+    ],
+)
+def test_peak_of_an_update_of_adapters(monkeypatch, config, shape, micro, checkpointing, dtype, shared):
+    """Guards a plan that counts gradients of a frozen base or head, or forgets what adapters keep."""
+    monkeypatch.setitem(ppo_head.WORKSPACE, "cpu", WORKSPACE)
+    measured, plan = measured_step(config, shape, micro, checkpointing, dtype, shared, rank=16)
+    name, bytes_ = peak(config, plan)
+    predicted = bytes_ - sum(plan.resident(config).values())
+    assert predicted == pytest.approx(measured, rel=0.06), name
+    assert predicted < peak(config, dataclasses.replace(plan, lora_rank=0))[1] / 1.5
 
 
 def test_resident_bytes():
@@ -180,6 +207,16 @@ def test_one_shard_holds_everything():
         assert one["replica"] == four["replica"] > 0
         root = dtype * memory.root_parameters(config, head=True)
         assert one["reference"] - root == whole["reference"] == 4 * (four["reference"] - root)
+
+
+def test_a_sharded_base_is_whole_in_a_rollout():
+    """Guards a base of adapters that a dry run cuts for ever: it samples whole, and is cut in the update."""
+    config, plan = make_config(64, 128, 2, 2), Plan(tokens=100, actions=10, cache_tokens=10, lora_rank=4)
+    whole, two = phases(config, plan), phases(config, dataclasses.replace(plan, shards=2))
+    assert sum(two["rollout"].values()) == sum(whole["rollout"].values())
+    cut, layers = two["optimizer's step"], 2 * memory.layer_parameters(config)
+    assert whole["optimizer's step"]["policy"] - cut["policy"] == 4 * layers / 2
+    assert cut["gathered"] == 4 * 64 * 128 and cut["reference"] == 0
 
 
 def test_more_processes_hold_less_of_shards():

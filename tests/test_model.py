@@ -7,8 +7,8 @@ import torch
 
 from kernels.prefill_attention import Chunk, Chunks
 from kernels.tree_attention import Block, Tree
-from learners.weights import load_critic, save_pretrained
-from model import Cached, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, random_policy
+from learners.weights import load_critic, load_policy, save_pretrained
+from model import Cached, Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, join_products, joined, random_policy
 from sampler import generate
 
 transformers = pytest.importorskip("transformers", reason="the parity tests compare with transformers' Qwen2")
@@ -189,6 +189,100 @@ def test_cached_chunks_equal_one_forward():
         torch.testing.assert_close(torch.cat(parts), expected[row], atol=1e-5, rtol=0)
     for stored in cache.keys + cache.values:
         assert (stored[0] == 100.0).all() and (stored[:, :, 15] == 100.0).all()
+
+
+# ------------------------------------------------------------------------------------------------- one product for all
+
+
+def linears(policy: Qwen2ForCausalLM) -> list[list[torch.nn.Linear]]:
+    """The layers that share an input, group by group."""
+    groups = [((x.self_attn, "qkv"), (x.mlp, ("gate", "up"))) for x in policy.model.layers]
+    return [[getattr(block, f"{n}_proj") for n in names] for layer in groups for block, names in layer]
+
+
+def decoded(policy: Qwen2ForCausalLM) -> torch.Tensor:
+    """The hidden states of two rows' tokens that continue a cache."""
+    token_ids, cache = some_ids(policy.config, 2, 9), KVCache(policy.config, 2, 9, policy.head_weight.dtype)
+    spans = [(0, 0, 4), (1, 0, 5)], [(0, 4, 5), (1, 5, 6)]
+    with torch.no_grad():
+        return torch.cat([cached_forward(policy, cache, [(r, token_ids[r, a:b], a) for r, a, b in x]) for x in spans])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_products_are_the_same_numbers(dtype, bias, monkeypatch):
+    """Guards parts of a product that are mixed up, a forgotten bias, and products that stay three."""
+    policy = randomised(tiny_config()).to(dtype)
+    for linear in (x for group in linears(policy) for x in group if not bias):
+        linear.bias = None
+    count, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *x: count.append(x) or linear(*x))
+    token_ids, expected = some_ids(policy.config, 2, 9), decoded(policy)
+    plain, apart = logits_of(policy, token_ids), len(count)
+    join_products(policy)
+    count.clear()
+    torch.testing.assert_close(decoded(policy), expected)
+    assert torch.equal(logits_of(policy, token_ids), plain)  # without a cache nothing rounds in another way
+    assert len(count) == apart - 2 * 2 * 3  # forwards, layers; five products became two
+
+
+def test_joined_parameters_are_trained_saved_and_loaded_as_before(tmp_path):
+    """Guards a product of old weights: parameters that an update, a copy or a checkpoint moves out of their place."""
+    policy, again = randomised(tiny_config()), randomised(tiny_config())
+    join_products(policy)
+    held, names = [joined([linear.weight for linear in group]) for group in linears(policy)], list(policy.state_dict())
+    for one in (policy, again):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2, fused=True)  # its state is made, and used
+        for seed in range(2):
+            optimizer.zero_grad()
+            one(some_ids(one.config, 2, 9, seed=seed)).pow(3).sum().backward()
+            optimizer.step()
+    assert all(map(torch.equal, policy.state_dict().values(), again.state_dict().values()))
+    save_pretrained(policy, tmp_path)
+    assert all(torch.equal(x, again.state_dict()[n]) for n, x in load_policy(tmp_path).state_dict().items())
+    other = randomised(tiny_config(), seed=1)
+    policy.load_state_dict(other.state_dict())
+    torch.testing.assert_close(decoded(policy), decoded(other), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for parameter, value in zip(policy.parameters(), again.parameters(), strict=True):
+            parameter.copy_(value)
+    torch.testing.assert_close(decoded(policy), decoded(again), atol=1e-5, rtol=0)
+    join_products(policy)  # a second sampler
+    now = [joined([linear.weight for linear in group]) for group in linears(policy)]
+    assert all(new.data_ptr() == old.data_ptr() for new, old in zip(now, held, strict=True))
+    assert names == list(again.state_dict())
+
+
+@pytest.mark.parametrize("change", ["dtype", "assign", "bias", "subclass"])
+def test_weights_that_lie_apart_have_their_own_products(change):
+    """Guards a product of weights that were joined once, and one that skips what a layer adds to its product."""
+    policy, other = randomised(tiny_config()), randomised(tiny_config(), seed=1)
+    join_products(policy)
+    if change == "dtype":
+        policy, other = policy.double(), randomised(tiny_config()).double()
+    elif change == "assign":
+        policy.load_state_dict(other.state_dict(), assign=True)
+    else:
+        for one in (policy, other := randomised(tiny_config())):
+            if change == "bias":
+                one.model.layers[0].self_attn.k_proj.bias = None
+            else:
+                one.model.layers[1].mlp.up_proj.__class__ = Doubled
+    torch.testing.assert_close(decoded(policy), decoded(other), atol=1e-5, rtol=0)
+
+
+class Doubled(torch.nn.Linear):
+    """A layer that adds to its product, as an adapter does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_cpu_joins_nothing():
+    """Guards the bits of training on a CPU."""
+    policy = randomised(tiny_config())
+    generate(policy, [[1, 2]], max_new_tokens=2, stop_ids=[], temperature=0)
+    assert all(joined([linear.weight for linear in group]) is None for group in linears(policy))
 
 
 def test_cache_size():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import train_rlpa
 from command_line.flags import TINY_CHECKPOINT
-from dialogue import Candidate, Dialogue, Turn
+from dialogue import Candidate, ChatTokenizer, Dialogue, Turn
 from evaluation import __main__ as evaluation
 from learners.learner import make_learner
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
@@ -275,6 +275,23 @@ def test_dpo_reuses_a_collection(collected, tmp_path, capsys):
     assert refused == 2 and "collection.json does not exist" in capsys.readouterr().err
 
 
+def test_a_warmup_learns_what_the_script_says(tmp_path, capsys):
+    """Guards a warm-up that asks the user, learns other ids than a dialogue would have, or cannot be learned from."""
+    run, flags = tmp_path / "warmup", arguments({**SMALL, "eval-every": 0})
+    assert offline.main(["--method", "warmup", "--ckpt", "--run-dir", str(run), *flags]) == 0
+    chat, dialogues = ChatTokenizer.from_folder(TINY_CHECKPOINT), offline.load_dialogues(str(run))
+    assert len(dialogues) == 8 and not records_of(run, "collection")[0].get("simulator_requests")
+    for turn in (turn for dialogue in dialogues for turn in dialogue.turns):
+        (candidate,) = turn.candidates
+        assert candidate.token_ids == [*chat.encode(candidate.text), chat.im_end]
+        assert turn.prompt_ids[-len(chat.generation_header) :] == chat.generation_header
+    assert sum(turn.winner.failure is None for dialogue in dialogues for turn in dialogue.turns) >= 12  # of 16
+    first, second = (record["loss"] for record in records_of(run, "warmup"))
+    assert second < first
+    assert offline.main(["--method", "warmup", "--data", str(run), "--run-dir", str(tmp_path / "next")]) == 2
+    assert "needs --method sft or dpo" in capsys.readouterr().err
+
+
 def test_evaluate_takes_the_checkpoint(collected, tmp_path):
     """Guards the layout: the evaluation plays base and tuned policy side by side."""
     subjects = [f"base={TINY_CHECKPOINT}", f"sft={collected / 'policy'}"]
@@ -298,7 +315,7 @@ def test_a_collection_is_recorded_and_replayed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("given", "named"), [
-    (["--ckpt"], ["--method", "sft or dpo"]),
+    (["--ckpt"], ["--method", "sft or dpo or warmup"]),
     (["--method", "ppo", "--ckpt"], ["--method", "'ppo'"]),
     (["--method", "sft"], ["--ckpt"]),
     (["--method", "sft", "--ckpt", "--num-candidates", "1"], ["--num-candidates 1", "2 or more"]),
@@ -311,6 +328,7 @@ def test_a_collection_is_recorded_and_replayed(tmp_path, monkeypatch):
     (["--method", "sft", "--ckpt", "--lr", "-1"], ["--lr", "[0, "]),
     (["--method", "sft", "--ckpt", "--eval-every", "-1"], ["--eval-every", "[0, "]),
     (["--method", "sft", "--ckpt", "--data", "/nowhere"], ["--data", "/nowhere"]),
+    (["--method", "warmup", "--ckpt", "--min-reward", "1"], ["--min-reward 1", "--method sft"]),
 ])  # fmt: skip
 def test_bad_flags(given, named, capsys, tmp_path, monkeypatch):
     """Guards tracebacks and flags ignored in silence: one line that names the value and what to change."""

@@ -38,7 +38,7 @@ from records.metrics import rates, tally
 from records.state import State
 from rewards import Judge, ParsedTurn, read_candidate, score_candidate
 from simulator import Environment
-from tiny.make import scripted_dialogue
+from tiny.scripts import scripted_dialogue
 from train_rlpa import (
     KL_ESTIMATORS,
     Play,

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from small_run import served
 from test_simulator import ASK, PERSONA, ask_all, completion, hostile_server, http_reply, scripted
 from test_trainer import ckpt, go, records, user_url  # noqa: F401
 
@@ -32,16 +33,9 @@ OK = http_reply(completion("ok"))
 SYSTEM = [{"role": "system", "content": "Be Ann."}, *ASK]
 
 
-@contextmanager
 def quirk(name: str):
-    """Serve a quirk; yields the URL."""
-    server = quirks.make_server(name)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    """Serve a quirk; gives the URL."""
+    return served(quirks.make_server(name), path="")
 
 
 # ------------------------------------------------------------------------------------------ what a server does not take

@@ -5,8 +5,11 @@ The oracle of most tests is the same prompt, sampled alone by `generate`, which 
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -549,6 +552,16 @@ def test_segments_grow_unless_told_otherwise(monkeypatch, given):
     let_segments_grow()
     found = {name: os.environ[name] for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ}
     assert found == ({given: "max_split_size_mb:64"} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_torch_reads_the_setting_after_its_import():
+    """Guards a setting that comes too late: torch's allocators, on a CPU too, read their settings once."""
+    program = "import torch; from learners.loading import let_segments_grow as grow; grow();"
+    program += "print(torch._C._accelerator_getAllocatorSettings())"
+    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    command, root = [sys.executable, "-c", program], Path(__file__).parents[1]
+    done = subprocess.run(command, env=bare, cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "expandable_segments:True", done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- lag

@@ -30,6 +30,7 @@ import pytest
 import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_run import served
 
 import simulator
 from config import Config
@@ -556,18 +557,6 @@ def test_the_seed_decides(embedded):
         assert reply_of(client, other) == reply_of(client, other)
 
 
-@contextmanager
-def user_server():
-    """Serve the embedded users from this process; yield the URL."""
-    server = make_user_server(port=0)
-    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize("name", simulator.EMBEDDED_USERS)
 def test_an_embedded_user_answers_anything_and_repeats_itself(name):
     """Guards a user of the table that crashes, says nothing, or says other words to the same request."""
@@ -575,7 +564,7 @@ def test_an_embedded_user_answers_anything_and_repeats_itself(name):
     histories = [[], *([("user", "Hello"), ("assistant", text)] for text in strange), HISTORY]
     messages = [simulator_messages(PERSONA, history) for history in histories]
     messages.append(simulator_messages(Persona("one", ("He plays the guitar.",)), HISTORY))
-    with user_server() as url, closing(ChatClient(url, name, max_retries=0)) as client:
+    with served(make_user_server(port=0), path="") as url, closing(ChatClient(url, name, max_retries=0)) as client:
         said = ask_all(client, messages * 5, range(len(messages) * 5))
         assert not [reply for reply in said if isinstance(reply, ChatError)]
         assert said == ask_all(client, messages * 5, range(len(messages) * 5))
@@ -588,7 +577,7 @@ def test_an_embedded_user_is_added_by_one_line_of_the_table(monkeypatch):
 
     monkeypatch.setitem(simulator.EMBEDDED_USERS, "parrot", parrot)
     asked = simulator_messages(PERSONA, HISTORY)
-    with user_server() as url:
+    with served(make_user_server(port=0), path="") as url:
         for model, expected in (("parrot", "7: Location: Oslo; Hi! Where do you live?"),
                                 ("no such user", first.user_reply(list(PERSONA.facts), HISTORY, 7))):
             with closing(ChatClient(url, model)) as client:

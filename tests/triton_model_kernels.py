@@ -227,9 +227,10 @@ def test_swiglu_of_strided_tensors():
 
 
 def test_the_model_is_as_exact_on_the_triton_path():
-    """Guards the wiring: a delta that is added twice or not at all, and a cache that differs from a forward."""
+    """Guards the wiring: a delta that is added twice or not at all, a cache that differs from a forward, and parts of
+    joined products that are read as if they were whole."""
     from kernels.prefill_attention import Chunk, Chunks
-    from model import Cached, KVCache, Qwen2Config, random_policy
+    from model import Cached, KVCache, Qwen2Config, join_products, random_policy
 
     policy = random_policy(Qwen2Config(50, 32, 40, 2, 4, 2, initializer_range=0.3), seed=0)
     token_ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -255,6 +256,8 @@ def test_the_model_is_as_exact_on_the_triton_path():
         """Give hidden states with and without a cache, and the gradients of all parameters."""
         set_backend(backend)
         policy.to(DEVICE, dtype).zero_grad()
+        if backend == "triton":
+            join_products(policy)
         hidden = policy(token_ids)
         hidden.pow(3).sum().backward()
         cached = by_cache(KVCache(policy.config, 2, 8, dtype, DEVICE))

@@ -94,6 +94,8 @@ def open_plain(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def refuse_pointer(path: Path, raw: bytes) -> None:
     """Raise ValueError if a file, which begins with these bytes, only names the content that Git-LFS keeps for it."""
     if raw.startswith(LFS_POINTER):
