@@ -8,6 +8,7 @@ import torch
 
 from config import HERE, Config, dry_run_devices, has_own_trunk
 from dry_run import memory
+from kernels.cpu import multiplies, use_cpu
 from kernels.ppo_head import WORKSPACE
 from learners.loading import compute_dtype, load_all_personas
 from learners.processes import world_size
@@ -39,7 +40,8 @@ def dry_run(config: Config) -> str:
         critic=config.advantage == "gae",
         separate_critic=has_own_trunk(config),
         gradients_in_rollout=False,
-        fused=device == "cuda",
+        fused=device == "cuda" or use_cpu(torch.empty(0, dtype=dtype), low=True) and dtype != torch.float32,
+        low_head="gpu" if device == "cuda" else low_head(),
         checkpointing=config.checkpointing,
         lora_rank=config.lora_rank,
         shards=processes * config.shard,
@@ -55,6 +57,12 @@ def dry_run(config: Config) -> str:
     judge_calls = bool(config.judge_url) + (config.profile_judge == "http")
     calls = memory.calls(dialogues, turns, n, judge_calls, bool(config.first_user_message))
     return memory.report(model, plan, room, work, dialogues, calls)
+
+
+def low_head() -> str:
+    """Say how this CPU makes the head's products of bf16 matrices, in the words of `memory.head_bytes`."""
+    x = torch.empty(1, 1, dtype=torch.bfloat16)
+    return "cpp" if multiplies(x, x, torch.empty(1, 1)) else "torch"
 
 
 def cache_slots(config: Config, model: Qwen2Config, processes: int, itemsize: int) -> int:
