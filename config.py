@@ -28,7 +28,7 @@ class Config:
     """The settings, flat; `--help` shows them in these groups. Raises ValueError, in one line, for a bad value."""
 
     # --- checkpoint and run folder
-    ckpt: str = ""  # policy to start from: a Hugging Face folder or hub id; bare --ckpt is the tiny checkpoint
+    ckpt: str = ""  # policy to start from: a Hugging Face folder, hub id or GGUF file; bare: the tiny checkpoint
     adapter: str = ""  # LoRA folder, in peft's layout, to start from on --ckpt; the reference has it, too
     merge: str = ""  # only write --ckpt with --adapter added to its weights into this folder: a whole checkpoint
     critic_ckpt: str = ""  # critic to start from; empty: a copy of the policy with a fresh value head

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from untrusted.files import check_value, parse_json, read_bytes, read_json
+from untrusted.files import check_value, parse_json
+from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
@@ -38,7 +39,6 @@ your reply
 </response>"""
 PROMPT_FILE = "system_prompt.txt"  # of a checkpoint that brings its own
 HISTORY_PROFILES = ("all", "latest")
-MAX_PROMPT_BYTES = 2**16
 MOST_IDS = 10**7  # `Tokenizer.to_str` takes a step for each number up to the largest id, which a file may set at will
 # What `ChatTokenizer.message` does, for programs that render text: Jinja, as `transformers` and vLLM read it.
 CHAT_TEMPLATE = (
@@ -104,16 +104,15 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, vocab_size: int | None = None) -> ChatTokenizer:
-        """Load `tokenizer.json` from a checkpoint folder, which ids end a turn, and its system prompt, if it has one.
+        """Load a checkpoint's tokenizer, from its folder or GGUF file, which ids end a turn, and its system prompt.
 
         Raises ValueError if it is absent or unreadable, or has more ids than the model's embedding, `vocab_size`.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.exists():
+        if (raw := read_part(path.parent, path.name)) is None:
             raise ValueError(
                 f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
             )
-        raw = read_bytes(path)
         try:
             chat = cls(Tokenizer.from_buffer(raw))
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
@@ -123,8 +122,11 @@ class ChatTokenizer:
                 f"tokenizer of {folder} has {chat.vocab_size} ids, the model's embedding only {vocab_size}"
             )
         chat.stop_ids |= declared_stops(Path(folder), vocab_size or chat.vocab_size)
-        if (path := Path(folder) / PROMPT_FILE).exists():
-            chat.system_prompt = read_prompt(path)
+        if (raw := read_part(Path(folder), PROMPT_FILE)) is not None:
+            try:
+                chat.system_prompt = raw.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{Path(folder) / PROMPT_FILE} is not UTF-8: {error}") from None
         return chat
 
     def encode(self, text: str) -> list[int]:
@@ -174,19 +176,13 @@ class ChatTokenizer:
         return files
 
 
-def read_prompt(path: Path) -> str:
-    """Read a system prompt; ValueError if the file is no text. Line breaks at its end do not count."""
-    try:
-        return read_bytes(path, MAX_PROMPT_BYTES).decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-
-
 def declared_stops(folder: Path, vocab_size: int) -> set[int]:
     """Return the ids that a checkpoint's configs declare to end a turn; ValueError for one outside the vocabulary."""
     found = set()
     for path in (folder / "config.json", folder / "generation_config.json"):
-        declared = read_json(path).get("eos_token_id") if path.exists() else None
+        raw = read_part(folder, path.name)
+        check_value(content := {} if raw is None else parse_json(raw, str(path)), dict, str(path))
+        declared = content.get("eos_token_id")
         check_value(declared, int | list[int] | None, f"{path}, eos_token_id")
         for token_id in _ids(declared):
             if not 0 <= token_id < vocab_size:

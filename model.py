@@ -32,7 +32,8 @@ from kernels.rope import rope, rope_into_cache
 from kernels.rows import Rows, adopt
 from kernels.swiglu import swiglu
 from kernels.tree_attention import Tree, tree_attention
-from untrusted.files import check_value, read_json
+from untrusted.files import check_value, parse_json
+from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
 try:  # an optional extra for CUDA machines, never required
@@ -114,12 +115,12 @@ class Qwen2Config:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Qwen2Config:
-        """Read `config.json` itself or the folder that holds it; raise ValueError naming the file."""
+        """Read `config.json` itself, or that of a folder or a GGUF file; raise ValueError naming the file."""
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.exists():
+        folder, path = (path.parent, path) if path.suffix == ".json" else (path, path / "config.json")
+        if (raw := read_part(folder, path.name)) is None:
             raise ValueError(f"{path} does not exist; a checkpoint is a folder with it, tokenizer.json and safetensors")
-        content = read_json(path)
+        check_value(content := parse_json(raw, str(path)), dict, str(path))
         try:
             return cls.from_dict(content)
         except ValueError as error:

@@ -2,7 +2,7 @@
 
 A checkpoint of a few KB in two shards, one of whose files is damaged as benchmarks/mutate.py does it, is loaded, and
 speaks three tokens. Right is: it loads, or one ValueError in one line ends it, in time, and nothing around the folder
-is read or changed. Each file is damaged --number times.
+is read or changed. Each file is damaged --number times, and so is the same checkpoint as GGUF.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.mutate import mutate_json, mutate_safetensors
+from benchmarks.mutate import mutate_gguf, mutate_json, mutate_safetensors
+from benchmarks.write_gguf import write_gguf
 from dialogue import ChatTokenizer
 from learners.folder import CONFIG, INDEX, carried_files, resolve_checkpoint
 from learners.weights import load_policy, save_pretrained
@@ -33,10 +34,11 @@ from sampler import generate
 SECONDS = 20  # most that a case may take; the slowest took 0.3
 OUTSIDE = "x"  # beside the folder: benchmarks/mutate.py puts "../x" in place of names
 SHARD = "model-00001-of-00002.safetensors"
+GGUF = "model.gguf"
 MUTATORS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     CONFIG: mutate_json, "generation_config.json": mutate_json, "tokenizer.json": mutate_json,
     "tokenizer_config.json": mutate_json, "adapter_config.json": mutate_json, INDEX: mutate_json,
-    SHARD: mutate_safetensors,
+    SHARD: mutate_safetensors, GGUF: mutate_gguf,
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def speak(folder: Path) -> None:
-    """Load a checkpoint, all of it, and let it answer."""
+    """Load a checkpoint, all of it, and let it answer; `folder` may be a GGUF file."""
     policy = load_policy(resolve_checkpoint(folder))
     chat = ChatTokenizer.from_folder(folder, policy.config.vocab_size)
     chat.chat_files(carried_files(folder))
@@ -106,11 +108,13 @@ def fuzz(number: int, seed: int = 0, names: tuple[str, ...] = tuple(MUTATORS)) -
         before = around(folder)
         for name in names:
             found[name], path = Counter(), folder / name
+            if name == GGUF:
+                write_gguf(folder, path)
             whole = path.read_bytes() if path.exists() else None
             example = whole or b'{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}'
             for i in range(number):
                 path.write_bytes(MUTATORS[name](example, random.Random(f"{seed} {name} {i}")))
-                found[name][verdict(folder)] += 1
+                found[name][verdict(path if name == GGUF else folder)] += 1
                 if around(folder) != before:
                     found[name][f"touched what lies beside the folder (case {i})"] += 1
             path.unlink() if whole is None else path.write_bytes(whole)

@@ -3,6 +3,7 @@
     mutate_json          one file of JSON, damaged in one of the KINDS
     mutate_lines         one line of a file of JSON lines
     mutate_safetensors   the header, its length or the bytes of a safetensors file
+    mutate_gguf          a number or a text in the header of a GGUF file, or its bytes
 
 All take bytes and give bytes; the same `random.Random` gives the same damage.
 """
@@ -170,3 +171,16 @@ def mutate_safetensors(raw: bytes, rng: random.Random) -> bytes:
         size = rng.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1, 100_000_000))
         return size.to_bytes(8, "little") + header + data
     return cut(raw, rng) if how < 0.9 else flip(raw, rng)
+
+
+def mutate_gguf(raw: bytes, rng: random.Random) -> bytes:
+    """Damage a GGUF file: put a number anywhere, change one of its words, or damage the file as a whole."""
+    how, at = rng.random(), rng.choice([*range(4, 24, 4), rng.randrange(24, len(raw))])
+    if how < 0.5:
+        number = rng.choice((0, 1, 2, 7, 8, 9, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+        width = rng.choice((1, 4, 8))
+        return raw[:at] + (number % 256**width).to_bytes(width, "little") + raw[at + width :]
+    if how < 0.7:
+        old = rng.choice([b"qwen2", b"gpt2", b"block_count", b"tokens", b"token_embd", b"blk.0.attn_q", b"output_norm"])
+        return raw.replace(old, bytes(rng.randrange(256) for _ in old), rng.choice((1, -1)))
+    return cut(raw, rng) if how < 0.85 else flip(raw, rng)

@@ -152,7 +152,7 @@ class Head(NamedTuple):
 def head_bytes(
     config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, how: str = "torch", frozen: bool = False
 ) -> Head:
-    """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
+    """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients; `frozen`: of hidden.
 
     Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
     come on top. `how`: by "torch" on a CPU, fp32 copies of the operands and, from the second chunk on, of the weight,

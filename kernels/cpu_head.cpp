@@ -5,9 +5,6 @@
 // side, which is what vdpbf16ps multiplies: B as [KC / 2][NR] for a panel of NR columns, A as [KC / 2][MR] for MR rows.
 
 #include "cpu_vectors.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace {
 

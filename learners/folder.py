@@ -1,6 +1,6 @@
 """A checkpoint's folder: what it consists of, where its files are, and why another folder is none.
 
-    resolve_checkpoint    a folder, or a hub id after fetching it
+    resolve_checkpoint    a folder, or a hub id after fetching it; or a GGUF file, which is read as a folder
     weight_files          its safetensors files, one or numbered shards
     carried_files         its other files, which every policy that is saved takes over
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from untrusted import gguf_file
 from untrusted.files import check_value, read_bytes, read_json
 from untrusted.plain_text import shorten
 
@@ -34,12 +35,13 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".distcp", ".metadata")  # the last tw
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     """Give a checkpoint's folder: a local one as it is, or that of a hub id after fetching what a checkpoint needs.
 
-    Raises ValueError for what is neither, cannot be fetched (offline, unknown, gated), or is an adapter or GGUF alone.
+    A GGUF file is given as it is. Raises ValueError for what is neither, cannot be fetched (offline, unknown, gated),
+    or is an adapter alone.
     """
     path = Path(path_or_hub_id)
     if path.is_file():
-        gguf = "; GGUF is not read" if path.suffix.lower() == ".gguf" else ""
-        raise ValueError(f"--ckpt {path} is a file{gguf}; give a folder with {CONFIG} and {SINGLE}")
+        gguf_file.parts(path)
+        return path
     folder = path if path.is_dir() else fetch(str(path_or_hub_id))
     refuse_other_kinds(folder)
     return folder
@@ -60,7 +62,7 @@ def fetch(hub_id: str) -> Path:
 
 
 def refuse_other_kinds(folder: Path) -> None:
-    """Raise ValueError, with the way out, for a folder that holds an adapter, or GGUF and nothing else."""
+    """Raise ValueError, with the way out, for a folder that holds an adapter, or whose weights are GGUF."""
     if (folder / ADAPTER).is_file():
         base = shorten(str(read_json(folder / ADAPTER).get("base_model_name_or_path", "its base")))
         if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
@@ -75,7 +77,7 @@ def refuse_other_kinds(folder: Path) -> None:
         raise ValueError(f"{folder} is a checkpoint of a run; give {folder / 'policy'}")
     gguf = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
     if gguf and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
-        raise ValueError(f"{folder} holds GGUF ({shorten(gguf[0])}), which is not read; give the model in safetensors")
+        raise ValueError(f"{folder} holds GGUF; give the file itself: {folder / shorten(gguf[0], 200)}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -94,7 +96,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a checkpoint's safetensors files; raise ValueError when there are none or a shard is absent."""
+    """List a checkpoint's safetensors files, or its GGUF; ValueError when there are none or a shard is absent."""
+    if folder.is_file():
+        return [folder]
     if (folder / SINGLE).is_file():
         return [inside(folder, SINGLE)]
     if not (folder / INDEX).is_file():
@@ -114,5 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def carried_files(folder: Path) -> dict[str, bytes]:
     """Return what a folder holds of the CARRIED, by name; ValueError for one that is too long or a link out of it."""
+    if folder.is_file():
+        return {name: content for name, content in gguf_file.parts(folder).items() if name in CARRIED}
     found = [name for name in CARRIED if (folder / name).exists()]
     return {name: read_bytes(inside(folder, name)) for name in found}

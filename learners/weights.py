@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint's weights in and out: safetensors only, one file or numbered shards (`folder.py`).
+"""A Hugging Face checkpoint's weights in and out: safetensors, one file or numbered shards (`folder.py`); GGUF in.
 
     load_policy, load_critic, load_value_head      build a model and fill it, without ever holding two sets of weights
     save_pretrained                                write config.json and weights, for `transformers`, vLLM and ourselves
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from learners.folder import CONFIG, INDEX, resolve_checkpoint, weight_files
 from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead
+from untrusted import gguf_file
 from untrusted.files import refuse_pointer
 from untrusted.plain_text import shorten
 
@@ -39,8 +40,11 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
 
     The file is opened anew for each: what was read through one mapping stays in memory until that is closed, and would
-    double the peak.
+    double the peak. What a GGUF file holds is restored in fp32.
     """
+    if file.suffix != ".safetensors":
+        yield from ((name, torch.from_numpy(array)) for name, array in gguf_file.read_tensors(file))
+        return
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
     for name in names:
@@ -51,7 +55,7 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_tensors(file: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Give each tensor of a safetensors file, as a view of the file that holds until the next one is asked for.
+    """Give each tensor of a file as `stored_tensors` does.
 
     Raises ValueError for a tensor that `shapes` lacks, of another shape, or not floats.
     """
@@ -137,6 +141,8 @@ def share_head(weights: dict[str, Tensor], shapes: dict[str, torch.Size], files:
 
 def aliases(file: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file: its savers note shared tensors there, as absent name → stored name."""
+    if file.suffix != ".safetensors":
+        return {}
     with safe_open(file, "pt") as opened:
         return opened.metadata() or {}
 

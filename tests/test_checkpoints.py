@@ -434,13 +434,13 @@ CAUSES = {
     "an adapter beside weights": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"), "whole weights and adapter_config.json"),
     "GGUF beside a config": (
-        lambda folder: (folder / SINGLE).rename(folder / "q4.gguf"), "holds GGUF .q4.gguf., which is not read"),
+        lambda folder: (folder / SINGLE).rename(folder / "q4.gguf"), "holds GGUF; give the file itself: .*/q4.gguf"),
     "a run": (
         lambda folder: ((folder / "checkpoints").mkdir(), (folder / "metrics.jsonl").touch()),
         "model is a run; give .*/checkpoints/iteration_NUMBER/policy"),
     "a checkpoint of a run": (
         lambda folder: ((folder / "policy").mkdir(), (folder / "trainer.json").touch()), "give .*/model/policy"),
-    "GGUF": (only_gguf, "holds GGUF .model-q4_k_m.gguf., which is not read"),
+    "GGUF": (only_gguf, "holds GGUF; give the file itself: .*/model-q4_k_m.gguf"),
     "NaN": (quantised(model__norm__weight=torch.tensor([1.0] * 47 + [float("nan")])), "model.norm.weight holds NaN or"),
     "infinity": (
         quantised(model__norm__weight=torch.tensor([-float("inf")] * 48).bfloat16()), "model.norm.weight holds NaN or"),
@@ -470,9 +470,11 @@ def test_what_is_no_checkpoint_is_refused_by_its_cause(tmp_path, cause):
 
 
 def test_a_file_is_no_folder(saved):
-    """Guards "no such folder" for a file that is there."""
-    for name, words in (("x.gguf", "is a file; GGUF is not read; give a folder"), (SINGLE, "is a file; give a folder")):
-        (saved / name).touch()
+    """Guards "no such folder" for a file that is there, and is no GGUF (tests/test_gguf.py)."""
+    (saved / "x.gguf").touch()
+    (saved / "y.gguf").write_text(POINTER)
+    for name, words in (("x.gguf", "is a file, and no GGUF.*; give a folder"), ("y.gguf", "git lfs pull"),
+                        (SINGLE, "is a file, and no GGUF.*; give a folder")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             resolve_checkpoint(saved / name)
 
@@ -594,6 +596,7 @@ def test_what_a_checkpoint_brought_is_carried_over(chat_folder, tmp_path):
         "vocab.json": b"{}\n",
         "merges.txt": b"#version: 0.2\n",
         "rlpa.json": b'{"max_turns": 3}',
+        "system_prompt.txt": b"Ask.\r\n",
         "sft_heldout.jsonl": b"{}\n",
     }
     for name, content in brought.items() | {("notes.txt", b"private"), ("modeling_qwen.py", b"1 / 0")}:
@@ -643,4 +646,6 @@ def test_logits_that_are_not_finite_end_the_sampling(chat_folder):
 @pytest.mark.parametrize("name", fuzz_checkpoints.MUTATORS)
 def test_damaged_files_load_or_are_one_line(name):
     """Guards tracebacks, hangs, and reads outside the folder, from files that were damaged or made up."""
+    if name == fuzz_checkpoints.GGUF:
+        pytest.importorskip("gguf")
     assert fuzz_checkpoints.wrong(fuzz_checkpoints.fuzz(50, seed=1, names=(name,))) == {}

@@ -1184,9 +1184,12 @@ def test_the_first_update_saves_a_forward(chat, shape, monkeypatch, advantage):
         assert metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-5), name
 
 
-def one_iteration(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> dict[str, float]:
+def one_iteration(
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Metrics of one iteration with random rewards."""
-    learners = make_learner(policy, config.lr, config), make_learner(Critic.from_policy(policy), 1e-4, config)
+    critic = Critic.from_policy(policy)
+    learners = make_learner(policy, config.lr, config, dtype), make_learner(critic, 1e-4, config, dtype)
     personas = [Persona(str(i), FACTS) for i in range(8)]
     return run_iteration(State(config, chat, *learners, None, personas, {}, Environment(Talker(), None)))[0]
 
