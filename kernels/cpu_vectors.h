@@ -42,8 +42,13 @@ inline float sum_of(Vec v) {
 }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+#ifdef __AVX512F__
 inline Vec8 lower(Vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
 inline Vec8 upper(Vec x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+#else  // GCC shuffles what no register holds one by one
+inline Vec8 lower(const Vec& x) { return *(const Vec8*)&x; }
+inline Vec8 upper(const Vec& x) { return *((const Vec8*)&x + 1); }
+#endif
 
 // Lanes that one vector holds, where a template chooses (a vector as its argument would lose its attributes). A
 // compiler fuses a * b + c in one vector and not in another; what all lanes must compute alike is fused by name.
@@ -67,15 +72,15 @@ struct Lanes16 {
     typedef double Wide __attribute__((vector_size(128)));
     static constexpr int N = 16;
     static V load(const float* x) { return *(const Vec*)x; }
-    static V fma(V a, V b, V c) {
 #ifdef __AVX512F__
-        return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
-        Vec8 low = Lanes8::fma(lower(a), lower(b), lower(c)), high = Lanes8::fma(upper(a), upper(b), upper(c));
-        return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #endif
-    }
 };
+#ifdef __AVX512F__
+typedef Lanes16 Lanes;  // the widest that the processor has
+#else
+typedef Lanes8 Lanes;
+#endif
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
