@@ -35,6 +35,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch is loaded: its idle threads sleep, and never spin
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,6 +53,7 @@ from kernels import linear_logprob, ppo_head
 from kernels.backend import use_triton
 from learners import processes, sharding
 from learners.learner import Learner, trained_parameters
+from learners.loading import choose_dtype
 from model import Critic, Qwen2ForCausalLM, ValueHead
 from packing import Batch, Packed, Span, critic_values, make_batches, pack, policy_hidden
 from records.iteration import IterationMeter, play_metrics, retention
@@ -86,7 +89,7 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
 
     store: torchrun's, on rank 0 alone. It outlives the processes that torchrun restarts.
     """
-    config = processes.on_rank_0(lambda: go_on_after_restart(config, store))
+    config = processes.on_rank_0(lambda: choose_dtype(go_on_after_restart(config, store)))
     if config.dry_run or config.merge:
         if processes.rank() == 0:
             say((dry_run if config.dry_run else merge)(config).rstrip())

@@ -596,6 +596,7 @@ def test_what_a_checkpoint_brought_is_carried_over(chat_folder, tmp_path):
         "vocab.json": b"{}\n",
         "merges.txt": b"#version: 0.2\n",
         "rlpa.json": b'{"max_turns": 3}',
+        "system_prompt.txt": b"Ask.\r\n",
         "sft_heldout.jsonl": b"{}\n",
     }
     for name, content in brought.items() | {("notes.txt", b"private"), ("modeling_qwen.py", b"1 / 0")}:
