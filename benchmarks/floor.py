@@ -120,13 +120,14 @@ class Products:
 
     def __init__(self, shape: Qwen2Config, batch: Batch, dtype: torch.dtype, clock: Clock) -> None:
         T, N, L = len(batch.inputs[0][0]), len(batch.targets), shape.num_hidden_layers
+        few = min(T, 2048)  # tokens that are timed
         rows = max(1, min(N, WORKSPACE["cpu"] // (4 * shape.vocab_size)))
         self.trunk, self.head = [0.0] * 3, [0.0] * 3  # forward, gradient of the input, gradient of the weight
         flop = 0
         for inputs, outputs, often in trunk_products(shape):
             flop += 2 * T * inputs * outputs * often * L
-            for i, seconds in enumerate(product_seconds(T, inputs, outputs, dtype, clock)):
-                self.trunk[i] += seconds * often * L
+            for i, seconds in enumerate(product_seconds(few, inputs, outputs, dtype, clock)):
+                self.trunk[i] += seconds * often * L * T / few
         for i, seconds in enumerate(product_seconds(rows, shape.hidden_size, shape.vocab_size, dtype, clock)):
             self.head[i] = seconds * N / rows
         self.head_flop, self.trunk_flop = 2 * N * shape.hidden_size * shape.vocab_size, flop
@@ -167,12 +168,14 @@ def median_seconds(work: Callable[[], object], clock: Clock, repeats: int, warm_
 
 def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple[float, float]]:
     """Return seconds and FLOP of statistics, of the update and of both, if all products were in `dtype`."""
-    config, found = rollout.config, {"statistics": [0.0, 0.0], "update": [0.0, 0.0]}
-    separate, shared = has_own_trunk(config), bool(rollout.critic) and not has_own_trunk(config)
+    config, critic = rollout.config, rollout.critic and rollout.critic.model
+    found, total = {"statistics": [0.0, 0.0], "update": [0.0, 0.0]}, [0.0, 0.0]
+    separate, shared = has_own_trunk(config), bool(critic) and not has_own_trunk(config)
     by_sampler = train_rlpa.sampler_is_exact(rollout.policy.sampled, config)
-    heads = [not by_sampler] * (not by_sampler or shared) + [False] * separate + [True] * bool(rollout.ref_policy)
-    total = [0.0, 0.0]
-    for batch in (batch for minibatch in rollout.batches for batch in minibatch):
+    left = train_rlpa.is_left_to_update(critic, config)
+    for m, batch in ((m, batch) for m, minibatch in enumerate(rollout.batches) for batch in minibatch):
+        own = not by_sampler and not (left and m == 0)  # the policy's log-probs are computed before the update
+        heads = [own] * (own or shared) + [False] * separate + [True] * bool(rollout.ref_policy)
         products = Products(rollout.shape, batch, dtype, clock)
         parts = [("statistics", products.forward(head)) for head in heads]
         parts += [("update", products.update(head)) for head in [True] + [False] * separate] * config.num_epochs
