@@ -191,10 +191,10 @@ void gate(const float* up, float* a, i64 count) {  // a = a σ(a) up
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
-inline Vec4 fold(Vec x) {  // 16 partial sums to 4
-    Vec8 half = lower(x) + upper(x);
+inline Vec4 fold(Vec8 half) {  // partial sums to 4
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
+inline Vec4 fold(Vec x) { return fold(lower(x) + upper(x)); }
 
 inline Vec4 sums_of(Vec4 a, Vec4 b, Vec4 c, Vec4 d) {  // of each of four
     Vec4 ab = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);  // a b a b
@@ -221,13 +221,13 @@ inline void fetch(const C* x, int count) {
 // z[query][slot] = q · k, for Q queries (each DH floats) at once.
 template <class C, int DH, int Q>
 void scores(const float* const* q, Slots<C> s, float* const* z) {
-    constexpr int NV = DH / W;
-    Vec query[Q][NV];
+    constexpr int NV = DH / Lanes::N, N = Lanes::N;
+    Lanes::V query[Q][NV];
     for (int j = 0; j < Q; j++)
-        for (int v = 0; v < NV; v++) query[j][v] = load(q[j] + v * W);
+        for (int v = 0; v < NV; v++) query[j][v] = Lanes::load(q[j] + v * N);
     auto dot = [&](int j, const C* key) {
-        Vec sum = query[j][0] * load(key);
-        for (int v = 1; v < NV; v++) sum += query[j][v] * load(key + v * W);
+        Lanes::V sum = query[j][0] * Lanes::load(key);
+        for (int v = 1; v < NV; v++) sum += query[j][v] * Lanes::load(key + v * N);
         return fold(sum);
     };
     int i = 0;
@@ -248,19 +248,19 @@ void scores(const float* const* q, Slots<C> s, float* const* z) {
 // out[query] += Σ p[query][slot] v
 template <class C, int DH, int Q>
 void weigh(float* const* p, Slots<C> s, float* const* out) {
-    constexpr int NV = DH / W;
+    constexpr int NV = DH / Lanes::N, N = Lanes::N;
     for (int start = 0; start < s.count; start += PART) {
-        Vec sum[Q][NV] = {};
+        Lanes::V sum[Q][NV] = {};
         for (int i = start; i < std::min(s.count, start + PART); i++) {
             const C* value = s.values + i * s.step;
             if (s.next) fetch(s.next + i * s.step, DH);
             for (int v = 0; v < NV; v++) {
-                Vec x = load(value + v * W);
+                Lanes::V x = Lanes::load(value + v * N);
                 for (int j = 0; j < Q; j++) sum[j][v] += p[j][i] * x;
             }
         }
         for (int j = 0; j < Q; j++)
-            for (int v = 0; v < NV; v++) store(out[j] + v * W, load(out[j] + v * W) + sum[j][v]);
+            for (int v = 0; v < NV; v++) store(out[j] + v * N, Lanes::load(out[j] + v * N) + sum[j][v]);
     }
 }
 
@@ -269,15 +269,15 @@ void softmax(float* z, int count, float scale) {
     float top = z[0];
     for (int i = 1; i < count; i++) top = std::max(top, z[i]);
     int i = 0;
-    Vec sums = all(0.0f);
-    for (; i + W <= count; i += W) {
-        Vec e = exp((load(z + i) - top) * scale);
+    Lanes::V sums = {};
+    for (; i + Lanes::N <= count; i += Lanes::N) {
+        Lanes::V e = exp((Lanes::load(z + i) - top) * scale);
         store(z + i, e);
         sums += e;
     }
     float sum = 0.0f;
     for (; i < count; i++) sum += z[i] = std::exp((z[i] - top) * scale);
-    for (int lane = 0; lane < W; lane++) sum += sums[lane];
+    for (int lane = 0; lane < Lanes::N; lane++) sum += sums[lane];
     for (int j = 0; j < count; j++) z[j] *= 1.0f / sum;
 }
 

@@ -20,6 +20,7 @@ typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Bits8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t Half __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t Half8 __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t bf16;  // its bits, the upper half of a float's
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two of them that lie side by side
 typedef i64 Quad __attribute__((aligned(2), may_alias));  // four
@@ -59,6 +60,7 @@ struct Lanes8 {
     typedef double Wide __attribute__((vector_size(64)));
     static constexpr int N = 8;
     static V load(const float* x) { return *(const Vec8*)x; }
+    static V load(const bf16* x) { return (V)(__builtin_convertvector(*(const Half8*)x, B) << 16); }
 #ifdef __FMA__
     static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
@@ -72,6 +74,7 @@ struct Lanes16 {
     typedef double Wide __attribute__((vector_size(128)));
     static constexpr int N = 16;
     static V load(const float* x) { return *(const Vec*)x; }
+    static V load(const bf16* x) { return ::load(x); }
 #ifdef __AVX512F__
     static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #endif
