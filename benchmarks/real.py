@@ -55,7 +55,7 @@ def rates(kind: str, folder: str, threads: int, batch: int, context: int, new: i
     """Return tokens/s of prefill and of decode steps: a call less one for a single token."""
     sample = decoder(kind, folder, threads)
     prompts = random_prompts(Qwen2Config.from_file(folder).vocab_size, batch, context)
-    sample(prompts, 2)
+    sample(prompts[:2], 2)
     first = seconds_of(lambda: sample(prompts, 1))
     return batch * context / first, batch * new / (seconds_of(lambda: sample(prompts, new + 1)) - first)
 

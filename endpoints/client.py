@@ -25,6 +25,7 @@ import requests
 import urllib3
 
 from endpoints.refusals import CHANGES, refused_part, way_out, without
+from endpoints.secrets import secret_pattern, url_secrets
 from endpoints.sockets import CuttableAdapter
 from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
@@ -61,7 +62,8 @@ class ChatClient:
 
     All time-outs are in seconds. `total_timeout` bounds one call with all its retries, even against a server that sends
     one byte now and then. Connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies are retried; any
-    other status fails at once. The key is read from the environment variable `api_key_env`; no message shows it.
+    other status fails at once. The key is read from the environment variable `api_key_env`. It is blotted out of what a
+    server says, and so are the values in the addresses' queries (`secrets.secret_pattern`).
 
     `base_url` may hold several URLs with commas between them. They are asked in turn. One that fails
     `breaker_failures` times in a row is left out until it answers a probe (`Breaker`). While none is left, calls wait,
@@ -116,6 +118,7 @@ class ChatClient:
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self.tape, self.name = tape, name
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
+        self._secrets = secret_pattern([self._key, *url_secrets(urls)])
         self._tally: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()  # (endpoint, habit) that was told of
         self._lock = threading.Lock()
@@ -223,7 +226,6 @@ class ChatClient:
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
-            error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
             self.last_failure = failure = error
             used = 0
             if error.reason == "only_thoughts":
@@ -252,8 +254,8 @@ class ChatClient:
                 is_new = part not in self._changed[url]
                 self._changed[url] += [part] * is_new
             if is_new:
-                said = self._redact(failure.message)
-                self.notify(f"{self.name or 'an endpoint'}: {said}; from now on {part} is {CHANGES[part].done}")
+                done = f"from now on {part} is {CHANGES[part].done}"
+                self.notify(f"{self.name or 'an endpoint'}: {failure.message}; {done}")
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
@@ -268,7 +270,7 @@ class ChatClient:
         if not 200 <= response.status_code < 300:
             raise self._status_error(url, response, raw)
         try:
-            return parse_reply(raw, self._key)
+            return parse_reply(raw, self._secrets)
         except ChatError as error:
             raise ChatError(error.reason, f"{error.message}, from {shown_url(url)}", error.retryable) from None
 
@@ -305,7 +307,7 @@ class ChatClient:
         return session, adapter
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:
-        """Read the body as it arrives, up to `max_reply_bytes`, and blot out the key where it is quoted."""
+        """Read the body as it arrives, up to `max_reply_bytes`, and blot out the secrets that it quotes."""
         raw = bytearray()
         while piece := response.raw.read1(65_536, decode_content=True):
             raw += piece
@@ -313,7 +315,7 @@ class ChatClient:
                 raise ChatError("too_large", f"the reply is longer than max_reply_bytes={self.max_reply_bytes}")
         if time.monotonic() >= deadline:  # cut off: the end of the data is not the end of the reply
             raise TimeoutError
-        return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
+        return self._redact(raw.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -361,7 +363,7 @@ class ChatClient:
         status, words = response.status_code, servers_words(raw)
         reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
         if target := response.headers.get("Location", "") if status < 400 else "":
-            target = re.sub(r"(?<=//)[^/]*@|[?#].*", "", urljoin(url, target))  # no password, no token
+            target = re.sub(r"(?<=//)[^/]*@|[?#].*", "", urljoin(url, self._redact(target)))  # no password, no token
             words = f"it redirects to {shorten(target, limit=200)}"
         return ChatError(reason, f"HTTP {status} from {shown_url(url)}: {words}",
                          retryable=status >= 500 or status in RETRIED_4XX,
@@ -369,8 +371,8 @@ class ChatClient:
                          status=status, words=words)
 
     def _redact(self, text: str) -> str:
-        """Blot out the key. Do this before a text is shortened, or half of the key may stay."""
-        return text.replace(self._key, "***") if self._key else text
+        """Blot out the secrets. Do this before a text is shortened, or half of the key may stay."""
+        return self._secrets.sub("***", text)
 
     @staticmethod
     def _is_refusal(failure: ChatError) -> bool:

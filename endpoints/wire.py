@@ -38,7 +38,7 @@ class ChatReply(str):
 
 
 class ChatError(Exception):
-    """A chat call that failed; the message is one line and never holds the key.
+    """A chat call that failed; the message is one line, in which keys are blotted out.
 
     reason: connect, timeout, certificate, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, too_large, outage; or
     one of UNSAID.

@@ -20,7 +20,7 @@ typedef float Vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 namespace {
 
 constexpr int QUERIES = 4;  // that share one read of keys and values
-constexpr int LANES = 32;  // most of a block
+constexpr int MOST = 32;  // lanes of a block
 constexpr int IDS = 2048;  // of the vocabulary, whose probabilities are summed by themselves
 
 struct Linear {  // weights as Hugging Face stores them: (out, in)
@@ -191,10 +191,10 @@ void gate(const float* up, float* a, i64 count) {  // a = a σ(a) up
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
-inline Vec4 fold(Vec x) {  // 16 partial sums to 4
-    Vec8 half = lower(x) + upper(x);
+inline Vec4 fold(Vec8 half) {  // partial sums to 4
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
+inline Vec4 fold(Vec x) { return fold(lower(x) + upper(x)); }
 
 inline Vec4 sums_of(Vec4 a, Vec4 b, Vec4 c, Vec4 d) {  // of each of four
     Vec4 ab = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);  // a b a b
@@ -221,13 +221,13 @@ inline void fetch(const C* x, int count) {
 // z[query][slot] = q · k, for Q queries (each DH floats) at once.
 template <class C, int DH, int Q>
 void scores(const float* const* q, Slots<C> s, float* const* z) {
-    constexpr int NV = DH / W;
-    Vec query[Q][NV];
+    constexpr int NV = DH / Lanes::N, N = Lanes::N;
+    Lanes::V query[Q][NV];
     for (int j = 0; j < Q; j++)
-        for (int v = 0; v < NV; v++) query[j][v] = load(q[j] + v * W);
+        for (int v = 0; v < NV; v++) query[j][v] = Lanes::load(q[j] + v * N);
     auto dot = [&](int j, const C* key) {
-        Vec sum = query[j][0] * load(key);
-        for (int v = 1; v < NV; v++) sum += query[j][v] * load(key + v * W);
+        Lanes::V sum = query[j][0] * Lanes::load(key);
+        for (int v = 1; v < NV; v++) sum += query[j][v] * Lanes::load(key + v * N);
         return fold(sum);
     };
     int i = 0;
@@ -248,19 +248,19 @@ void scores(const float* const* q, Slots<C> s, float* const* z) {
 // out[query] += Σ p[query][slot] v
 template <class C, int DH, int Q>
 void weigh(float* const* p, Slots<C> s, float* const* out) {
-    constexpr int NV = DH / W;
+    constexpr int NV = DH / Lanes::N, N = Lanes::N;
     for (int start = 0; start < s.count; start += PART) {
-        Vec sum[Q][NV] = {};
+        Lanes::V sum[Q][NV] = {};
         for (int i = start; i < std::min(s.count, start + PART); i++) {
             const C* value = s.values + i * s.step;
             if (s.next) fetch(s.next + i * s.step, DH);
             for (int v = 0; v < NV; v++) {
-                Vec x = load(value + v * W);
+                Lanes::V x = Lanes::load(value + v * N);
                 for (int j = 0; j < Q; j++) sum[j][v] += p[j][i] * x;
             }
         }
         for (int j = 0; j < Q; j++)
-            for (int v = 0; v < NV; v++) store(out[j] + v * W, load(out[j] + v * W) + sum[j][v]);
+            for (int v = 0; v < NV; v++) store(out[j] + v * N, Lanes::load(out[j] + v * N) + sum[j][v]);
     }
 }
 
@@ -269,15 +269,15 @@ void softmax(float* z, int count, float scale) {
     float top = z[0];
     for (int i = 1; i < count; i++) top = std::max(top, z[i]);
     int i = 0;
-    Vec sums = all(0.0f);
-    for (; i + W <= count; i += W) {
-        Vec e = exp((load(z + i) - top) * scale);
+    Lanes::V sums = {};
+    for (; i + Lanes::N <= count; i += Lanes::N) {
+        Lanes::V e = exp((Lanes::load(z + i) - top) * scale);
         store(z + i, e);
         sums += e;
     }
     float sum = 0.0f;
     for (; i < count; i++) sum += z[i] = std::exp((z[i] - top) * scale);
-    for (int lane = 0; lane < W; lane++) sum += sums[lane];
+    for (int lane = 0; lane < Lanes::N; lane++) sum += sums[lane];
     for (int j = 0; j < count; j++) z[j] *= 1.0f / sum;
 }
 
@@ -383,21 +383,21 @@ struct Step {
         : m(m), layers(layers), t(t), team(team), D(m.D), QD(m.H * m.DH), KD(m.HKV * m.DH), width(t.capacity + W) {
         for (i64 l = 0; l < m.layers; l++)
             for (const Linear* w = &layers[l].q; w <= &layers[l].down; w++) rank = std::max(rank, w->rank);
-        own_size = 2 * LANES * std::max(D, QD) + 4 * LANES * rank + QUERIES * width;
+        own_size = 2 * MOST * std::max(D, QD) + 4 * MOST * rank + QUERIES * width;
         const i64 features[] = {D, QD, KD, KD, m.inner, m.inner, m.inner, m.DH / 2, m.DH / 2, QD, QD};
         float** parts[] = {&x, &q, &k, &v, &up, &inner, &down, &cos, &sin, &q_rows, &out};
         i64 total = 0;
-        for (i64 size : features) total += size * LANES;
+        for (i64 size : features) total += size * MOST;
         work.resize(total), own.resize(own_size * members);
         float* at = work.data();
-        for (int i = 0; i < 11; i++) *parts[i] = at, at += features[i] * LANES;
+        for (int i = 0; i < 11; i++) *parts[i] = at, at += features[i] * MOST;
     }
 
     void run(int me) {
-        for (i64 first = 0; first < t.N; first += LANES) {
-            int count = std::min<i64>(LANES, t.N - first);
-            if (count > W) block<Lanes16, 2>(me, first, count);
-            else if (count > W / 2) block<Lanes16, 1>(me, first, count);
+        for (i64 first = 0; first < t.N; first += MOST) {
+            int count = std::min<i64>(MOST, t.N - first);
+            if (count > 16) block<Lanes, 32 / Lanes::N>(me, first, count);
+            else if (count > 8) block<Lanes, 16 / Lanes::N>(me, first, count);
             else block<Lanes8, 1>(me, first, count);
         }
     }
@@ -409,8 +409,8 @@ struct Step {
     void block(int me, i64 first, int count) {
         constexpr int N = NV * L::N;
         float* y = own.data() + me * own_size;  // the norm of x, then what is made of it
-        float *made = y + LANES * std::max(D, QD), *low = made + LANES * std::max(D, QD);
-        float* scores = low + 4 * LANES * rank;
+        float *made = y + MOST * std::max(D, QD), *low = made + MOST * std::max(D, QD);
+        float* scores = low + 4 * MOST * rank;
         begin<N>(me, first, count);
         const Part to_q = part(QD, 8, me), to_kv = part(KD, 8, me), to_D = part(D, 8, me);
         const Part to_inner = part(m.inner, 64, me), heads = part(m.H + m.HKV, 1, me), lanes = part(count, 1, me);
@@ -434,7 +434,7 @@ struct Step {
             rmsnorm<L, NV>(x, w.norm2, y, D, m.eps);
             read = prepare<T, L, N>(y, made, D);
             const float *to_gate = through_A<L, NV>(w.gate, read, D, low);
-            const float *to_up = through_A<L, NV>(w.up, read, D, low + 2 * LANES * rank);
+            const float *to_up = through_A<L, NV>(w.up, read, D, low + 2 * MOST * rank);
             for (i64 o = to_inner.first; o < to_inner.last; o += 64) {
                 const Part some = {o, std::min(o + 64, to_inner.last)};
                 adapted<L, NV>(w.gate, read, to_gate, inner, D, some);
@@ -460,7 +460,7 @@ struct Step {
         if (!w.A) return nullptr;
         linear<T, L, NV>({w.A}, x, to, in, 0, w.rank);
         for (i64 i = 0; i < w.rank * N; i += L::N) store(to + i, L::load(to + i) * w.scale);
-        return prepare<T, L, N>(to, to + LANES * rank, w.rank);
+        return prepare<T, L, N>(to, to + MOST * rank, w.rank);
     }
 
     // A part of W x + b + B (scale * A x).
@@ -595,10 +595,10 @@ struct Draws {
     }
 
     void run(int me) {
-        for (i64 first = 0; first < R; first += LANES) {
-            int count = std::min<i64>(LANES, R - first);
-            if (count > W) block<Lanes16, 2>(me, first, count);
-            else if (count > W / 2) block<Lanes16, 1>(me, first, count);
+        for (i64 first = 0; first < R; first += MOST) {
+            int count = std::min<i64>(MOST, R - first);
+            if (count > 16) block<Lanes, 32 / Lanes::N>(me, first, count);
+            else if (count > 8) block<Lanes, 16 / Lanes::N>(me, first, count);
             else block<Lanes8, 1>(me, first, count);
         }
     }

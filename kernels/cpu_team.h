@@ -14,7 +14,7 @@
 namespace {
 
 // They are made when they are first wanted, live as long as the process, and sleep between steps. Within a step one
-// that is done waits for the others up to a hundred times. It spins for about 20 microseconds, for waking takes as
+// that is done waits for the others up to a hundred times. It spins for some 25 microseconds, for waking takes as
 // long; then it sleeps, so that a core on which something else has to run is free. It does not spin at all if this
 // process may use fewer cores than there are threads: then the others wait for its own.
 class Team {
@@ -35,7 +35,7 @@ class Team {
         {
             std::lock_guard<std::mutex> lock(mutex);
             size = count, job = &work, arrived = 0;
-            spins = count <= (int)std::thread::hardware_concurrency() ? 400 : 0;
+            spins = count <= (int)std::thread::hardware_concurrency() ? 1000 : 0;
             if (size > 1) round++;
         }
         if (size > 1) changed.notify_all();

@@ -20,6 +20,7 @@ typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Bits8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t Half __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t Half8 __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t bf16;  // its bits, the upper half of a float's
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));  // two of them that lie side by side
 typedef i64 Quad __attribute__((aligned(2), may_alias));  // four
@@ -42,8 +43,13 @@ inline float sum_of(Vec v) {
 }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+#ifdef __AVX512F__
 inline Vec8 lower(Vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
 inline Vec8 upper(Vec x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+#else  // GCC shuffles what no register holds one by one
+inline Vec8 lower(const Vec& x) { return *(const Vec8*)&x; }
+inline Vec8 upper(const Vec& x) { return *((const Vec8*)&x + 1); }
+#endif
 
 // Lanes that one vector holds, where a template chooses (a vector as its argument would lose its attributes). A
 // compiler fuses a * b + c in one vector and not in another; what all lanes must compute alike is fused by name.
@@ -54,6 +60,7 @@ struct Lanes8 {
     typedef double Wide __attribute__((vector_size(64)));
     static constexpr int N = 8;
     static V load(const float* x) { return *(const Vec8*)x; }
+    static V load(const bf16* x) { return (V)(__builtin_convertvector(*(const Half8*)x, B) << 16); }
 #ifdef __FMA__
     static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
@@ -67,15 +74,16 @@ struct Lanes16 {
     typedef double Wide __attribute__((vector_size(128)));
     static constexpr int N = 16;
     static V load(const float* x) { return *(const Vec*)x; }
-    static V fma(V a, V b, V c) {
+    static V load(const bf16* x) { return ::load(x); }
 #ifdef __AVX512F__
-        return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
-        Vec8 low = Lanes8::fma(lower(a), lower(b), lower(c)), high = Lanes8::fma(upper(a), upper(b), upper(c));
-        return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #endif
-    }
 };
+#ifdef __AVX512F__
+typedef Lanes16 Lanes;  // the widest that the processor has
+#else
+typedef Lanes8 Lanes;
+#endif
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
