@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import json
 import os
 import ssl
@@ -14,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from small_run import served
+from small_run import chat_server, served
 from test_simulator import ASK, PERSONA, ask_all, completion, hostile_server, http_reply, scripted
 from test_trainer import ckpt, go, records, user_url  # noqa: F401
 
@@ -25,6 +26,7 @@ from endpoints import calls, refusals
 from endpoints.client import PING, ChatClient
 from endpoints.tape import Tape
 from endpoints.wire import ChatError
+from rewards import VERDICTS
 from simulator import simulator_messages
 from studies import offline
 
@@ -261,6 +263,27 @@ def test_programs_end_at_once_with_the_servers_words(ckpt, user_url, tmp_path, c
         line = ended(capsys, 2, offline.main, "--method", "sft", "--ckpt", ckpt, "--simulator-url", url,
                      "--run-dir", tmp_path / "s", "--num-iterations", 1)  # fmt: skip
         assert line.startswith("studies.offline: --simulator-url: every request failed") and says in line
+
+
+GOOD = json.dumps(dict.fromkeys(VERDICTS, 1))
+
+
+def test_a_judge_that_answers_prose_ends_every_program(tmp_path, capsys):
+    """Guards "--quorum wants more, --resume" for a model that will never judge; and a line without its words."""
+    asked = itertools.count()
+    train = ["--ckpt", TINY, "--num-iterations", 1, "--rollout-batch-size", 4, "--num-candidates", 2, "--max-turns", 1]
+    played = f"x={TINY}", "--num-personas", 2, "--turns", 1, "--quiet"
+    with chat_server(lambda request: "I would say yes\nto all of them.") as url:
+        says = f"last: no verdict in 'I would say yes to all of them.', from {url}/chat/completions; check --judge-model"
+        for program, *flags in ((train_rlpa.main, *train, "--run-dir", tmp_path / "t"),
+                                (evaluation.main, *played, "--out", tmp_path / "o"),
+                                (offline.main, "--method", "sft", *train, "--run-dir", tmp_path / "s")):  # fmt: skip
+            line = ended(capsys, 2, program, *flags, "--judge-url", url)
+            assert f": --judge-url: no answer was a verdict; {says} and --judge-url" in line
+    with chat_server(lambda request: GOOD if next(asked) < 1 else "Yes!") as url:
+        flags = *train, "--quorum-retries", 0, "--judge-url", url, "--run-dir", tmp_path / "q"
+        line = ended(capsys, os.EX_TEMPFAIL, train_rlpa.main, *flags)
+    assert " candidates got no verdict; last: no verdict in 'Yes!', from" in line and "check --judge-model" in line
 
 
 @pytest.mark.slow
