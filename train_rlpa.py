@@ -305,7 +305,8 @@ class Speaker:
             candidates[draw.candidate] = candidate
             judge = env.judge_with(stream_seed(*stream, "judge", *place, draw.candidate))
             scoring = partial(score_candidate, candidate, dialogue, config, judge)
-            return Ask(scoring) if judge.ask and candidate.failure is None else scoring()  # a thread waits for an endpoint
+            waits = judge.ask and candidate.failure is None
+            return Ask(scoring) if waits else scoring()  # a thread waits for an endpoint
 
         # The scheduler calls score(draw) for each candidate as it ends, and resumes here once all are scored.
         yield Sample(dialogue.index, turn.prompt_ids, seeds, score)

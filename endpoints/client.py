@@ -26,7 +26,7 @@ import urllib3
 
 from endpoints.refusals import CHANGES, refused_part, way_out, without
 from endpoints.secrets import secret_pattern, url_secrets
-from endpoints.sockets import CuttableAdapter
+from endpoints.sockets import CuttableAdapter, NoSuchHost
 from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
@@ -357,7 +357,9 @@ class ChatClient:
         if isinstance(error, ssl.SSLCertVerificationError):  # no patience changes it
             return ChatError("certificate", f"the certificate of {shown} is not trusted ({cause})", retryable=False)
         if isinstance(error, ssl.SSLError) and error.reason in PLAIN_HTTP:
-            return ChatError("certificate", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
+            return ChatError("address", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
+        if isinstance(error, NoSuchHost) and not self.answered:  # later it is an outage
+            return ChatError("address", f"the host of {shown} does not exist ({cause})", len(self.breakers) > 1)
         return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:

@@ -6,6 +6,7 @@ import doctest
 import itertools
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -133,11 +134,23 @@ def test_the_flag_that_mends_a_refusal_is_named(status, words, way):
     assert refusals.way_out("simulator", ChatError("http_4xx", words, status=status, words=words)) == way
 
 
-def test_https_to_a_server_of_http_ends_at_once(user_url):  # noqa: F811
-    """Guards half an hour of waiting for a server that is well and speaks another protocol."""
-    with closing(ChatClient(user_url.replace("http:", "https:"), "m", outage_budget=600, name="simulator")) as client:
-        error = client.ask(ASK, 1)
-    assert error.reason == "certificate" and "try http://" in str(error) and not error.retryable
+def test_an_address_that_cannot_be_ends_at_once(user_url, monkeypatch):  # noqa: F811
+    """Guards half an hour of waiting for a host that nobody knows, or that is well and speaks another protocol."""
+    unknown, real = socket.gaierror(socket.EAI_NONAME, "Name or service not known"), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(host, *a, **k) if "x" not in host else fail())
+
+    def fail() -> None:
+        raise unknown
+
+    for url, says in ((user_url.replace("http:", "https:"), "does not speak https; try http://"),
+                      ("http://a..b", "the host of http://a..b/v1"), ("http://x", "not known")):  # fmt: skip
+        with closing(ChatClient(url, "m", outage_budget=600, name="simulator")) as client:
+            error = client.ask(ASK, 1)
+            assert error.reason == "address" and says in str(error) and not error.retryable
+            assert client.refusal.endswith("; check --simulator-url")
+    unknown.errno = socket.EAI_AGAIN
+    with closing(ChatClient("http://x", "m", outage_budget=0.1, max_retries=0)) as client:
+        assert client.ask(ASK, 1).reason == "outage"  # the server of names may come back
 
 
 def test_system_messages_are_folded_into_the_next_user_message():
@@ -274,12 +287,12 @@ def test_a_judge_that_answers_prose_ends_every_program(tmp_path, capsys):
     train = ["--ckpt", TINY, "--num-iterations", 1, "--rollout-batch-size", 4, "--num-candidates", 2, "--max-turns", 1]
     played = f"x={TINY}", "--num-personas", 2, "--turns", 1, "--quiet"
     with chat_server(lambda request: "I would say yes\nto all of them.") as url:
-        says = f"last: no verdict in 'I would say yes to all of them.', from {url}/chat/completions; check --judge-model"
+        says = f"no verdict in 'I would say yes to all of them.', from {url}/chat/completions; check --judge-model and"
         for program, *flags in ((train_rlpa.main, *train, "--run-dir", tmp_path / "t"),
                                 (evaluation.main, *played, "--out", tmp_path / "o"),
                                 (offline.main, "--method", "sft", *train, "--run-dir", tmp_path / "s")):  # fmt: skip
             line = ended(capsys, 2, program, *flags, "--judge-url", url)
-            assert f": --judge-url: no answer was a verdict; {says} and --judge-url" in line
+            assert f": --judge-url: no answer was a verdict; last: {says} --judge-url" in line
     with chat_server(lambda request: GOOD if next(asked) < 1 else "Yes!") as url:
         flags = *train, "--quorum-retries", 0, "--judge-url", url, "--run-dir", tmp_path / "q"
         line = ended(capsys, os.EX_TEMPFAIL, train_rlpa.main, *flags)
@@ -377,7 +390,7 @@ def test_proxies_are_for_other_machines(monkeypatch):
         assert len(proxy.requests) == 1
         monkeypatch.setenv("no_proxy", ".invalid")
         with closing(ChatClient("http://hosted.invalid", "m", max_retries=0)) as client:
-            assert client.ask(ASK).reason == "connect" and len(proxy.requests) == 1
+            assert client.ask(ASK).reason == "address" and len(proxy.requests) == 1
 
 
 def test_doctests():
