@@ -62,7 +62,7 @@ from records.merge import merge
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
 from records.state import State, go_on_after_restart, resume_point, save_checkpoint, setup
-from rewards import Judge, read_candidate, score_candidate
+from rewards import read_candidate, score_candidate
 from sampler import Draw, make_sampler
 from scheduler import Ask, Sample, Scheduler, Waits
 from simulator import Environment, open_environment, simulator_messages
@@ -306,10 +306,10 @@ class Speaker:
         def score(draw: Draw) -> Ask | None:
             candidate = read_candidate(draw.token_ids, draw.logprobs, draw.stop_reason, dialogue, self.chat)
             candidates[draw.candidate] = candidate
-            ask = env.judge and env.judge.ask
-            judge = Judge(ask, env.rule_verdicts, stream_seed(*stream, "judge", *place, draw.candidate))
+            judge = env.judge_with(stream_seed(*stream, "judge", *place, draw.candidate))
             scoring = partial(score_candidate, candidate, dialogue, config, judge)
-            return Ask(scoring) if ask and candidate.failure is None else scoring()  # a thread waits for an endpoint
+            waits = judge.ask and candidate.failure is None
+            return Ask(scoring) if waits else scoring()  # a thread waits for an endpoint
 
         # The scheduler calls score(draw) for each candidate as it ends, and resumes here once all are scored.
         yield Sample(dialogue.index, turn.prompt_ids, seeds, score)

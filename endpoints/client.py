@@ -26,7 +26,7 @@ import urllib3
 
 from endpoints.refusals import CHANGES, refused_part, way_out, without
 from endpoints.secrets import secret_pattern, url_secrets
-from endpoints.sockets import CuttableAdapter
+from endpoints.sockets import CuttableAdapter, NoSuchHost
 from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
@@ -110,6 +110,7 @@ class ChatClient:
         self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify
         self.outage = ""  # why calls were given up for an outage; empty: none was
         self.answered = False  # whether any call ever was
+        self.understood: bool | None = None  # of a judge: whether any answer held a verdict; None: none was read yet
         self.last_failure: ChatError | None = None
         self._refusals, self._given_up = 0, False  # calls in a row that were refused; whether no more are sent for it
         self._changed: dict[str, list[str]] = {url: [] for url in urls}  # parts of requests that an endpoint refuses
@@ -356,7 +357,9 @@ class ChatClient:
         if isinstance(error, ssl.SSLCertVerificationError):  # no patience changes it
             return ChatError("certificate", f"the certificate of {shown} is not trusted ({cause})", retryable=False)
         if isinstance(error, ssl.SSLError) and error.reason in PLAIN_HTTP:
-            return ChatError("certificate", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
+            return ChatError("address", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
+        if isinstance(error, NoSuchHost) and not self.answered:  # later it is an outage
+            return ChatError("address", f"the host of {shown} does not exist ({cause})", len(self.breakers) > 1)
         return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
@@ -386,10 +389,25 @@ class ChatClient:
             alone = not self._in_flight  # a slow good answer may still be on its way
             self._given_up |= self._refusals >= FIRST_REFUSALS and alone and not self.answered
 
+    def note_verdict(self, answer: str, read: bool) -> None:
+        """Note whether an answer of a judge held a verdict."""
+        with self._lock:
+            self.understood = self.understood or read
+        if not read:
+            where = shown_url(",".join(self.breakers))
+            self.last_failure = ChatError("no_verdict", f"no verdict in {shorten(answer, 200)!r}, from {where}")
+
+    @property
+    def useful(self) -> bool:
+        """Say whether any call has brought what it was made for."""
+        return self.answered and self.understood is not False
+
     @property
     def refusal(self) -> str:
         """Say in one line why every call has failed so far though the endpoints are alive; "" if that is not so."""
         whose = URL_FLAGS.get(self.name, self.name or "the endpoint")
+        if self.understood is False:
+            return f"{whose}: no answer was a verdict; {self.complaint}"
         return f"{whose}: every request failed; {self.complaint}" if self._refusals and not self.answered else ""
 
     @property
