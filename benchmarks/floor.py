@@ -122,16 +122,19 @@ def trunk_products(shape: Qwen2Config) -> list[tuple[int, int, int]]:
 class Products:
     """Seconds of the bare products of one micro-batch, and the FLOP that are counted for it."""
 
-    def __init__(self, shape: Qwen2Config, batch: Batch, dtype: torch.dtype, clock: Clock) -> None:
+    def __init__(self, shape: Qwen2Config, batch: Batch, dtype: torch.dtype, clock: Clock, rank: int) -> None:
         T, N, L = len(batch.inputs[0][0]), len(batch.targets), shape.num_hidden_layers
         few = min(T, 2048)  # tokens that are timed
         rows = max(1, min(N, WORKSPACE["cpu"] // (4 * shape.vocab_size)))
         self.trunk, self.head = [0.0] * 3, [0.0] * 3  # forward, gradient of the input, gradient of the weight
-        flop = 0
+        self.adapters, self.adapters_flop, flop = 0.0, 0, 0  # of a forward: two products, of rank columns and terms
         for inputs, outputs, often in trunk_products(shape):
             flop += 2 * T * inputs * outputs * often * L
+            self.adapters_flop += 2 * T * (inputs + outputs) * rank * often * L
             for i, seconds in enumerate(product_seconds(few, inputs, outputs, dtype, clock)):
                 self.trunk[i] += seconds * often * L * T / few
+            for size in ((inputs, rank), (rank, outputs)) if rank else ():
+                self.adapters += product_seconds(few, *size, dtype, clock)[0] * often * L * T / few
         for i, seconds in enumerate(product_seconds(rows, shape.hidden_size, shape.vocab_size, dtype, clock)):
             self.head[i] = seconds * N / rows
         self.head_flop, self.trunk_flop = 2 * N * shape.hidden_size * shape.vocab_size, flop
@@ -141,17 +144,18 @@ class Products:
 
     def forward(self, head: bool) -> tuple[float, float]:
         """Return seconds and FLOP of a forward, with the head's logits or without."""
-        flop = self.trunk_flop + self.attention_flop + head * self.head_flop
-        return self.trunk[0] + head * self.head[0] + self.attention_flop / self.rate, flop
+        flop = self.trunk_flop + self.attention_flop + head * self.head_flop + self.adapters_flop
+        return self.trunk[0] + self.adapters + head * self.head[0] + self.attention_flop / self.rate, flop
 
-    def update(self, head: bool, lora: bool) -> tuple[float, float]:
+    def update(self, head: bool) -> tuple[float, float]:
         """Return seconds and FLOP of forward and backward, whose attention has five products where the forward has two.
 
-        lora: a frozen base has no gradients of its weights; the adapters' own products are not counted.
+        The frozen base of adapters has no gradients of its weights.
         """
-        kinds = 2 if lora else 3
-        flop = kinds * (self.trunk_flop + head * self.head_flop) + 3.5 * self.attention_flop
-        return sum(self.trunk[:kinds]) + head * sum(self.head[:kinds]) + 3.5 * self.attention_flop / self.rate, flop
+        kinds = 2 if self.adapters else 3
+        flop = kinds * (self.trunk_flop + head * self.head_flop) + 3.5 * self.attention_flop + 3 * self.adapters_flop
+        seconds = sum(self.trunk[:kinds]) + head * sum(self.head[:kinds]) + 3 * self.adapters
+        return seconds + 3.5 * self.attention_flop / self.rate, flop
 
 
 @cache
@@ -184,10 +188,9 @@ def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple
     for m, batch in ((m, batch) for m, minibatch in enumerate(rollout.batches) for batch in minibatch):
         own = not by_sampler and not (left and m == 0)  # the policy's log-probs are computed before the update
         heads = [own] * (own or shared) + [False] * separate + [True] * bool(rollout.ref_policy)
-        products = Products(rollout.shape, batch, dtype, clock)
+        products = Products(rollout.shape, batch, dtype, clock, config.lora_rank)
         parts = [("statistics", products.forward(head)) for head in heads]
-        trunks = ([True] + [False] * separate) * config.num_epochs
-        parts += [("update", products.update(head, bool(config.lora_rank))) for head in trunks]
+        parts += [("update", products.update(head)) for head in [True] + [False] * separate] * config.num_epochs
         for name, part in parts:
             for i in range(2):
                 found[name][i] += part[i]
