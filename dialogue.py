@@ -113,6 +113,7 @@ class ChatTokenizer:
             raise ValueError(
                 f"{path} does not exist; --ckpt needs a folder with config.json, tokenizer.json and safetensors"
             )
+        parse_json(raw, str(path))  # the library takes the last of several values of a key
         try:
             chat = cls(Tokenizer.from_buffer(raw))
         except Exception as error:  # the Rust library raises plain Exception for any malformed file
@@ -158,8 +159,8 @@ class ChatTokenizer:
             low, high = (low, middle) if text in self.decode(token_ids[:middle]) else (middle + 1, high)
         return high
 
-    def chat_files(self, given: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Complete a checkpoint's files so that other programs chat with it as we do, and stop where a turn ends.
+    def chat_files(self, given: Mapping[str, bytes], folder: str | Path = "") -> dict[str, bytes]:
+        """Complete the files of a checkpoint's folder so that other programs chat with it and end turns as we do.
 
         What is given stays as it is, byte for byte; but generation_config.json ends turns at all `stop_ids`.
         """
@@ -167,9 +168,10 @@ class ChatTokenizer:
         tokens["tokenizer_class"] = "PreTrainedTokenizerFast"
         files = {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": _json(tokens)}
         files |= {PROMPT_FILE: f"{self.system_prompt}\n".encode()} | dict(given)
-        if "chat_template.jinja" not in files and not _parsed(files, "tokenizer_config.json").get("chat_template"):
+        given_config = _parsed(files, "tokenizer_config.json", folder)
+        if "chat_template.jinja" not in files and not given_config.get("chat_template"):
             files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
-        generation = {"pad_token_id": self.pad} | _parsed(files, "generation_config.json")
+        generation = {"pad_token_id": self.pad} | _parsed(files, "generation_config.json", folder)
         if not self.stop_ids <= _ids(generation.get("eos_token_id")):
             stops = [self.im_end, *sorted(self.stop_ids - {self.im_end})]
             files["generation_config.json"] = _json(generation | {"eos_token_id": stops})
@@ -199,9 +201,9 @@ def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _parsed(files: Mapping[str, bytes], name: str) -> dict:
-    value = parse_json(files.get(name, b"{}"), name)
-    check_value(value, dict, name)
+def _parsed(files: Mapping[str, bytes], name: str, folder: str | Path) -> dict:
+    value = parse_json(files.get(name, b"{}"), where := str(Path(folder) / name))
+    check_value(value, dict, where)
     return value
 
 

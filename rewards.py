@@ -64,6 +64,7 @@ class Judge(NamedTuple):
     ask: Ask | None  # asks the judge's endpoint; None: by rule
     rules: Callable[..., dict[str, bool]]  # (response, history, facts) → verdicts by name
     seed: int  # of the requests
+    note: Callable[[str, bool], object] = lambda answer, read: None  # is told of each answer, and whether it was read
 
 
 def read_candidate(
@@ -91,7 +92,7 @@ def profile_reward(candidate: Candidate, dialogue: Dialogue, config: Config, jud
     if config.profile_judge == "rule":
         return candidate.ledger[PROFILE_TARGETS[config.profile_target]]
     request = profile_judge_messages(candidate.profile, dialogue.persona_facts)
-    count = ask_judge(judge.ask, request, parse_covered, judge.seed)
+    count = ask_judge(judge.ask, request, parse_covered, judge.seed, note=judge.note)
     return None if count is None else f1_score(count, len(candidate.profile), len(dialogue.persona_facts))
 
 
@@ -101,7 +102,7 @@ def response_reward(candidate: Candidate, dialogue: Dialogue, config: Config, ju
         verdicts = judge.rules(candidate.response, dialogue.history(), dialogue.persona_facts)
     else:
         request = response_judge_messages(candidate.response, dialogue.history(), candidate.profile)
-        verdicts = ask_judge(judge.ask, request, parse_verdicts, judge.seed)
+        verdicts = ask_judge(judge.ask, request, parse_verdicts, judge.seed, note=judge.note)
     candidate.verdicts = verdicts or candidate.verdicts
     return None if verdicts is None else float(all(verdicts.values()))
 
@@ -449,8 +450,9 @@ def _json_object(text: str) -> dict:
 
 
 def ask_judge(
-    ask: Ask, request: list[dict], parse: Callable[[str], object], seed: int, n_tries: int = 3
-) -> object | None:
+    ask: Ask, request: list[dict], parse: Callable[[str], object], seed: int, n_tries: int = 3,
+    note: Callable[[str, bool], object] = lambda answer, read: None,
+) -> object | None:  # fmt: skip
     """Send a request to a judge and parse its answer; an answer that cannot be parsed is asked for again.
 
     Args:
@@ -459,6 +461,7 @@ def ask_judge(
         parse: text → verdict, ValueError if it holds none.
         seed: of the first try; each further one gets another, so that a deterministic judge can answer differently.
         n_tries: how often an unparsable answer is asked for in all.
+        note: is told of each answer, and whether it could be parsed (`ChatClient.note_verdict`).
     Returns:
         the verdict, None where the judge failed for good.
     """
@@ -467,7 +470,10 @@ def ask_judge(
         if isinstance(answer, Exception):  # the client has retried already; asking again would only double that
             return None
         try:
-            return parse(answer)
+            verdict = parse(answer)
         except ValueError:
-            continue
+            note(answer, False)
+        else:
+            note(answer, True)
+            return verdict
     return None

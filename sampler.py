@@ -475,8 +475,8 @@ def kv_budget(config: Config, device: torch.device) -> int:
 
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
     """Return a policy's trunk as one C++ call, or None where torch or Triton computes it."""
-    config, found = policy.config, policy.model.state_dict().items()
-    weights = {name.replace(".base_layer.", "."): x for name, x in found if ".lora_" not in name}
+    config, found = policy.config, policy.model.named_parameters()  # state_dict() would cut what `gathered` has joined
+    weights = {name.replace(".base_layer.", "."): x.detach() for name, x in found if ".lora_" not in name}
     low = {name: (x.lora_A.weight, x.lora_B.weight, x.scale) for name, x in adapters(policy.model).items()}
     if config.head_dim not in HEAD_DIMS or not decodes(weights.values()):
         return None

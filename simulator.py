@@ -227,6 +227,12 @@ class Environment:
     rank: int = 0  # of this process; the first one warns for all
     warned: set[str] = field(default_factory=set)  # what of
 
+    def judge_with(self, seed: int) -> rewards.Judge:
+        """Return the judge of a candidate: its endpoint, or the rules."""
+        if self.judge is None:
+            return rewards.Judge(None, self.rule_verdicts, seed)
+        return rewards.Judge(self.judge.ask, self.rule_verdicts, seed, self.judge.note_verdict)
+
     def warn_once(self, topic: str, line: str) -> None:
         """Print a warning, unless there was one on this topic before."""
         if self.rank == 0 and topic not in self.warned:

@@ -62,7 +62,7 @@ from records.merge import merge
 from records.outages import Stopped, Unavailable, check_batch, save_and_stop
 from records.progress import evaluation_line, finish, progress_line, record_episodes, start_log
 from records.state import State, go_on_after_restart, resume_point, save_checkpoint, setup
-from rewards import Judge, read_candidate, score_candidate
+from rewards import read_candidate, score_candidate
 from sampler import Draw, make_sampler
 from scheduler import Ask, Sample, Scheduler, Waits
 from simulator import Environment, open_environment, simulator_messages
@@ -306,10 +306,10 @@ class Speaker:
         def score(draw: Draw) -> Ask | None:
             candidate = read_candidate(draw.token_ids, draw.logprobs, draw.stop_reason, dialogue, self.chat)
             candidates[draw.candidate] = candidate
-            ask = env.judge and env.judge.ask
-            judge = Judge(ask, env.rule_verdicts, stream_seed(*stream, "judge", *place, draw.candidate))
+            judge = env.judge_with(stream_seed(*stream, "judge", *place, draw.candidate))
             scoring = partial(score_candidate, candidate, dialogue, config, judge)
-            return Ask(scoring) if ask and candidate.failure is None else scoring()  # a thread waits for an endpoint
+            waits = judge.ask and candidate.failure is None
+            return Ask(scoring) if waits else scoring()  # a thread waits for an endpoint
 
         # The scheduler calls score(draw) for each candidate as it ends, and resumes here once all are scored.
         yield Sample(dialogue.index, turn.prompt_ids, seeds, score)
@@ -331,12 +331,13 @@ def add_statistics(
     """
     sampled = sampled or policy
     exact = sampler_is_exact(sampled, config)
-    for batch in itertools.chain.from_iterable(batches):
-        found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact)
-        sizes = [len(p.targets) for p in batch.dialogues]  # action tokens: a micro-batch has no padding to mask
+    for m, batch in ((m, batch) for m, minibatch in enumerate(batches) for batch in minibatch):
+        left = m == 0 and not exact and is_left_to_update(critic, config)
+        found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact or left)
         for name, values in found.items():
-            for p, part in zip(batch.dialogues, values.cpu().split(sizes), strict=True):
-                setattr(p, name, part)
+            batch.fill(name, values)
+        for p in batch.dialogues:
+            p.old_is_new = left
 
 
 def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
@@ -350,13 +351,23 @@ def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
     return weight.dtype == torch.float32 and not use_triton(weight) and not config.sampler_correction
 
 
+def is_left_to_update(critic: Critic | ValueHead | None, config: Config) -> bool:
+    """Say whether the first mini-batch's log π_old can come from its own update, whose forward is the same.
+
+    No step has been taken then. Nothing before may need it: no KL, no correction; and no forward that runs anyhow.
+    """
+    needed = config.kl_coef or config.sampler_correction or isinstance(critic, ValueHead)
+    return config.old_logprobs == "auto" and config.num_epochs == 1 and not needed
+
+
 def statistics_of(
     batch: Batch, policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, critic: Critic | ValueHead | None,
     config: Config, by_sampler: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return a micro-batch's statistics by their names in `Packed`, (N,) each; ref_hidden is (N, D).
 
-    by_sampler: take log π_old from the sampler; then the policy's trunk runs only for a shared critic.
+    by_sampler: take log π_old from the sampler, maybe until the update; then the policy's trunk runs only for a shared
+    critic.
     """
     hidden = None if by_sampler and not isinstance(critic, ValueHead) else policy_hidden(policy, batch)
     if by_sampler:
@@ -631,14 +642,24 @@ def policy_loss(
     """
     exact_kl = config.kl_estimator == "exact" and config.kl_coef > 0
     per_token = tuple(batch.column(name) for name in ("old_logprobs", "advantages", "ref_logprobs"))
+    first = any(p.old_is_new for p in batch.dialogues)
     loss, statistics = ppo_head(
-        hidden, head, batch.targets, partial(token_losses, config=config), per_token,
+        hidden, head, batch.targets, partial(first_losses if first else token_losses, config=config), per_token,
         reference=(batch.column("ref_hidden"), ref_policy.head_weight) if exact_kl else None,
         temperature=config.temperature, entropy_coef=config.entropy_coef, kl_coef=config.kl_coef,
     )  # fmt: skip
+    if first:
+        batch.fill("old_logprobs", found := statistics.pop("new_logprobs"))
+        batch.fill("ref_logprobs", found)
     ratio = statistics.pop("ratio")  # only its extremes are kept
     sums = {name: values.sum() for name, values in statistics.items()}
     return loss, sums | ({"ratio_min": ratio.min(), "ratio_max": ratio.max()} if len(ratio) else {})
+
+
+def first_losses(new_logprobs: Tensor, _: Tensor, *known: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what `token_losses` does where π_old is π as it is (`is_left_to_update`), and log π."""
+    losses, statistics = token_losses(new_logprobs, new_logprobs.detach(), *known, config=config)
+    return losses, statistics | {"new_logprobs": new_logprobs}
 
 
 def token_losses(

@@ -27,7 +27,7 @@ from config import Config
 from dialogue import Dialogue, Turn, open_turn, stream_seed
 from learners.learner import make_learner
 from records.state import State
-from rewards import Judge, read_candidate, score_candidate
+from rewards import read_candidate, score_candidate
 from simulator import simulator_messages
 from worlds.personas import Persona
 
@@ -162,7 +162,7 @@ class Published:
 
     def score(self, dialogue: Dialogue, drawn: list[list[int]]) -> None:
         """Score the candidates that were drawn for a turn, and choose the best."""
-        judge, candidates = Judge(self.env.judge and self.env.judge.ask, self.env.rule_verdicts, 0), []
+        judge, candidates = self.env.judge_with(0), []
         for ids in drawn:
             reason = "stop" if ids[-1] == self.chat.im_end else "length"
             candidates.append(read_candidate(ids, [0.0] * len(ids), reason, dialogue, self.chat))

@@ -25,7 +25,8 @@ import requests
 import urllib3
 
 from endpoints.refusals import CHANGES, refused_part, way_out, without
-from endpoints.sockets import CuttableAdapter
+from endpoints.secrets import secret_pattern, url_secrets
+from endpoints.sockets import CuttableAdapter, NoSuchHost
 from endpoints.speech import bound_usage, parse_reply
 from endpoints.tape import Tape
 from endpoints.throttle import Breaker, Quota, backoff
@@ -61,7 +62,8 @@ class ChatClient:
 
     All time-outs are in seconds. `total_timeout` bounds one call with all its retries, even against a server that sends
     one byte now and then. Connection errors, time-outs, 408, 409, 425, 429, 5xx and malformed replies are retried; any
-    other status fails at once. The key is read from the environment variable `api_key_env`; no message shows it.
+    other status fails at once. The key is read from the environment variable `api_key_env`. It is blotted out of what a
+    server says, and so are the values in the addresses' queries (`secrets.secret_pattern`).
 
     `base_url` may hold several URLs with commas between them. They are asked in turn. One that fails
     `breaker_failures` times in a row is left out until it answers a probe (`Breaker`). While none is left, calls wait,
@@ -108,6 +110,7 @@ class ChatClient:
         self.outage_budget, self.quota, self.notify = outage_budget, quota or Quota(), notify
         self.outage = ""  # why calls were given up for an outage; empty: none was
         self.answered = False  # whether any call ever was
+        self.understood: bool | None = None  # of a judge: whether any answer held a verdict; None: none was read yet
         self.last_failure: ChatError | None = None
         self._refusals, self._given_up = 0, False  # calls in a row that were refused; whether no more are sent for it
         self._changed: dict[str, list[str]] = {url: [] for url in urls}  # parts of requests that an endpoint refuses
@@ -116,6 +119,7 @@ class ChatClient:
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self.tape, self.name = tape, name
         self._key = "" if tape and not tape.recording else read_key(api_key_env)
+        self._secrets = secret_pattern([self._key, *url_secrets(urls)])
         self._tally: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()  # (endpoint, habit) that was told of
         self._lock = threading.Lock()
@@ -223,7 +227,6 @@ class ChatClient:
             if reply.tokens is not None and reply.prompt_tokens is not None:
                 used = reply.tokens + reply.prompt_tokens
         except ChatError as error:
-            error.args = (self._redact(str(error)),)  # the server may have quoted the key, in JSON escapes even
             self.last_failure = failure = error
             used = 0
             if error.reason == "only_thoughts":
@@ -252,8 +255,8 @@ class ChatClient:
                 is_new = part not in self._changed[url]
                 self._changed[url] += [part] * is_new
             if is_new:
-                said = self._redact(failure.message)
-                self.notify(f"{self.name or 'an endpoint'}: {said}; from now on {part} is {CHANGES[part].done}")
+                done = f"from now on {part} is {CHANGES[part].done}"
+                self.notify(f"{self.name or 'an endpoint'}: {failure.message}; {done}")
 
     def _attempt(self, url: str, body: bytes, deadline: float) -> ChatReply:
         """Send one request and return the text of its reply; whatever goes wrong is a ChatError."""
@@ -268,7 +271,7 @@ class ChatClient:
         if not 200 <= response.status_code < 300:
             raise self._status_error(url, response, raw)
         try:
-            return parse_reply(raw, self._key)
+            return parse_reply(raw, self._secrets)
         except ChatError as error:
             raise ChatError(error.reason, f"{error.message}, from {shown_url(url)}", error.retryable) from None
 
@@ -305,7 +308,7 @@ class ChatClient:
         return session, adapter
 
     def _read_body(self, response: requests.Response, deadline: float) -> bytes:
-        """Read the body as it arrives, up to `max_reply_bytes`, and blot out the key where it is quoted."""
+        """Read the body as it arrives, up to `max_reply_bytes`, and blot out the secrets that it quotes."""
         raw = bytearray()
         while piece := response.raw.read1(65_536, decode_content=True):
             raw += piece
@@ -313,7 +316,7 @@ class ChatClient:
                 raise ChatError("too_large", f"the reply is longer than max_reply_bytes={self.max_reply_bytes}")
         if time.monotonic() >= deadline:  # cut off: the end of the data is not the end of the reply
             raise TimeoutError
-        return bytes(raw).replace(self._key.encode(), b"***") if self._key else bytes(raw)
+        return self._redact(raw.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -354,14 +357,16 @@ class ChatClient:
         if isinstance(error, ssl.SSLCertVerificationError):  # no patience changes it
             return ChatError("certificate", f"the certificate of {shown} is not trusted ({cause})", retryable=False)
         if isinstance(error, ssl.SSLError) and error.reason in PLAIN_HTTP:
-            return ChatError("certificate", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
+            return ChatError("address", f"{shown} does not speak https; try http:// ({cause})", retryable=False)
+        if isinstance(error, NoSuchHost) and not self.answered:  # later it is an outage
+            return ChatError("address", f"the host of {shown} does not exist ({cause})", len(self.breakers) > 1)
         return ChatError("connect", f"connection to {shown} failed ({cause})")
 
     def _status_error(self, url: str, response: requests.Response, raw: bytes) -> ChatError:
         status, words = response.status_code, servers_words(raw)
         reason = "rate_limited" if status == 429 else "http_5xx" if status >= 500 else "http_4xx"
         if target := response.headers.get("Location", "") if status < 400 else "":
-            target = re.sub(r"(?<=//)[^/]*@|[?#].*", "", urljoin(url, target))  # no password, no token
+            target = re.sub(r"(?<=//)[^/]*@|[?#].*", "", urljoin(url, self._redact(target)))  # no password, no token
             words = f"it redirects to {shorten(target, limit=200)}"
         return ChatError(reason, f"HTTP {status} from {shown_url(url)}: {words}",
                          retryable=status >= 500 or status in RETRIED_4XX,
@@ -369,8 +374,8 @@ class ChatClient:
                          status=status, words=words)
 
     def _redact(self, text: str) -> str:
-        """Blot out the key. Do this before a text is shortened, or half of the key may stay."""
-        return text.replace(self._key, "***") if self._key else text
+        """Blot out the secrets. Do this before a text is shortened, or half of the key may stay."""
+        return self._secrets.sub("***", text)
 
     @staticmethod
     def _is_refusal(failure: ChatError) -> bool:
@@ -384,10 +389,25 @@ class ChatClient:
             alone = not self._in_flight  # a slow good answer may still be on its way
             self._given_up |= self._refusals >= FIRST_REFUSALS and alone and not self.answered
 
+    def note_verdict(self, answer: str, read: bool) -> None:
+        """Note whether an answer of a judge held a verdict."""
+        with self._lock:
+            self.understood = self.understood or read
+        if not read:
+            where = shown_url(",".join(self.breakers))
+            self.last_failure = ChatError("no_verdict", f"no verdict in {shorten(answer, 200)!r}, from {where}")
+
+    @property
+    def useful(self) -> bool:
+        """Say whether any call has brought what it was made for."""
+        return self.answered and self.understood is not False
+
     @property
     def refusal(self) -> str:
         """Say in one line why every call has failed so far though the endpoints are alive; "" if that is not so."""
         whose = URL_FLAGS.get(self.name, self.name or "the endpoint")
+        if self.understood is False:
+            return f"{whose}: no answer was a verdict; {self.complaint}"
         return f"{whose}: every request failed; {self.complaint}" if self._refusals and not self.answered else ""
 
     @property

@@ -113,6 +113,8 @@ def way_out(name: str, error: ChatError) -> str:
     if error.reason == "certificate":
         return "REQUESTS_CA_BUNDLE can name a file with a server's authority"
     address, model, key = FLAGS.get(name, ("the address", "the model after #", "--subject-key-env"))
+    if error.reason in ("no_verdict", "address"):
+        return f"check {address}" if error.reason == "address" else f"check {model} and {address}"
     match error.status:
         case 401:
             return f"check {key}"

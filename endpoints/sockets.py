@@ -19,6 +19,10 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 
+class NoSuchHost(OSError):
+    """A name that cannot be one, or that nobody knows; a server of names that does not answer is another error."""
+
+
 class CuttableAdapter(HTTPAdapter):
     """A `requests` adapter that remembers its newest socket, so that another thread can cut it off.
 
@@ -105,4 +109,5 @@ def _look_up(lookup: Future, host: str, port: int) -> None:
     try:
         lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
-        lookup.set_exception(OSError(str(error)))
+        unknown = isinstance(error, UnicodeError) or error.errno == socket.EAI_NONAME
+        lookup.set_exception((NoSuchHost if unknown else OSError)(str(error)))

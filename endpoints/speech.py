@@ -24,10 +24,10 @@ TURN_ENDS = re.compile(
 THOUGHT_PARTS = {"thinking", "reasoning", "redacted_thinking"}  # kinds of parts: Mistral, gateways to Claude
 
 
-def parse_reply(raw: bytes, secret: str = "") -> ChatReply:
+def parse_reply(raw: bytes, secrets: re.Pattern[str] | None = None) -> ChatReply:
     """Return what a chat completion says, stripped; ChatError, with a reason that names the cause, if it says nothing.
 
-    The text is plain (`plain_text`), its thoughts are cut away, and `secret` (the key) is blotted out. The reply's
+    The text is plain (`plain_text`), its thoughts are cut away, and what `secrets` matches is blotted out. The reply's
     `tokens` is usage.completion_tokens, which counts the thoughts too, and its `prompt_tokens` is usage.prompt_tokens.
 
     >>> parse_reply(b'{"choices": [{"message": {"content": "<think>A nurse.</think> Hi. "}}]}')
@@ -40,7 +40,7 @@ def parse_reply(raw: bytes, secret: str = "") -> ChatReply:
         raise ChatError("broken_off", f"the reply broke off: {servers_words(error or ended)}")
     spoken, thoughts = _content(choice.get("message"), ended, raw)
     spoken = spoken.encode("utf-8", "replace").decode()  # tokenizers crash at a lone surrogate
-    speech, cut_away = split_thoughts(plain_text(spoken.replace(secret, "***") if secret else spoken).strip())
+    speech, cut_away = split_thoughts(plain_text(secrets.sub("***", spoken) if secrets else spoken).strip())
     speech, *further = TURN_ENDS.split(speech, maxsplit=1)  # a server that knows no stop token lets the model run on
     speech = speech.strip()
     hint = "; it ended at max_tokens: switch thinking off in the server" if ended in CUT else ""

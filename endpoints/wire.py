@@ -38,10 +38,10 @@ class ChatReply(str):
 
 
 class ChatError(Exception):
-    """A chat call that failed; the message is one line and never holds the key.
+    """A chat call that failed; the message is one line, in which keys are blotted out.
 
-    reason: connect, timeout, certificate, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, too_large, outage; or
-    one of UNSAID.
+    reason: connect, timeout, address, certificate, http_4xx, http_5xx, rate_limited, bad_json, bad_schema, too_large,
+    outage; or one of UNSAID. Of a judge's answer without a verdict: no_verdict.
     retryable: whether another attempt may help. retry_after: the seconds that the server asked for, 0 if it did not.
     status: the HTTP status that is the cause, 0 if none is. words: what the server said with it.
     """
@@ -113,6 +113,7 @@ def _split_url(base_url: str) -> tuple[SplitResult, str]:
         "holds a blank or a control character": not base_url.isprintable() or " " in base_url,
         "does not begin with http:// or https://": parts.scheme not in ("http", "https"),
         "holds a user name or password (put the key into an environment variable)": "@" in parts.netloc,
+        "holds … in place of its query, as messages show it: put the query in": parts.query == "…",
         "holds a fragment (#…)": "#" in base_url,
         "names no host": not parts.hostname,
         "names the port 0": host is None,

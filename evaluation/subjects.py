@@ -138,7 +138,7 @@ class AskedSpeaker:
                 dialogue.dropped = f"subject: {reply.reason}"
             return []
         seed = stream_seed(*self.play.stream, "judge", dialogue.index, len(dialogue.turns), 0)
-        judge = rewards.Judge(self.env.judge and self.env.judge.ask, self.env.rule_verdicts, seed)
+        judge = self.env.judge_with(seed)
         yield Ask(partial(rewards.score_candidate, reply, dialogue, self.config, judge))
         return [reply]
 

@@ -37,7 +37,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import POINTER, Structure, c_bool, c_float, c_int64
 from ctypes import c_void_p as Pointer
 from functools import cache
@@ -159,6 +159,8 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     library.sample.argtypes = [Pointer, Pointer, c_int64, Pointer, c_float, *[c_int64] * 4, Pointer, Pointer]
     library.tree_forward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 5]
     library.tree_backward.argtypes = [POINTER(TreeTokens), c_int64, c_int64, *[Pointer] * 9]
+    library.tree_forward_low.argtypes = library.tree_forward.argtypes
+    library.tree_backward_low.argtypes = library.tree_backward.argtypes
     library.product.argtypes = [*[Pointer] * 5, c_int64, c_int64, c_int64, c_bool, c_int64]
     library.fold.argtypes = [Pointer, Pointer, c_int64, c_int64, c_int64, c_float, Pointer, c_int64, c_int64]
     library.gradients.argtypes = [*library.fold.argtypes[:-1], c_bool, c_bool, c_int64]
@@ -167,8 +169,10 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     library.rope.argtypes = [*[Pointer] * 4, c_int64, c_int64, c_int64, c_float, c_int64]
     library.swiglu_forward.argtypes = [*[Pointer] * 3, c_int64, c_int64, c_int64]
     library.swiglu_backward.argtypes = [*[Pointer] * 5, c_int64, c_int64, c_int64]
-    for name in ("sample", "tree_forward", "tree_backward", "product", "fold", "gradients", "norm_forward",
-                 "norm_backward", "rope", "swiglu_forward", "swiglu_backward"):  # fmt: skip
+    for name in (
+        "sample", "tree_forward", "tree_backward", "tree_forward_low", "tree_backward_low", "product", "fold",
+        "gradients", "norm_forward", "norm_backward", "rope", "swiglu_forward", "swiglu_backward",
+    ):  # fmt: skip
         getattr(library, name).restype = None
     return library, ""
 
@@ -302,20 +306,32 @@ def tree_tokens(q: Tensor, k: Tensor, spans: Tensor) -> TreeTokens:
 def tree_forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
     """Attend with q (T, H, Dh) to k and v (T, Hkv, Dh), contiguous; return o (T, H, Dh) and each softmax's sum (H, T).
 
-    The latter as its logarithm, of the scores q·k/√Dh.
+    The latter as its logarithm, of the scores q·k/√Dh, in fp32.
     """
+    dtype, (q, k, v) = q.dtype, widened(q, k, v)
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     pointers = (x.data_ptr() for x in (q, k, v, out, lse))
-    load_library()[0].tree_forward(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
-    return out, lse
+    by_dtype("tree_forward", q)(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
+    return out.to(dtype), lse
 
 
 def tree_backward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, out: Tensor, lse: Tensor, g: Tensor) -> list[Tensor]:
     """Return the gradients of q, k and v for an upstream gradient g (T, H, Dh), contiguous."""
-    found = [torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)]
+    dtype, (q, k, v, out, g) = q.dtype, widened(q, k, v, out, g)
+    found = [torch.empty_like(q), *(torch.zeros_like(x, dtype=torch.float32) for x in (k, v))]
     pointers = (x.data_ptr() for x in (q, k, v, out, lse, g, *found))
-    load_library()[0].tree_backward(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
-    return found
+    by_dtype("tree_backward", q)(tree_tokens(q, k, spans), q.shape[2], torch.get_num_threads(), *pointers)
+    return [x.to(dtype) for x in found]
+
+
+def widened(*tensors: Tensor) -> Iterable[Tensor]:
+    """Return bf16 tensors in fp32 where C++ has no products of bf16, and others as they are."""
+    return tensors if load_library()[0].has_bf16() else [x.float() for x in tensors]
+
+
+def by_dtype(name: str, x: Tensor) -> Callable[..., None]:
+    """Return the library's function for tensors like x."""
+    return getattr(load_library()[0], f"{name}_low" if x.dtype == torch.bfloat16 else name)
 
 
 def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -85,5 +86,5 @@ def retention(state: State) -> dict[str, float]:
     """Return the policy's perplexity on the text that the checkpoint brought along; {} if it brought none."""
     if HELDOUT_FILE not in state.files:
         return {}
-    texts = parse_texts(state.files[HELDOUT_FILE], HELDOUT_FILE)
-    return {"perplexity_sft": perplexity(text_scores(state.policy.sampled, state.chat, texts))}
+    texts = parse_texts(state.files[HELDOUT_FILE], where := str(Path(state.config.ckpt) / HELDOUT_FILE))
+    return {"perplexity_sft": perplexity(text_scores(state.policy.sampled, state.chat, texts, where))}

@@ -28,7 +28,7 @@ def merge(config: Config) -> str:
     dtype, temporary = compute_dtype(config, "cpu"), unborn(folder)
     save_pretrained(base, temporary, dtype)
     chat = ChatTokenizer.from_folder(config.ckpt, base.config.vocab_size)
-    for name, content in chat.chat_files(carried_files(Path(config.ckpt))).items():
+    for name, content in chat.chat_files(carried_files(Path(config.ckpt)), config.ckpt).items():
         (temporary / name).write_bytes(content)
     temporary.replace(folder)  # an empty one is replaced
     return clean_text(f"{config.ckpt} with {config.adapter}, in {dtype}: {folder}")

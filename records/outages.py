@@ -27,14 +27,15 @@ class Unavailable(RuntimeError):
 
 
 def check_refusals(env: Environment) -> None:
-    """Raise AgreedError, on all ranks, if user or judge is alive but has refused every call of every rank so far.
+    """Raise AgreedError, on all ranks, if user or judge is alive but has refused every call of every rank so far,
+    or if the judge has answered them all, and never with a verdict.
 
     Nobody need come back later: an address, a model, a key or a server must be changed.
     """
     for client in clients_of(env).values():
-        reports = gather((client.answered, client.refusal))
+        reports = gather((client.useful, client.refusal))
         refusals = [refusal for _, refusal in reports if refusal]
-        if refusals and not any(answered for answered, _ in reports):
+        if refusals and not any(useful for useful, _ in reports):
             raise AgreedError(refusals[0])
 
 
@@ -48,15 +49,18 @@ def check_batch(dialogues: list[Dialogue], config: Config, env: Environment) -> 
     clients = clients_of(env)
     outages = [f"{URL_FLAGS[name]}: {client.outage}" for name, client in clients.items() if client.outage]
     failures = {name: client.complaint for name, client in clients.items() if client.last_failure}
-    parts = gather((len(dialogues), Counter(d.dropped for d in dialogues if d.dropped), outages, failures))
-    for outage in (outage for _, _, found, _ in parts for outage in found):
+    lost = Counter(d.dropped for d in dialogues if d.dropped)
+    unjudged = sum(not c.judged for d in dialogues for turn in d.turns for c in turn.candidates)
+    parts = gather((len(dialogues), lost, unjudged, outages, failures))
+    for outage in (outage for *_, found, _ in parts for outage in found):
         raise Unavailable(f"{outage} (--outage-budget)")
-    size, lost = sum(n for n, *_ in parts), sum_counters([causes for _, causes, *_ in parts])
+    size, lost, unjudged = sum(n for n, *_ in parts), sum_counters([p[1] for p in parts]), sum(p[2] for p in parts)
     if size - lost.total() >= config.quorum * size:
         return ""
     causes = ", ".join(f"{cause} {n}" for cause, n in lost.most_common())
     worst = lost.most_common(1)[0][0].partition(":")[0]  # whose last words are told
     last = next((f"; {found[worst]}" for *_, found in parts if worst in found), "")
+    last = (f"; {unjudged} candidates got no verdict" if worst == "judge" else "") + last
     return f"{lost.total()} of {size} dialogues were lost ({causes}); --quorum {config.quorum:g} wants more{last}"
 
 

@@ -38,14 +38,14 @@ def parse_texts(raw: bytes, path: str) -> list[Text]:
     try:
         whole = raw.decode("utf-8-sig")
     except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}; --perplexity takes JSONL or plain text") from None
+        raise ValueError(f"{path} is not UTF-8: {error}; accepted: JSONL or plain text") from None
     if path.endswith(".jsonl") or OBJECT_START.search(whole):  # damaged JSONL must not pass for prose
         lines = enumerate(whole.split("\n"), 1)
         texts = [_read_line(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     else:
         texts = [passage for passage in re.split(r"\n\s*\n", whole) if passage.strip()]
     if not texts:
-        raise ValueError(f"{path} holds no text; --perplexity takes JSONL or plain text")
+        raise ValueError(f"{path} holds no text; accepted: JSONL or plain text")
     return texts
 
 
@@ -90,17 +90,20 @@ def encode_text(text: Text, chat: ChatTokenizer) -> tuple[list[int], list[bool]]
 
 
 @torch.no_grad()
-def text_scores(policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: Sequence[Text]) -> NDArray[np.float64]:
+def text_scores(
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: Sequence[Text], where: str = "--perplexity"
+) -> NDArray[np.float64]:
     """Return for each text the nats of its predicted tokens and their number, (N, 2), one forward per text.
 
-    Raises ValueError for a text that is longer than the model's positions, and where nothing is to be predicted.
+    Raises ValueError, which begins with `where`, for a text that is longer than the model's positions, and where
+    nothing is to be predicted.
     """
     device, limit = policy.head_weight.device, policy.config.max_position_embeddings
     scores = []
     for number, text in enumerate(texts, 1):
         ids, mask = encode_text(text, chat)
         if len(ids) > limit:
-            raise ValueError(f"--perplexity: text {number} has {len(ids)} tokens, the model {limit} positions; cut it")
+            raise ValueError(f"{where}: text {number} has {len(ids)} tokens, the model {limit} positions; cut it")
         token_ids = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
         predicted = torch.tensor(mask[1:], dtype=torch.bool, device=device)  # (T-1,): position t predicts token t+1
         if not predicted.any():
@@ -110,7 +113,7 @@ def text_scores(policy: Qwen2ForCausalLM, chat: ChatTokenizer, texts: Sequence[T
         logprobs, *_ = linear_logprob(hidden, policy.head_weight, token_ids[0, 1:][predicted])
         scores.append((-float(logprobs.double().sum()), len(hidden)))
     if not any(tokens for _, tokens in scores):
-        raise ValueError("--perplexity: no token of the text can be predicted; passages need two tokens")
+        raise ValueError(f"{where}: no token of the text can be predicted; passages need two tokens")
     return np.array(scores)
 
 

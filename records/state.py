@@ -102,7 +102,7 @@ def setup(config: Config, env: Environment, folder: Path | None = None, mesh: De
     set_backend(config.kernels)
     source = folder / "policy" if folder else Path(config.ckpt)
     chat = ChatTokenizer.from_folder(source, policy.model.config.vocab_size)
-    files = chat.chat_files(carried_files(source))  # now, since the folder may change or go while the run lasts
+    files = chat.chat_files(carried_files(source), source)  # now, since the folder may change or go while the run lasts
     state = State(config, chat, policy, critic, ref_policy, personas, eval_sets, env, files=files)
     if folder:
         state = replace(state, saved=folder.name, **progress)

@@ -200,7 +200,7 @@ def test_shards_must_fit_their_index(tmp_path):
         load_policy(tmp_path)
     shards[1].write_bytes(kept)
     (tmp_path / INDEX).write_text('{"weight_map": []}')
-    with pytest.raises(ValueError, match="'weight_map' is \\[\\]; it takes dict"):
+    with pytest.raises(ValueError, match="'weight_map' is \\[\\]; it takes an object"):
         load_policy(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope_parameters is {'rope_type': 'yarn'"),
         (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters is {'full_attention'"),
         (dict(rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}), "rope_scaling is {'type': 'mrope'"),
-        (dict(rope_scaling="none"), "rope_scaling is 'none'; it takes dict"),
+        (dict(rope_scaling="none"), "rope_scaling is 'none'; it takes an object"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types names 'sliding_attention'"),
         (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised ..'quant_method': 'gptq'"),
@@ -266,12 +266,12 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
         (dict(head_dim=32), "head_dim is 32"),
         (dict(hidden_size="absent"), "hidden_size is missing"),
         (dict(hidden_size=None), "hidden_size is missing"),
-        (dict(hidden_size="48"), "hidden_size is '48'; it takes int"),
+        (dict(hidden_size="48"), "hidden_size is '48'; it takes a whole number"),
         (dict(hidden_size=10**11), "hidden_size is 100000000000; it must lie in"),
-        (dict(num_hidden_layers=2.0), "num_hidden_layers is 2.0; it takes int"),
+        (dict(num_hidden_layers=2.0), "num_hidden_layers is 2.0; it takes a whole number"),
         (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; it must lie in"),
         (dict(num_hidden_layers=100), "tensor model.layers.2.self_attn.q_proj.weight is missing"),
-        (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no'; it takes bool"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no'; it takes true or false"),
         (dict(rms_norm_eps=-5), "rms_norm_eps is -5"),
         (dict(rms_norm_eps=0), "rms_norm_eps is 0"),
         (dict(rms_norm_eps=float("nan")), "NaN is no JSON number"),
@@ -279,7 +279,7 @@ def test_hub_id_is_fetched_without_pickles(monkeypatch, tmp_path):
         (dict(rope_theta=-1), "rope_theta is -1"),
         (dict(initializer_range=float("inf")), "Infinity is no JSON number"),
         (dict(max_position_embeddings=10**12), "max_position_embeddings is"),
-        (dict(eos_token_id="</s>"), "eos_token_id is '</s>'; it takes int or list or NoneType"),
+        (dict(eos_token_id="</s>"), "eos_token_id is '</s>'; it takes a whole number or a list or null"),
         (dict(hidden_size=50), "hidden_size is 50"),
         (dict(num_key_value_heads=3), "num_attention_heads is 4"),
         (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
@@ -294,7 +294,8 @@ def test_unsupported_configs_are_refused(saved, changes, words):
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer.json", "generation_config.json"])
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"a": ' * 100_000, '{"a": 1e999}x'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"a": ' * 100_000, '{"a": 1e999}x',
+                                  '{"a": {"b": 1, "b": 2}}'])  # fmt: skip
 def test_json_that_is_none(saved, name, text):
     """Guards the parsers: an empty, foreign or deeply nested file is one line that names it."""
     small_tokenizer().save(str(saved / "tokenizer.json"))
@@ -450,7 +451,7 @@ CAUSES = {
     "a secret": (secret_behind_a_link, "chat_template.jinja is a link out of its folder"),
     "a number in the index": (
         lambda folder: ((folder / SINGLE).unlink(), (folder / INDEX).write_text('{"weight_map": {"a": 1}}')),
-        "'a' is 1; it takes str"),
+        "'a' is 1; it takes a text"),
 }  # fmt: skip
 
 
@@ -517,7 +518,7 @@ def chat_folder(tmp_path_factory) -> Path:
         ([7, 8], 9, {2, 7, 8, 9}),
         (400, "absent", "config.json: eos_token_id 400 is outside the model's vocabulary of 400"),
         (2, [2, -1], "generation_config.json: eos_token_id -1 is outside"),
-        (2, "2", "generation_config.json, eos_token_id is '2'; it takes int or list"),
+        (2, "2", "generation_config.json, eos_token_id is '2'; it takes a whole number or a list"),
         (2, [2, True], "generation_config.json, eos_token_id is"),
     ],
 )
@@ -626,7 +627,7 @@ def test_broken_companions_end_a_run_before_it_begins(chat_folder, tmp_path, nam
     """Guards a run that trains for hours and cannot save."""
     source = shutil.copytree(chat_folder, tmp_path / "source")
     (source / name).write_text('{"eos_token_id": ')
-    with pytest.raises(ValueError, match=f"{name} is not JSON"):
+    with pytest.raises(ValueError, match=f"{source / name} is not JSON"):
         setup(Config(ckpt=str(source)), Environment(None, None))
 
 

@@ -8,6 +8,7 @@ import math
 import random
 from contextlib import closing
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from learners.folder import HELDOUT_FILE
 from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from records import metrics, perplexity
+from records.iteration import retention
 from records.perplexity import encode_text, parse_texts, read_texts, text_scores
 from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
@@ -178,6 +180,16 @@ def test_strange_text_is_one_line(raw):
     with pytest.raises(ValueError, match="^it.jsonl") as caught:
         parse_texts(b'{"text": "fine"}\n' + raw, "it.jsonl")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("raw", [b"{", b"", b'{"text": "a"}', b'{"text": "%s"}' % (b"far too long " * 9000)])
+def test_a_checkpoints_own_text_is_named_when_it_is_amiss(tiny, raw):
+    """Guards an error about --perplexity, a flag that the trainer lacks, and a file without its folder."""
+    policy = SimpleNamespace(sampled=tiny[0])
+    state = SimpleNamespace(config=Config(ckpt="base"), files={HELDOUT_FILE: raw}, policy=policy, chat=tiny[1])
+    with pytest.raises(ValueError, match="^base/sft_heldout.jsonl") as caught:
+        retention(state)
+    assert "--perplexity" not in str(caught.value)
 
 
 def test_a_policy_that_knows_nothing_has_the_vocabularys_perplexity(tiny):

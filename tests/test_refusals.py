@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from small_run import served
+from small_run import chat_server, served
 from test_simulator import ASK, PERSONA, ask_all, completion, hostile_server, http_reply, scripted
 from test_trainer import ckpt, go, records, user_url  # noqa: F401
 
@@ -25,6 +27,7 @@ from endpoints import calls, refusals
 from endpoints.client import PING, ChatClient
 from endpoints.tape import Tape
 from endpoints.wire import ChatError
+from rewards import VERDICTS
 from simulator import simulator_messages
 from studies import offline
 
@@ -131,11 +134,23 @@ def test_the_flag_that_mends_a_refusal_is_named(status, words, way):
     assert refusals.way_out("simulator", ChatError("http_4xx", words, status=status, words=words)) == way
 
 
-def test_https_to_a_server_of_http_ends_at_once(user_url):  # noqa: F811
-    """Guards half an hour of waiting for a server that is well and speaks another protocol."""
-    with closing(ChatClient(user_url.replace("http:", "https:"), "m", outage_budget=600, name="simulator")) as client:
-        error = client.ask(ASK, 1)
-    assert error.reason == "certificate" and "try http://" in str(error) and not error.retryable
+def test_an_address_that_cannot_be_ends_at_once(user_url, monkeypatch):  # noqa: F811
+    """Guards half an hour of waiting for a host that nobody knows, or that is well and speaks another protocol."""
+    unknown, real = socket.gaierror(socket.EAI_NONAME, "Name or service not known"), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real(host, *a, **k) if "x" not in host else fail())
+
+    def fail() -> None:
+        raise unknown
+
+    for url, says in ((user_url.replace("http:", "https:"), "does not speak https; try http://"),
+                      ("http://a..b", "the host of http://a..b/v1"), ("http://x", "not known")):  # fmt: skip
+        with closing(ChatClient(url, "m", outage_budget=600, name="simulator")) as client:
+            error = client.ask(ASK, 1)
+            assert error.reason == "address" and says in str(error) and not error.retryable
+            assert client.refusal.endswith("; check --simulator-url")
+    unknown.errno = socket.EAI_AGAIN
+    with closing(ChatClient("http://x", "m", outage_budget=0.1, max_retries=0)) as client:
+        assert client.ask(ASK, 1).reason == "outage"  # the server of names may come back
 
 
 def test_system_messages_are_folded_into_the_next_user_message():
@@ -263,6 +278,27 @@ def test_programs_end_at_once_with_the_servers_words(ckpt, user_url, tmp_path, c
         assert line.startswith("studies.offline: --simulator-url: every request failed") and says in line
 
 
+GOOD = json.dumps(dict.fromkeys(VERDICTS, 1))
+
+
+def test_a_judge_that_answers_prose_ends_every_program(tmp_path, capsys):
+    """Guards "--quorum wants more, --resume" for a model that will never judge; and a line without its words."""
+    asked = itertools.count()
+    train = ["--ckpt", TINY, "--num-iterations", 1, "--rollout-batch-size", 4, "--num-candidates", 2, "--max-turns", 1]
+    played = f"x={TINY}", "--num-personas", 2, "--turns", 1, "--quiet"
+    with chat_server(lambda request: "I would say yes\nto all of them.") as url:
+        says = f"no verdict in 'I would say yes to all of them.', from {url}/chat/completions; check --judge-model and"
+        for program, *flags in ((train_rlpa.main, *train, "--run-dir", tmp_path / "t"),
+                                (evaluation.main, *played, "--out", tmp_path / "o"),
+                                (offline.main, "--method", "sft", *train, "--run-dir", tmp_path / "s")):  # fmt: skip
+            line = ended(capsys, 2, program, *flags, "--judge-url", url)
+            assert f": --judge-url: no answer was a verdict; last: {says} --judge-url" in line
+    with chat_server(lambda request: GOOD if next(asked) < 1 else "Yes!") as url:
+        flags = *train, "--quorum-retries", 0, "--judge-url", url, "--run-dir", tmp_path / "q"
+        line = ended(capsys, os.EX_TEMPFAIL, train_rlpa.main, *flags)
+    assert " candidates got no verdict; last: no verdict in 'Yes!', from" in line and "check --judge-model" in line
+
+
 @pytest.mark.slow
 def test_two_ranks_are_refused_as_one(ckpt, tmp_path):  # noqa: F811
     """Guards one rank that raises alone, and two that print the same."""
@@ -354,7 +390,7 @@ def test_proxies_are_for_other_machines(monkeypatch):
         assert len(proxy.requests) == 1
         monkeypatch.setenv("no_proxy", ".invalid")
         with closing(ChatClient("http://hosted.invalid", "m", max_retries=0)) as client:
-            assert client.ask(ASK).reason == "connect" and len(proxy.requests) == 1
+            assert client.ask(ASK).reason == "address" and len(proxy.requests) == 1
 
 
 def test_doctests():

@@ -82,6 +82,9 @@ class Endpoint:
         time.sleep(self.random.choice(self.pauses))
         return self.answer(seed)
 
+    def note_verdict(self, answer: str, read: bool) -> None:
+        """A verdict that fails is counted by the candidate."""
+
     def close(self) -> None:
         """Nothing is under way that could be cut off."""
 

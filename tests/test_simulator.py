@@ -6,7 +6,10 @@ with the connection.
 
 from __future__ import annotations
 
+import base64
+import doctest
 import gzip
+import html
 import http.client
 import json
 import os
@@ -25,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -34,9 +38,12 @@ from small_run import served
 
 import simulator
 from config import Config
+from endpoints import secrets as endpoint_secrets
 from endpoints import server as endpoint_server
 from endpoints.client import ChatClient
+from endpoints.secrets import secret_pattern
 from endpoints.speech import parse_reply
+from endpoints.tape import Tape
 from endpoints.wire import UNSAID, ChatError, RequestError, parse_retry_after
 from simulator import make_user_server, simulator_messages, start_embedded_server
 from worlds import first
@@ -421,6 +428,44 @@ def test_connections_are_kept():
     with hostile_server(behave) as url, closing(ChatClient(url, "m")) as client:
         ask_all(client, [ASK] * 20, range(20), threads=2)
     assert len(peers) <= 2
+
+
+def quotes(key: str) -> dict[str, str]:
+    """Write a key in the forms in which servers quote it."""
+    in_base64 = (base64.b64encode(text.encode()).decode() for text in (key, f"Bearer {key}", f"x{key}y"))
+    return {
+        "as it is": key, "upper": key.upper(), "lower": key.lower(), "%": quote(key, safe=""),
+        "hex": key.encode().hex(), "all %": "".join(f"%{ord(ch):02X}" for ch in key),
+        "entities": "".join(f"&#{ord(ch)};" for ch in key),
+        "hex entities": "".join(f"&#x{ord(ch):x};" for ch in key), "named": html.escape(key),
+        "JSON": json.dumps(key)[1:-1].replace("/", "\\/"), "JSON u": "".join(f"\\u{ord(ch):04x}" for ch in key),
+        "wrapped": f"{key[:9]}\n{key[9:]}", **dict(zip(("base64", "Bearer", "within"), in_base64, strict=True)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", ['sk-Very/s&cret"0123+456789', "query+S3cret/value"])
+@pytest.mark.parametrize("form", quotes(""))
+def test_a_secret_is_blotted_out_in_any_form(monkeypatch, tmp_path, form, secret):
+    """Guards: a server that quotes the key, or its own address, in another spelling prints it, or half of it."""
+    monkeypatch.setenv("RLPA_TEST_KEY", secret)
+    quoted = quotes(secret)[form]
+    error, target = json.dumps({"error": "p" * 285 + quoted}).encode(), quote(quoted.replace("\n", ""), safe="%&#;\\")
+    page, good = http_reply(b"p" * 60 + quoted.encode()), http_reply(completion(f"Hi {quoted}"))
+    behave = scripted(good, http_reply(error, "401 No"), page, http_reply(b"", "302 Go", f"Location: /{target}"))
+    with hostile_server(behave) as url, closing(Tape(tmp_path / "tape", recording=True)) as tape:
+        url, key = (url, "RLPA_TEST_KEY") if "&" in secret else (f"{url}?x=1&code={quote(secret, safe='')}", None)
+        with closing(ChatClient(url, "m", key, tape=tape, max_retries=0)) as client:
+            told = "\n".join([str(client.ask(ASK, seed)) for seed in range(4)] + [(tmp_path / "tape").read_text()])
+    assert told.count("***") == 8, told
+    inner = quoted.replace("\n", "")[4:-4].lower()  # base64 shares its ends with what stands beside it
+    assert not any(inner[i : i + 9] in told.lower() for i in range(len(inner) - 8)), told
+
+
+def test_short_keys_are_words():
+    """Guards: EMPTY, none or test, which local servers take for a key, vanish from what people say."""
+    assert secret_pattern(["none", "EMPTY", "1234567", ""]).sub("***", "none empty 1234567") == "none empty 1234567"
+    assert secret_pattern(["12345678"]).sub("***", "12345678") == "***"
+    assert doctest.testmod(endpoint_secrets).failed == 0
 
 
 def test_the_key_is_sent_and_never_shown(monkeypatch):

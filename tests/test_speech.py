@@ -62,7 +62,8 @@ def test_addresses_as_people_paste_them():
         ("http://", "host"), ("http://h:port", "port"), ("http://h:99999", "port"), ("http://h:0", "port"),
         ("http://[::1", "IPv6"), ("http://u:secret@h", "password"), ("http://secret@h?x=1", "password"),
         ("u:secret@h", "http://"), ("http://h h", "blank"), ("http://h?a=@b\nsecret", "blank"),
-        ("http://h/v1#secret", "fragment"), ("http://a,b", "comma"), ("http://a:1,localhost:2", "port"),
+        ("http://h/v1#secret", "fragment"), ("http://a,b", "comma"), ("http://h/v1?…", "query"),
+        ("http://a:1,localhost:2", "port"),
     ],
 )  # fmt: skip
 def test_addresses_are_refused_by_their_cause(base, why):

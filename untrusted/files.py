@@ -1,6 +1,6 @@
 """Read JSON that somebody else may have written, within limits; what is amiss with it is a ValueError in one line.
 
-    parse_json     bytes into a value: UTF-8, no NaN, no endless numbers, no deep nesting
+    parse_json     bytes into a value: UTF-8, no NaN, no endless numbers, no deep nesting, no key twice
     read_json      the same for a whole file
     read_lines     the lines of a file one by one, none of them endless
     check_value    does a value have the type, the limits and the shape that a type hint names?
@@ -24,13 +24,16 @@ MAX_JSON_BYTES = 64 * 2**20  # of a file that is read at once
 MAX_DEPTH = 64  # of lists and objects within each other
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git-LFS holds in place of a large file
 MAX_DIGITS = 39  # of a whole number; transformers writes one of 31, "model_max_length" of 10^30
+_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "an object",
+          list: "a list", NoneType: "null"}  # fmt: skip
 _TOKENS = re.compile(rb'(?s)"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]|(?<![\d.])\d{%d,}' % (MAX_DIGITS + 1))  # linear time
 
 
 def parse_json(raw: bytes, where: str, any_number: bool = False) -> Any:
     """Return the JSON value in UTF-8 bytes; ValueError that begins with `where` for anything else.
 
-    any_number: NaN, infinity and endless numbers are no reason to refuse the rest; they become None.
+    any_number: NaN, infinity, endless numbers and repeated keys are no reason to refuse the rest; the numbers become
+    None, and the last of several values counts.
 
     >>> parse_json(b'{"lr": [1, 2.5]}', "settings"), parse_json(b"[NaN, 2]", "a reply", any_number=True)
     ({'lr': [1, 2.5]}, [None, 2])
@@ -42,9 +45,10 @@ def parse_json(raw: bytes, where: str, any_number: bool = False) -> Any:
         if depth > MAX_DEPTH or endless:
             why = f"a number of {len(token)} digits" if endless else f"nested more than {MAX_DEPTH} deep"
             raise ValueError(f"{where} is refused: {why}")
-    constant, integer = (lambda name: None, _bounded) if any_number else (_refuse_constant, None)
+    strict = {"parse_constant": _refuse_constant, "object_pairs_hook": without_twins}
+    lenient = {"parse_constant": lambda name: None, "parse_int": _bounded}
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_constant=constant, parse_int=integer)
+        return json.loads(raw.decode("utf-8-sig"), **(lenient if any_number else strict))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}") from None
     except ValueError as error:
@@ -53,6 +57,15 @@ def parse_json(raw: bytes, where: str, any_number: bool = False) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; ValueError for a repeated key, of which json would keep the last value."""
+    if len(found := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {shorten(twin, 40)!r} stands twice in one object")
+    return found
 
 
 def _bounded(digits: str) -> int | None:
@@ -191,4 +204,5 @@ def _is_a(value: Any, kind: type | None) -> bool:
 
 
 def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
+    kind = get_origin(kind) or kind
+    return _NAMES.get(kind, str(kind))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from untrusted.files import read_bytes
+from untrusted.files import read_bytes, without_twins
 from untrusted.plain_text import clean_text, json_type, shorten, warn, why_not_json
 from worlds.ledger import SLOTS, split_fact
 
@@ -66,7 +66,7 @@ _LINE_END = re.compile(r"\r\n?|\n")  # no others: U+2028 is legal in a JSON stri
 
 def _json_values(text: str, path: str | Path) -> Iterator[tuple[int, int, Any]]:
     """Yield (line, k, value) for every JSON value: it begins on that line, as the k-th one."""
-    decoder = json.JSONDecoder(object_pairs_hook=_without_twins, parse_float=_parse_float)
+    decoder = json.JSONDecoder(object_pairs_hook=without_twins, parse_float=_parse_float)
     at, end = _BLANKS.match(text).end(), len(text.rstrip())
     in_list = text.startswith("[", at)  # [persona, persona, …]
     if in_list and not text.endswith("]", at + 1, end):
@@ -85,16 +85,6 @@ def _json_values(text: str, path: str | Path) -> Iterator[tuple[int, int, Any]]:
                              f"({why_not_json(error)}); accepted: {ACCEPTED}") from None
         at += in_list
         yield line, k, value
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its keys and values; json itself would keep the last of several values without a word."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {shorten(key, 40)!r} stands twice in one object")
-        found[key] = value
-    return found
 
 
 def _parse_float(digits: str) -> int | float:
