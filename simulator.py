@@ -40,7 +40,7 @@ from endpoints.wire import Message, RequestError, parse_request
 from untrusted.plain_text import clean_text, say, shorten, warn
 from worlds import first, second
 from worlds.ledger import History
-from worlds.personas import Persona, usable_facts
+from worlds.personas import MAX_FACTS, Persona, usable_facts
 
 ROLE_RULES = """\
 You are playing a person who chats with a stranger online. Stay in this role to the end. Write only what the person \
@@ -59,7 +59,7 @@ your profile you would rather not say.
 9. People change. If your profile contradicts what you said before, say that it has changed; the profile holds."""
 PROFILE_HEADING = "Your profile:"
 OPENING = "(The chat begins. Write your first message.)"  # chat templates want a "user" message before any reply
-MAX_MESSAGES, MAX_FACTS = 1000, 500  # of one request to the embedded users, whose work grows with facts x messages
+MAX_MESSAGES = 1000  # of one request to the embedded users
 _OTHER_SIDE = {"user": "assistant", "assistant": "user"}
 
 
@@ -312,7 +312,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
 
 def main(argv: Sequence[str] | None = None, answer: Callable[[bytes], dict[str, Any]] = complete) -> None:
     """Run the embedded server until it is interrupted; `answer` is what it says to a request's body."""
-    parser = argparse.ArgumentParser(description="A rule-based simulated user behind /v1/chat/completions.")
+    parser = argparse.ArgumentParser(description="A user by rules behind /v1/chat/completions.", allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on")
     parser.add_argument("--port", type=int, default=8100, help="port to listen on; 0 takes a free one")
     parser.add_argument("--until-stdin-closes", action="store_true", help="end when standard input does")

@@ -174,10 +174,7 @@ def next_line(terminal: bool) -> str | None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(
-        "python -m chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = exits.refuse
+    parser = exits.Parser("python -m chat", __doc__)
     tiny = str(TINY_CHECKPOINT)
     parser.add_argument("--ckpt", nargs="?", const=tiny, required=True, help="folder or hub id; bare: the tiny one")
     parser.add_argument("--adapter", default="", help="LoRA folder on --ckpt, as a run with --lora-rank saves it")

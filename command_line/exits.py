@@ -7,12 +7,14 @@ What only shows a result decides neither: `lasting_output` for what is printed, 
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -106,9 +108,29 @@ def decorative(what: str) -> Iterator[None]:
         warn(f"{what} is left out: {type(error).__name__}: {shorten(str(error), 200)}")
 
 
-def refuse(message: str) -> NoReturn:
-    """Raise what argparse objects to as ValueError: one line, without the usage of all flags before it."""
-    raise ValueError(message)
+class Parser(argparse.ArgumentParser):
+    """A parser that takes whole names of flags, and raises ValueError: one line, without the usage of all flags.
+
+    may_be_empty: flags that mean something with "". Any other is refused then: a variable of the shell is not set.
+    """
+
+    may_be_empty: tuple[str, ...] = ("--first-user-message",)
+
+    def __init__(self, prog: str | None = None, description: str = "") -> None:
+        shown = {"description": description, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog, allow_abbrev=False, **shown)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise ValueError(message)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse; ValueError for a flag that is given "" and cannot be empty."""
+        words = sys.argv[1:] if args is None else list(args)
+        for name, value in (*itertools.pairwise(words), *(word.partition("=")[::2] for word in words if "=" in word)):
+            if name.startswith("--") and not value and name not in self.may_be_empty:
+                raise ValueError(f'{name} is given "", as by a variable of the shell that is not set; leave it out')
+        return super().parse_known_args(words, namespace)
 
 
 def check_prices(price_in: float | None, price_out: float | None) -> None:

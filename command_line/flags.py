@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from command_line.exits import check_prices, refuse
+from command_line.exits import Parser, check_prices
 from config import HERE, Config, flag, refuse_ignored
 from endpoints.wire import shown_url
 from learners.adapters import adapter_settings
@@ -45,13 +45,16 @@ RESUMED = (  # flags that may be given beside --resume, for they leave the resul
 
 def parse_args(argv: Sequence[str] | None, description: str) -> Config:
     """Read the trainer's flags into a Config; ValueError if one is bad."""
-    given = vars(make_parser(Config, description).parse_args(argv))
+    parser, words = make_parser(Config, description), sys.argv[1:] if argv is None else argv
+    if any(word.startswith("--resume") for word in words):
+        parser.may_be_empty += tuple(map(flag, ASKED))  # what is dropped on purpose
+    given = vars(parser.parse_args(words))
     check_prices(given.get("price_in"), given.get("price_out"))
     given |= {name: str(Path(given[name]).resolve()) for name in PATHS if given.get(name)}
     if given.get("resume"):
         return resumed_config(given)
     if not given.get("ckpt"):
-        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
+        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or --ckpt without a value for the tiny one")
     folder = resolve_checkpoint(given["ckpt"])
     adapter = adapter_settings(Path(given["adapter"])) if given.get("adapter") else {}
     for name in adapter.keys() & given.keys():
@@ -70,10 +73,9 @@ def new_folder(prefix: str = "") -> str:
     return f"runs/{prefix}{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
 
 
-def make_parser(settings: type, description: str, names: Collection[str] = ()) -> argparse.ArgumentParser:
+def make_parser(settings: type, description: str, names: Collection[str] = ()) -> Parser:
     """Make a parser with a flag for each setting, or for `names` alone; it raises ValueError where it refuses."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser = Parser(description=description)
     add_flags(parser, settings, names)
     return parser
 

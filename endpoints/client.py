@@ -271,7 +271,7 @@ class ChatClient:
         if not 200 <= response.status_code < 300:
             raise self._status_error(url, response, raw)
         try:
-            return parse_reply(raw, self._secrets)
+            return parse_reply(raw, self._secrets, one_turn=self.name != "judge")
         except ChatError as error:
             raise ChatError(error.reason, f"{error.message}, from {shown_url(url)}", error.retryable) from None
 

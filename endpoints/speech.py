@@ -21,13 +21,18 @@ TURN_ENDS = re.compile(
     r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|start_header_id|user|assistant|system)\|>|</s>"
     r"|<(?:end|start)_of_turn>|<｜(?:end▁of▁sentence|User|Assistant)｜>"
 )
+# A further line that begins with a role is a turn that the model makes up; at the very start it is the speaker's own.
+_WHO = "(?:User|Human|Assistant|System)"
+_ROLE = rf"(?:#{{1,4}}[ \t]*)?\*{{0,2}}{_WHO}\*{{0,2}}[ \t]*:\*{{0,2}}|#{{1,4}}[ \t]*{_WHO}\b"
+OWN_ROLE, NEXT_TURN = re.compile(rf"\A(?:{_ROLE})\s*"), re.compile(rf"(?m)^[ \t]*(?:{_ROLE})")
 THOUGHT_PARTS = {"thinking", "reasoning", "redacted_thinking"}  # kinds of parts: Mistral, gateways to Claude
 
 
-def parse_reply(raw: bytes, secrets: re.Pattern[str] | None = None) -> ChatReply:
+def parse_reply(raw: bytes, secrets: re.Pattern[str] | None = None, one_turn: bool = True) -> ChatReply:
     """Return what a chat completion says, stripped; ChatError, with a reason that names the cause, if it says nothing.
 
-    The text is plain (`plain_text`), its thoughts are cut away, and what `secrets` matches is blotted out. The reply's
+    The text is plain (`plain_text`), its thoughts are cut away, and what `secrets` matches is blotted out.
+    one_turn: what a model makes up of later turns is cut away. The reply's
     `tokens` is usage.completion_tokens, which counts the thoughts too, and its `prompt_tokens` is usage.prompt_tokens.
 
     >>> parse_reply(b'{"choices": [{"message": {"content": "<think>A nurse.</think> Hi. "}}]}')
@@ -42,6 +47,9 @@ def parse_reply(raw: bytes, secrets: re.Pattern[str] | None = None) -> ChatReply
     spoken = spoken.encode("utf-8", "replace").decode()  # tokenizers crash at a lone surrogate
     speech, cut_away = split_thoughts(plain_text(secrets.sub("***", spoken) if secrets else spoken).strip())
     speech, *further = TURN_ENDS.split(speech, maxsplit=1)  # a server that knows no stop token lets the model run on
+    if one_turn:
+        speech, *turns = NEXT_TURN.split(OWN_ROLE.sub("", speech.strip()), maxsplit=1)
+        further += turns
     speech = speech.strip()
     hint = "; it ended at max_tokens: switch thinking off in the server" if ended in CUT else ""
     if not speech and (thoughts or cut_away):
@@ -138,14 +146,20 @@ def _start_of(raw: bytes) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ thoughts
 
-_NAMES = "think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|monologue|antthinking"
+_NAMES = (
+    "think|thinking|thoughts?|reasoning|reasoning_content|reflection|scratchpad|analysis|monologue|antthinking|cot"
+    "|chain_of_thought|internal"
+)
 _NAME = rf"(?:[a-z]{{1,16}}[:_])?(?:{_NAMES})(?::\w{{1,16}}|_process)?"
-_TAG = rf"<\s{{0,3}}{_NAME}(?:\s[^<>=\n]{{0,40}}=[^<>\n]{{0,80}})?\s{{0,3}}>"
+_OPEN, _CLOSE = "(?:<|&lt;)", "(?:>|&gt;)"
+_TAG = rf"{_OPEN}\s{{0,3}}{_NAME}(?:\s[^<>=\n]{{0,40}}=[^<>\n]{{0,80}})?\s{{0,3}}{_CLOSE}"
 # A tag may be talked about; a token is never typed by people; a phrase opens a reply only, and closes what it opened.
 SPELLINGS = (  # (kind, opening mark, closing mark); a comment names the models whose servers leave it in the content
-    ("tag", _TAG, rf"<\s{{0,3}}/\s{{0,3}}{_NAME}\s{{0,3}}>"),  # <think>: DeepSeek-R1, Qwen3, GLM, MiniMax, ERNIE,
-    #   Hunyuan; <thought>: Gemini, EXAONE; <seed:think>: Seed-OSS; <longcat_think>; <thinking>, <reflection>: others
-    ("token", r"(?-i:\[\s?THINK\s?\])", r"(?-i:\[\s?/\s?THINK\s?\])"),  # Magistral, Ministral
+    ("tag", _TAG, rf"{_OPEN}\s{{0,3}}/\s{{0,3}}{_NAME}\s{{0,3}}{_CLOSE}"),
+    #   <think>: DeepSeek-R1, Qwen3, GLM, MiniMax, ERNIE, Hunyuan; <thought>: Gemini, EXAONE; <seed:think>: Seed-OSS;
+    #   <longcat_think>; <thinking>, <reflection>: others
+    ("token", r"\[\s?think\s?\]", r"\[\s?/\s?think\s?\]"),  # Magistral, Ministral
+    ("token", r"<\|think(?:ing)?\|>", r"<\|/\s?think(?:ing)?\|>"),  # fine-tunes
     ("token", r"◁\s?think\s?▷", r"◁\s?/\s?think\s?▷"),  # Kimi-VL, Kimi K2
     ("token", r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),  # Kimi K3
     ("token", r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # Sky-T1, OpenThinker
@@ -161,7 +175,7 @@ SPELLINGS = (  # (kind, opening mark, closing mark); a comment names the models 
     ("token", r"\AHere are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),  # Apriel
 )  # fmt: skip
 _MARKS = "|".join(f"(?P<o{i}>{o})|(?P<c{i}>{c})" for i, (_, o, c) in enumerate(SPELLINGS))
-_MARK = re.compile(rf"(?=[<[◁ah])(?:{_MARKS})", re.IGNORECASE)  # the first characters, for speed
+_MARK = re.compile(rf"(?=[<[◁&ah])(?:{_MARKS})", re.IGNORECASE)  # the first characters, for speed
 # What the same models write around a reply that follows thoughts: control tokens, or an element.
 _FRAME = re.compile(
     r"<\|(?:(?:start|end)_(?:response|text)|end_of_turn_token|(?:begin|end)_of_solution|end|return|call)\|>"
@@ -188,7 +202,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
     """
     said, thought = [], []  # pieces of the text
     at = last = 0  # where the piece begins; where the mark before ended
-    inside = None  # the name of the open block
+    inside, nested = None, set()  # the name of the open block, and of those that are opened in it
     mention = doubt = None  # a tag that may be talked about; one that hardly is: its line ends, or a word is glued on
     cut = False
     for mark in _MARK.finditer(text):
@@ -196,11 +210,13 @@ def split_thoughts(text: str) -> tuple[str, str]:
             continue  # quoted
         index, opens = int(mark.lastgroup[1:]), mark.lastgroup[0] == "o"
         kind = SPELLINGS[index][0]
-        name = re.search(r"[\w:]+", mark[0])[0].lower() if kind == "tag" else index
+        name = re.search(r"[\w:]+", mark[0].lower().removeprefix("&lt;"))[0] if kind == "tag" else index
         gap, begun, last = text[last : mark.start()], last == at, mark.end()
         follows = text[last : last + 1]
         if inside is not None:
-            if opens or name != inside:
+            nested |= {name} if opens else set()
+            mixed = kind == "tag" and isinstance(inside, str) and name not in nested  # <think>…</thinking>
+            if opens or name != inside and not mixed:
                 continue  # a thought about marks
             thought.append(text[at : mark.start()])
         elif opens:
@@ -218,7 +234,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
         else:  # the opening mark stands in the prompt, or nowhere
             thought += [*said, text[at : mark.start()]]
             said, doubt = [], None
-        inside, at, mention, cut = name if opens else None, last, None, True
+        inside, nested, at, mention, cut = name if opens else None, set(), last, None, True
     if inside is not None or doubt:
         return "", text
     if not cut:

@@ -83,7 +83,7 @@ def subject_config(target: str | Path, args: argparse.Namespace) -> Config:
 
 def is_url(target: str) -> bool:
     """Tell an endpoint from a checkpoint."""
-    return target.startswith(("http://", "https://"))
+    return target.lower().startswith(("http://", "https://"))
 
 
 def play(
@@ -206,10 +206,7 @@ def counts_of(dialogues: list[Dialogue], turns: int) -> dict[str, int]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(
-        "python -m evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = exits.refuse
+    parser = exits.Parser("python -m evaluation", __doc__)
     parser.add_argument("subjects", nargs="+", metavar="NAME=SUBJECT", help="folder, hub id or URL#MODEL; see above")
     parser.add_argument(
         "--method",

@@ -10,8 +10,6 @@
 //
 // Threads take parts of a product's outputs, or queries: no sum is cut, and any number of threads gives the same bits.
 
-#include <atomic>
-
 #include "cpu_team.h"
 #include "cpu_vectors.h"
 
@@ -465,9 +463,9 @@ struct Step {
 
     // A part of W x + b + B (scale * A x).
     template <class L, int NV>
-    void adapted(const Linear& w, const float* x, const float* low, float* y, i64 in, Part part, bool add = false) const {
-        linear<T, L, NV>(w, x, y, in, part.first, part.last, add);
-        if (low) linear<T, L, NV>({w.B}, low, y, w.rank, part.first, part.last, true);
+    void adapted(const Linear& w, const float* x, const float* low, float* y, i64 in, Part rows, bool add = false) {
+        linear<T, L, NV>(w, x, y, in, rows.first, rows.last, add);
+        if (low) linear<T, L, NV>({w.B}, low, y, w.rank, rows.first, rows.last, true);
     }
 
     // Look up embeddings and angles.

@@ -11,12 +11,11 @@
 
 #include "cpu_vectors.h"
 
-namespace {
-
-// They are made when they are first wanted, live as long as the process, and sleep between steps. Within a step one
-// that is done waits for the others up to a hundred times. It spins for some 25 microseconds, for waking takes as
-// long; then it sleeps, so that a core on which something else has to run is free. It does not spin at all if this
-// process may use fewer cores than there are threads: then the others wait for its own.
+// There is one team, whatever file asks for it: its class has external linkage. Its threads are made when they are first
+// wanted, live as long as the process, and sleep between steps. Within a step one that is done waits for the others up
+// to a hundred times. It spins for some 25 microseconds, for waking takes as long; then it sleeps, so that a core on
+// which something else has to run is free. It does not spin at all if this process may use fewer cores than there are
+// threads: then the others wait for its own.
 class Team {
    public:
     static Team& of_this_process() {  // a fork has none of its parent's threads
@@ -96,6 +95,17 @@ class Team {
     const std::function<void(int)>* job = nullptr;
     int threads = 0, spins = 0;
 };
+
+namespace {
+
+// Run work(i) for each i below count on so many threads, each taking the next when it is done with one.
+template <class Work>
+void share(i64 count, i64 threads, Work work) {
+    std::atomic<i64> next{0};
+    Team::of_this_process().run((int)std::max<i64>(1, std::min(count, threads)), [&](int) {
+        for (i64 i; (i = next++) < count;) work(i);
+    });
+}
 
 // The part of [0, count) that is a member's, in whole multiples of `step` but for the last.
 struct Part {

@@ -10,7 +10,7 @@
 
 #include <memory>
 
-#include "cpu_vectors.h"
+#include "cpu_team.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif

@@ -1,12 +1,9 @@
-// Sixteen floats at a time, in the vectors of GCC and Clang themselves, which the compiler cuts into what there is; and
-// work that threads share.
+// Sixteen floats at a time, in the vectors of GCC and Clang themselves, which the compiler cuts into what there is.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -132,18 +129,5 @@ inline typename L::V exp_of(typename L::V x) {
 }
 inline Vec exp(Vec x) { return exp_of<Lanes16>(x); }
 inline Vec8 exp(Vec8 x) { return exp_of<Lanes8>(x); }
-
-// Run work(i) for each i below count, on so many threads.
-template <class Work>
-void share(i64 count, i64 threads, Work work) {
-    std::atomic<i64> next{0};
-    auto run = [&] {
-        for (i64 i; (i = next++) < count;) work(i);
-    };
-    std::vector<std::thread> others;
-    for (i64 thread = 1; thread < std::min(count, threads); thread++) others.emplace_back(run);
-    run();
-    for (auto& other : others) other.join();
-}
 
 }  // namespace

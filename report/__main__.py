@@ -373,10 +373,7 @@ def collect(folders: Sequence[Path], max_dialogues: int) -> Record:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(
-        "python -m report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = exits.refuse
+    parser = exits.Parser("python -m report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of train_rlpa.py or of evaluation")
     parser.add_argument("--out", type=Path, help="the page [report.html in the first folder]")
     parser.add_argument("--max-dialogues", type=int, default=60, help="dialogues per run in the page [60]")

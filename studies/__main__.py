@@ -371,10 +371,7 @@ def run_study(name: str, args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ValueError if anything is amiss."""
-    parser = argparse.ArgumentParser(
-        "python -m studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = exits.refuse
+    parser = exits.Parser("python -m studies", __doc__)
     names = "; ".join(f"{name}: {study.question}" for name, study in STUDIES.items())
     parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{names}; all")
     parser.add_argument("--ckpt", default=TINY, help="checkpoint that all start from [tiny]")

@@ -137,7 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Offline:
             )
     chosen = {**saved, **given}
     if not chosen.get("ckpt"):
-        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or a bare --ckpt for the tiny checkpoint")
+        raise ValueError("no checkpoint; give --ckpt FOLDER_OR_HUB_ID, or --ckpt without a value for the tiny one")
     own = {"lr": Config.lr} | checkpoint_defaults(Path(chosen["ckpt"]))
     own = {name: own[name] for name in (*COLLECTED, "minibatch_size", "eval_dialogues", "lr") if name in own}
     method = chosen.get("method")

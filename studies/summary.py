@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -74,8 +73,7 @@ def table(runs: list[list[dict]]) -> str:
 
 def print_summary(argv: Sequence[str]) -> None:
     """Print the table of the runs, and draw all their curves in one picture if --curve names it."""
-    parser = argparse.ArgumentParser("python -m studies summary", description="Compare runs that differ in their seed.")
-    parser.error = exits.refuse
+    parser = exits.Parser("python -m studies summary", "Compare runs that differ in their seed.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train_rlpa.py")
     parser.add_argument("--curve", type=Path, help="picture to draw their curves to, which ends in .png")
     args = parser.parse_args(argv)

@@ -142,7 +142,7 @@ def test_sentence_split(prose, sentences):
     "line, found, accepted",
     [
         ("{bad", "{bad", "slots"),
-        ('"open', "no usable JSON", "prose"),
+        ('"open', "cannot be used as JSON", "prose"),
         ("3", "a number (3)", "slots"),
         ("null", "null", "slots"),
         ("true", "a boolean (true)", "slots"),
@@ -173,8 +173,10 @@ def test_sentence_split(prose, sentences):
         ('{"id": true, "facts": ["x"]}', "a boolean", "a string or a whole number"),
         ('{"id": " ", "facts": ["x"]}', 'a string (" ")', "a string or a whole number"),
         ("[" * 100_000, "nested too deeply", "slots"),
-        ('{"slots": {"Age": ' + "9" * 5000 + "}}", "no usable JSON", "slots"),
+        ('{"slots": {"Age": ' + "9" * 5000 + "}}", "cannot be used as JSON", "slots"),
         ('"He naps." junk', "junk", "prose"),
+        ('"She said ""Hi."" and left."', "two strings side by side; is", "prose"),
+        (json.dumps({"facts": [f"fact {i}" for i in range(501)]}), "501 facts", "may have 500"),
     ],
 )
 def test_each_refusal_names_place_finding_and_way_out(load, line, found, accepted):
@@ -199,6 +201,9 @@ def test_refusals_of_whole_files(tmp_path, load):
             load(empty)
     with pytest.raises(ValueError, match="line 2: byte 0xff is not UTF-8"):
         load(b'"He naps."\n"caf\xff"')
+    for raw, kind in ((b"PK\x03\x04\x14", "a spreadsheet"), (b"\x1f\x8b\x08", "compressed by gzip")):
+        with pytest.raises(ValueError, match=f"people.jsonl is {kind}.*; export it as text"):
+            load(raw)
     for cut in ("[", '["He naps."', '["He naps.",', '["He naps." "She"]', '["He naps."] "She"'):
         with pytest.raises(ValueError, match="people.jsonl"):
             load(cut)

@@ -112,6 +112,16 @@ THOUGHTS = [  # (content, what is said); each holds thoughts
     ("<reasoning>SECRET</reasoning>\n<answer>\nHi.\n</answer>", "Hi."),
     ("<reflection>SECRET</reflection> Hi.", "Hi."),
     ("[THINK]SECRET[/THINK]Hi.", "Hi."),
+    ("[think]SECRET[/think]Hi.", "Hi."),
+    ("<|think|>SECRET<|/think|>Hi.", "Hi."),
+    ("<cot>SECRET</cot>Hi.", "Hi."),
+    ("<chain_of_thought>SECRET</chain_of_thought>Hi.", "Hi."),
+    ("<reasoning_content>SECRET</reasoning_content>Hi.", "Hi."),
+    ("<internal>SECRET</internal>Hi.", "Hi."),
+    ("&lt;think&gt;SECRET&lt;/think&gt; Hi.", "Hi."),
+    ("<think>SECRET</thinking>Hi.", "Hi."),
+    ("<think>SECRET</thinking>SECRET</think>Hi.", "Hi."),
+    ("<think>SECRET <reflection>SECRET</reflection> SECRET</think>Hi.", "Hi."),
     ("◁think▷SECRET◁/think▷Hi.", "Hi."),
     ("<|START_THINKING|>SECRET<|END_THINKING|><|START_RESPONSE|>Hi.<|END_RESPONSE|>", "Hi."),
     ("<|channel>thought\nSECRET<channel|>Hi.", "Hi."),
@@ -135,6 +145,7 @@ UNSAYING = [  # (body, reason)
     (completion("SECRET</think>"), "only_thoughts"),
     (completion("Hi.\n<think>SECRET", "length"), "only_thoughts"),
     (completion("Oh, <think>SECRET"), "only_thoughts"),
+    (completion("<think>SECRET <reflection>SECRET</reflection> SECRET", "length"), "only_thoughts"),
     (completion("<|channel|>analysis<|message|>SECRET", "length"), "only_thoughts"),
     (completion("analysisThe SECRET"), "only_thoughts"),
     (completion([{"type": "reasoning", "text": "SECRET"}]), "only_thoughts"),
@@ -263,6 +274,22 @@ def test_what_stands_behind_the_end_of_a_turn_was_not_said(tmp_path, rest):
                 assert [client.ask(ASK, seed) for seed in (1, 3)] == ["Hi.", "Bye."]  # nothing before it: another seed
                 counts.append((client.counts["ran_on"], client.counts["errors"]))
     assert counts == [(1, {"empty": 1})] * 2 and len(told) == 1 and "stop tokens" in told[0]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("Hi.\nAssistant: And you?\nUser: Me too.", "Hi."), ("Hi.\n\nHuman: And you?", "Hi."),
+    ("Hi.\n### User\nAnd you?", "Hi."), ("Hi.\n**Assistant:** And you?", "Hi."), ("Hi.\n### Assistant:\nOh.", "Hi."),
+    ("User: Hi.", "Hi."), ("**User**: Hi.\nUser: And you?", "Hi."), ("User:\nAssistant: Hi.", ""),
+    ("Hi, Human: you.\nI am a User.\n- User: me\nUsers: all", None),
+])  # fmt: skip
+def test_turns_that_a_reply_makes_up_were_not_said(text, said):
+    """Guards facts in the ledger that the user never told; and verdicts of a judge that begin like a role."""
+    expected, own = text if said is None else said, text in ("User: Hi.", said) or said is None
+    with serving(completion(text)) as (url, _), closing(ChatClient(url, "m", max_retries=0)) as client:
+        reply = client.ask(ASK)
+        assert str(reply if expected else reply.reason) == (expected or "empty")
+        assert client.counts["ran_on"] == (not own and bool(expected))
+    assert parse_reply(completion(text), one_turn=False) == text
 
 
 def test_a_usage_that_cannot_be_is_not_believed():

@@ -159,6 +159,27 @@ def test_a_collection_sets_what_was_collected_alone(tmp_path, asked, capsys):
     assert f"{path} sets 'api_key_env'" in one_line(capsys) and asked == []
 
 
+@pytest.mark.parametrize("main, argv, says", [
+    (train_rlpa.main, ["--ckpt", "--personas", ""], '--personas is given ""'),
+    (train_rlpa.main, ["--ckpt", "--simulator-url=", "--no-shard"], '--simulator-url is given ""'),
+    (train_rlpa.main, ["--resume", ""], '--resume is given ""'),
+    (train_rlpa.main, ["--ckpt", ""], '--ckpt is given ""'),
+    (evaluation.main, ["x=y", "--out", ""], '--out is given ""'), (chat.main, ["--ckpt", ""], '--ckpt is given ""'),
+    (offline.main, ["--ckpt", "--api-key-env", ""], '--api-key-env is given ""'),
+    (report.main, ["run", "--out", ""], '--out is given ""'),
+    (train_rlpa.main, ["--ckpt", "--num-iteration", "3"], "unrecognized arguments: --num-iteration 3"),
+    (evaluation.main, ["x=y", "--turn", "3"], "unrecognized arguments: --turn 3"),
+    (chat.main, ["--ckpt", "--temp", "1"], "unrecognized arguments: --temp 1"),
+    (offline.main, ["--meth", "sft"], "unrecognized arguments: --meth sft"),
+    (report.main, ["run", "--max", "3"], "unrecognized arguments: --max 3"),
+    (train_rlpa.main, ["--ckpt", "--lr", "nan"], "--lr is nan; it takes a finite number"),
+])  # fmt: skip
+def test_flags_are_what_they_say(main, argv, says, capsys):
+    """Guards a variable that is not set and passes for a choice, and a typo that is another flag's beginning."""
+    assert main(argv) == 2 and says in one_line(capsys)
+    assert parse_args(["--ckpt", "--first-user-message", ""], "").first_user_message == ""
+
+
 # -------------------------------------------------------------------------------------------- what is ours to overwrite
 
 

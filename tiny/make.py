@@ -159,7 +159,10 @@ def fine_tune(policy: Qwen2ForCausalLM, chat: ChatTokenizer, args: argparse.Name
 def main() -> None:
     """Build tokenizer and warm start and write them to a checkpoint folder."""
     parser = argparse.ArgumentParser(
-        "python -m tiny.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tiny.make",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--seed", type=int, default=0)

@@ -27,6 +27,7 @@ class Persona:
 
 
 ACCEPTED = 'an object with "facts" (list of strings) or "slots" (the ten of the paper), or a string of prose'
+MAX_FACTS = 500  # of a persona; the work of the embedded users grows with facts × messages
 MAX_BYTES = 2**30  # of a persona file: about two million personas; it is read at once
 
 
@@ -60,6 +61,7 @@ def load_personas(path: str | Path, warn: Callable[[str], None] = warn) -> list[
     return personas
 
 
+_FULL_STOPS = (".", "!", "?", "…", "。", "！", "？")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _LINE_END = re.compile(r"\r\n?|\n")  # no others: U+2028 is legal in a JSON string
 
@@ -71,17 +73,19 @@ def _json_values(text: str, path: str | Path) -> Iterator[tuple[int, int, Any]]:
     in_list = text.startswith("[", at)  # [persona, persona, …]
     if in_list and not text.endswith("]", at + 1, end):
         raise ValueError(f"{path} begins with a list that its last character does not close; accepted: {ACCEPTED}")
-    line, counted, k, at, end = 1, 0, 0, at + in_list, end - in_list
+    line, counted, k, at, end, value = 1, 0, 0, at + in_list, end - in_list, ""
     while (at := _BLANKS.match(text, at).end()) < end:
         ends = len(_LINE_END.findall(text, counted, at))
         line, counted, k = line + ends, at, 1 if ends else k + 1
         try:
+            if text[at - 1 : at + 1] == '""' and not value.rstrip().endswith(_FULL_STOPS):  # ALOE's line 6 ends so
+                raise ValueError('two strings side by side; is "" the quotation mark of a CSV? JSON writes \\" for it')
             value, at = decoder.raw_decode(text, at)
             at = _BLANKS.match(text, at).end()
             if in_list and not text.startswith("," if at < end else "]", at):
                 raise ValueError("a comma of the list is missing")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {line}: {shorten(text[at : at + 60])!r} is no usable JSON "
+            raise ValueError(f"{path}, line {line}: {shorten(text[at : at + 60])!r} cannot be used as JSON "
                              f"({why_not_json(error)}); accepted: {ACCEPTED}") from None
         at += in_list
         yield line, k, value
@@ -93,11 +97,15 @@ def _parse_float(digits: str) -> int | float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
+_ARCHIVES = {b"PK\x03\x04": "a spreadsheet (.xlsx), or another zip archive", b"\x1f\x8b": "compressed by gzip"}
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def _read_text(path: str | Path) -> str:
     raw = read_bytes(Path(path), MAX_BYTES)
+    for mark, kind in _ARCHIVES.items():
+        if raw.startswith(mark):
+            raise ValueError(f"{path} is {kind}; export it as text: one JSON value per line, in UTF-8")
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
     try:
         return raw.decode(encoding)
@@ -118,6 +126,8 @@ def _parse_persona(value: Any, default_id: str, where: str) -> tuple[Persona, li
     facts = usable_facts(text for text in texts if text is not None)
     if not facts:
         raise ValueError(f"{where}: no usable fact in {shorten(json.dumps(value))}; a fact needs a letter or a digit")
+    if len(facts) > MAX_FACTS:
+        raise ValueError(f"{where}: {len(facts):,} facts; a persona may have {MAX_FACTS}")
     return Persona(persona_id, facts), texts
 
 
