@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from small_run import records, running_user, write_checkpoint
 import train_rlpa
 from evaluation.__main__ import main as evaluate
 from records.log import RunLog
+from studies.offline import main as offline
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -138,6 +141,35 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="metrics.jsonl cannot be written: No space left"):
         log.metrics(1, "train", {"reward": 1.0})
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_has_no_room_is_named_with_the_way_out(arguments, tmp_path, capsys):
+    """Guards "[Errno 28] No space left on device", which names neither the file nor what to do."""
+    out, small = tmp_path / "out", ["--turns", "2", "--num-personas", "2", "--quiet", *arguments[2:]]
+    sft = ["--method", "sft", *arguments, "--run-dir", str(tmp_path / "sft"), "--num-iterations", "1"]
+    tape = ["--record", str(tmp_path / "tape")]
+    for size, program, flags, name in (
+        (100, evaluate, [f"it={arguments[1]}", *small, "--out", str(out)], out / "results.json"),
+        (100, evaluate, [f"it={arguments[1]}", *small, "--out", f"{out}2", *tape], f"--record {tmp_path / 'tape'}"),
+        (100, train_rlpa.main, [*arguments, "--run-dir", str(tmp_path / "run")], tmp_path / "run" / "config.json"),
+        (4000, offline, sft, tmp_path / "sft" / "dialogues.jsonl"),
+    ):
+        capsys.readouterr()
+        with little_room(size):
+            assert program(flags) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f": {name} cannot be written: File too large; make room" in line
 
 
 def test_two_starts_in_one_second_do_not_meet():
