@@ -23,7 +23,7 @@ from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
 from evaluation.__main__ import main as evaluate
-from records.log import RunLog
+from records.log import RECORDS, RunLog
 from studies.offline import main as offline
 
 ROOT = Path(train_rlpa.__file__).parent
@@ -141,6 +141,25 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="metrics.jsonl cannot be written: No space left"):
         log.metrics(1, "train", {"reward": 1.0})
+
+
+@pytest.mark.parametrize("lost", [1, 5, 40])
+def test_half_a_record_is_cut_off_with_a_word(tmp_path, capsys, lost):
+    """Guards a record that is glued to half a line after a crash, which spoils both for every reader."""
+    log = RunLog(str(tmp_path), {}, tensorboard=False)
+    for iteration in (1, 2):
+        log.metrics(iteration, "train", {"reward": 1.0})
+        log.episodes(iteration, "train", [{"said": "Hi."}])
+    position = log.position()
+    for name in RECORDS:
+        os.truncate(tmp_path / name, position[name] - lost)
+    again = RunLog(str(tmp_path), position, tensorboard=False)
+    assert capsys.readouterr().err.count("ends within a line; its last") == 2
+    again.metrics(3, "train", {"reward": 1.0})
+    again.episodes(3, "train", [{"said": "Hi."}])
+    assert [[r["iteration"] for r in records(tmp_path, name=name)] for name in RECORDS] == [[1, 3], [1, 3]]
+    RunLog(str(tmp_path), again.position(), tensorboard=False)
+    assert not capsys.readouterr().err
 
 
 @contextmanager
