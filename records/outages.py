@@ -1,4 +1,4 @@
-"""How a run ends before its last iteration: a signal has come, or user and judge stay away."""
+"""How a run ends before its last iteration: a signal has come, or user and judge do not answer."""
 
 from __future__ import annotations
 

@@ -432,7 +432,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line/exits.py, and 75: user or judge stayed away)."""
+    """Run from the command line; returns the exit code (command_line/exits.py, and 75: no answer of user or judge)."""
     return exits.run("studies.offline", lambda: run(argv))
 
 
