@@ -97,6 +97,16 @@ def discard(stream: TextIO) -> None:
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Let the block write a file or folder; ValueError that names it if that fails: an error of `write` names none."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or path, error.strerror or error
+        raise ValueError(f"{where} cannot be written: {why}; make room, or write elsewhere") from None
+
+
+@contextmanager
 def decorative(what: str) -> Iterator[None]:
     """Go on where the block fails, with a warning that names what is missing: it only shows a result.
 

@@ -50,9 +50,11 @@ AWAY = {"connect", "timeout", "http_5xx", "rate_limited", "outage"}  # any other
 FIRST_ATTEMPTS = 4  # of a call, while no call was ever answered: an endpoint that is alive but useless stays so
 FIRST_REFUSALS = 3  # calls, while none was ever answered: then there is no use in further ones
 PLAIN_HTTP = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # what OpenSSL calls a reply without encryption
+LATIN = re.compile(r"charset=.?(?:iso-8859-1|latin-?1|windows-1252)\b", re.IGNORECASE)  # of a body; else UTF-8
 CLOSED = "the client was closed"
 PING = [{"role": "user", "content": "ping"}]  # a probe: any answer will do, a refusal too
 PING_TOKENS = 2  # of a probe and its answer
+ASIDE = "asked again only after it answers a test request"
 THINKS = "sends thoughts in its text"
 POLL = 0.1  # seconds between two looks at a breaker
 
@@ -316,7 +318,9 @@ class ChatClient:
                 raise ChatError("too_large", f"the reply is longer than max_reply_bytes={self.max_reply_bytes}")
         if time.monotonic() >= deadline:  # cut off: the end of the data is not the end of the reply
             raise TimeoutError
-        return self._redact(raw.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+        latin = LATIN.search(response.headers.get("Content-Type", ""))
+        text = raw.decode("cp1252" if latin else "utf-8", "surrogateescape")
+        return self._redact(text).encode(errors="surrogateescape")
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -426,7 +430,7 @@ class ChatClient:
         with self._lock:
             self._tally["breaks"] += opened
         if opened:
-            self.notify(f"{self.name or 'an endpoint'}: {error}; left alone until a probe is answered")
+            self.notify(f"{self.name or 'an endpoint'}: {error}; {ASIDE}")
 
     def _tell_once(self, url: str, habit: str) -> None:
         """Say once per endpoint what it does to its text."""
@@ -447,7 +451,7 @@ class ChatClient:
         with self._lock:
             self._tally["breaks"] += opened
         if opened:
-            self.notify(f"{self.name or 'endpoints'}: {self.last_failure}; left alone until a probe is answered")
+            self.notify(f"{self.name or 'endpoints'}: {self.last_failure}; {ASIDE}")
 
     def _probe(self, url: str) -> None:
         """Send a short request to an endpoint that is out, to see whether it answers again."""

@@ -70,8 +70,14 @@ class Tape:
         with self._lock:
             if key not in self._calls:
                 self._calls[key] = call
-                with self._alone():
-                    self._file.write(_write_call(endpoint, key, request.get("seed"), call))
+                line = _write_call(endpoint, key, request.get("seed"), call)
+                try:
+                    with self._alone():
+                        while line:  # a disk that fills up takes a part
+                            line = line[self._file.write(line) :]
+                except OSError as error:
+                    raise ValueError(f"--record {self.path} cannot be written: {error.strerror}; make room, and go on"
+                                     " with the same file") from None
         return self._calls[key]
 
     def close(self) -> None:

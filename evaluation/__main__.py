@@ -116,7 +116,8 @@ def play(
     counts = counts_of(dialogues, args.turns)
     seconds = time.perf_counter() - start
     clients = filter(None, (env.user, env.judge, env.subject))
-    complaint = "; ".join(f"{client.name}: {client.complaint}" for client in clients if client.complaint)
+    whose = {"simulator": "simulator: ", "judge": "judge: "}
+    complaint = "; ".join(whose.get(client.name, "") + client.complaint for client in clients if client.complaint)
     return Played(name, dialogues, measured, summary, seconds, counts, calls, note, complaint, perplexities)
 
 
@@ -335,11 +336,12 @@ def run(argv: Sequence[str] | None) -> int:
     """Evaluate as the command line says; 75 if an outage left no dialogue of a subject, ValueError if an error did."""
     played = evaluate(parse_args(argv))
     if lost := [p for p in played if not p.summary.personas]:
-        causes = "; ".join(f"{p.name}: {', '.join(p.counts)} ({p.complaint})" for p in lost)
+        failed = "all dialogues failed"
+        causes = "; ".join(f"subject {p.name}: {failed}, {', '.join(p.counts)}; {p.complaint}" for p in lost)
         if not any("outage)" in cause for p in lost for cause in p.counts):
-            raise ValueError(f"no dialogue was left of {causes}")
+            raise ValueError(causes)
         again = "evaluate again, with another --out, when they answer; what --record has kept is not asked again"
-        say(f"evaluation: {clean_text(f'no dialogue was left of {causes}; {again}')}", sys.stderr)
+        say(f"evaluation: {clean_text(f'{causes}; {again}')}", sys.stderr)
         return os.EX_TEMPFAIL
     return 0
 

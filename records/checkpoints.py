@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from command_line.exits import writing
 from learners.folder import CARRIED, SUFFIXES
 from untrusted.files import read_lines
 
@@ -140,11 +141,15 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or as it was before, wherever one is killed; a link is replaced, not followed."""
-    temporary = unborn(path)
-    temporary.unlink(missing_ok=True)
-    with temporary.open("x", encoding="utf-8") as file:  # x: not through a link
-        file.write(text)
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
+    """Write a text file that is whole or as it was before, wherever one is killed; a link is replaced, not followed.
+
+    Raises ValueError that names the file if it cannot be written.
+    """
+    with writing(path):
+        temporary = unborn(path)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:  # x: not through a link
+            file.write(text)
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)

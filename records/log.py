@@ -102,7 +102,7 @@ def log_files(folder: Path) -> list[Path]:
 
 
 def cut_back(folder: Path, position: dict[str, int]) -> None:
-    """Cut a run's records back to what `RunLog.position` returned; what is missing there is a warning."""
+    """Cut a run's records back to what `RunLog.position` returned, and to whole lines; what is missing is a warning."""
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in log_files(folder)}
     for name, size in position.items():
         if sizes.get(name, 0) < size:
@@ -110,8 +110,22 @@ def cut_back(folder: Path, position: dict[str, int]) -> None:
     for name, size in sizes.items():
         if name in position:
             os.truncate(folder / name, min(size, position[name]))
+            if name in RECORDS:
+                cut_half_line(folder / name)
         else:
             (folder / name).unlink()
+
+
+def cut_half_line(path: Path) -> None:
+    """Cut a file back to its last whole line, with a warning: the next record would be glued to half a one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 1))
+        if file.read() in (b"", b"\n"):
+            return
+    half = size - (path.read_bytes().rfind(b"\n") + 1)
+    warn(f"{path} ends within a line; its last {half:,} bytes are cut off")
+    os.truncate(path, size - half)
 
 
 class RunLog:

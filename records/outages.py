@@ -1,4 +1,4 @@
-"""How a run ends before its last iteration: a signal has come, or user and judge stay away."""
+"""How a run ends before its last iteration: a signal has come, or user and judge do not answer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Unavailable(RuntimeError):
     """User or judge are away, or lost too many dialogues. Raised on all ranks at once; the run can go on later."""
 
 
-def check_refusals(env: Environment) -> None:
+def check_refusals(env: Environment, verdicts: bool = True) -> None:
     """Raise AgreedError, on all ranks, if user or judge is alive but has refused every call of every rank so far,
-    or if the judge has answered them all, and never with a verdict.
+    or, where `verdicts` are wanted, if the judge has answered, and never with one.
 
     Nobody need come back later: an address, a model, a key or a server must be changed.
     """
     for client in clients_of(env).values():
-        reports = gather((client.useful, client.refusal))
+        reports = gather((client.useful if verdicts else client.answered, client.refusal))
         refusals = [refusal for _, refusal in reports if refusal]
         if refusals and not any(useful for useful, _ in reports):
             raise AgreedError(refusals[0])
@@ -45,7 +45,7 @@ def check_batch(dialogues: list[Dialogue], config: Config, env: Environment) -> 
     Raises, on all ranks, Unavailable if an endpoint was out of reach for longer than --outage-budget, and AgreedError
     if one has refused everything.
     """
-    check_refusals(env)
+    check_refusals(env, verdicts=False)
     clients = clients_of(env)
     outages = [f"{URL_FLAGS[name]}: {client.outage}" for name, client in clients.items() if client.outage]
     failures = {name: client.complaint for name, client in clients.items() if client.last_failure}
@@ -57,6 +57,7 @@ def check_batch(dialogues: list[Dialogue], config: Config, env: Environment) -> 
     size, lost, unjudged = sum(n for n, *_ in parts), sum_counters([p[1] for p in parts]), sum(p[2] for p in parts)
     if size - lost.total() >= config.quorum * size:
         return ""
+    check_refusals(env)
     causes = ", ".join(f"{cause} {n}" for cause, n in lost.most_common())
     worst = lost.most_common(1)[0][0].partition(":")[0]  # whose last words are told
     last = next((f"; {found[worst]}" for *_, found in parts if worst in found), "")

@@ -51,7 +51,7 @@ def progress_line(state: State, m: dict[str, float]) -> str:
         f" clip {m.get('clip_frac', 0):.3f}{ev} | {m['seconds']:.1f}s ({split})"
         f" {m['sampled_tokens_per_second']:.0f} tok/s, saved by tree"
         f" x{m['tree_saving']:.1f}, KV {reused:.0%}{mfu}{lost_note(m)}"
-    )
+    ).replace(" nan", " -")  # nothing to measure: no fact was disclosed
 
 
 def evaluation_line(name: str, m: dict[str, float]) -> str:
@@ -60,7 +60,7 @@ def evaluation_line(name: str, m: dict[str, float]) -> str:
         f"     {name:16s} recall {m['recall']:.3f} f1/max {m['f1_over_max']:.3f}"
         f" unsupported {m['unsupported_lines']:.2f} response {m['response_reward']:.3f}"
         f" valid {m['format_valid']:.3f}{lost_note(m)}"
-    )
+    ).replace(" nan", " -")
 
 
 def start_log(state: State) -> RunLog:

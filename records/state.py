@@ -197,7 +197,8 @@ def writing(folder: Path, action: Callable[[], Result]) -> Result:
         return action()
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder} cannot be written: {reason}; those before it are kept") from error
+        before = "; those before it are kept" if checkpoints.published(folder.parent) else ", or give another --run-dir"
+        raise ValueError(f"{folder} cannot be written: {reason}; make room{before}") from error
 
 
 def checkpoint_name(state: State) -> str:

@@ -50,10 +50,11 @@ from learners.learner import Learner
 from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM
 from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
+from records.checkpoints import write_text
 from records.log import RunLog, claim_folder
 from records.outages import Unavailable
 from records.progress import settings_record
-from records.state import State, save_texts, setup
+from records.state import State, save_texts, setup, writing
 from rewards import REWARD_PARTS, read_candidate
 from simulator import Environment, open_environment
 from tiny.scripts import ATTENTIVE, FORGETFUL, scripted_dialogue
@@ -157,7 +158,8 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     """Play RLPA's dialogues with the starting policy; returns them and what they cost, and writes both down."""
     config, env, collected = state.config, state.env, []
     start, calls_before = time.perf_counter(), env.calls()
-    with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as file:
+    path = folder / "dialogues.jsonl"
+    with exits.writing(path), path.open("w", encoding="utf-8") as file:
         for i in tqdm(range(state.num_iterations), desc="collecting", unit="it"):
             dialogues = scripted_batch(state, i) if config.method == "warmup" else played_batch(state, i)
             file.writelines(json.dumps(asdict(dialogue)) + "\n" for dialogue in dialogues)
@@ -166,7 +168,7 @@ def collect(state: State, folder: Path) -> tuple[list[Dialogue], dict[str, float
     budget["seconds"] = round(time.perf_counter() - start, 1)
     collection = {"settings": {name: getattr(config, name) for name in COLLECTED}, "budget": budget}
     # Last of all: where it stands, the dialogues are whole.
-    (folder / "collection.json").write_text(json.dumps(collection, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "collection.json", json.dumps(collection, indent=1) + "\n")
     return collected, budget
 
 
@@ -365,7 +367,7 @@ def learn(config: Offline, env: Environment) -> None:
     state = setup(config, env)
     check_tokens(dialogues, config, state.policy.model.config)
     log = RunLog(config.run_dir, {}, tensorboard=False)
-    (log.folder / "config.json").write_text(json.dumps(settings_record(config), indent=1) + "\n", encoding="utf-8")
+    write_text(log.folder / "config.json", json.dumps(settings_record(config), indent=1) + "\n")
     people = f", personas {config.personas}" if config.personas else ""  # files that --data may have named
     say(clean_text(f"{config.method}: policy {config.ckpt}{people} -> {config.run_dir}"))
     if config.data:
@@ -388,9 +390,10 @@ def learn(config: Offline, env: Environment) -> None:
         last = state.iteration == config.num_epochs
         if last or config.eval_every and state.iteration % config.eval_every == 0:
             train_rlpa.run_evaluation(state, log, ends=last)
-    save_pretrained(state.policy.model, log.folder / "policy", weights=state.policy.masters)
-    save_texts(state, log.folder / "policy")
-    say(clean_text(f"policy: {log.folder / 'policy'}"))
+    policy = log.folder / "policy"
+    writing(policy, lambda: save_pretrained(state.policy.model, policy, weights=state.policy.masters))
+    writing(policy, lambda: save_texts(state, policy))
+    say(clean_text(f"policy: {policy}"))
 
 
 def budget_line(budget: dict[str, float], packed: list[Packed], config: Offline) -> str:
@@ -429,7 +432,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code (command_line/exits.py, and 75: user or judge stayed away)."""
+    """Run from the command line; returns the exit code (command_line/exits.py, and 75: no answer of user or judge)."""
     return exits.run("studies.offline", lambda: run(argv))
 
 

@@ -431,7 +431,7 @@ def test_a_subject_that_fails_is_dropped_and_never_scored_0(tmp_path, capsys):
         flags = [f"x={url}", "--num-personas", "2", "--quiet", "--out", str(tmp_path / "none")]
         assert evaluation.main(flags) == 2
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and "no dialogue was left of x" in error and "http_4xx" in error
+    assert error.count("\n") == 0 and "evaluation: subject x: all dialogues failed, " in error and "http_4xx" in error
     assert json.loads((tmp_path / "none" / "results.json").read_text())["subjects"]["x"]["personas"] == 0
 
 

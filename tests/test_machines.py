@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ import train_rlpa
 from evaluation.__main__ import main as evaluate
 from learners import loading
 from model import Qwen2Config
-from records.log import RunLog
+from records.log import RECORDS, RunLog
+from studies.offline import main as offline
 
 ROOT = Path(train_rlpa.__file__).parent
 SETTINGS = {
@@ -141,6 +144,54 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="metrics.jsonl cannot be written: No space left"):
         log.metrics(1, "train", {"reward": 1.0})
+
+
+@pytest.mark.parametrize("lost", [1, 5, 40])
+def test_half_a_record_is_cut_off_with_a_word(tmp_path, capsys, lost):
+    """Guards a record that is glued to half a line after a crash, which spoils both for every reader."""
+    log = RunLog(str(tmp_path), {}, tensorboard=False)
+    for iteration in (1, 2):
+        log.metrics(iteration, "train", {"reward": 1.0})
+        log.episodes(iteration, "train", [{"said": "Hi."}])
+    position = log.position()
+    for name in RECORDS:
+        os.truncate(tmp_path / name, position[name] - lost)
+    again = RunLog(str(tmp_path), position, tensorboard=False)
+    assert capsys.readouterr().err.count("ends within a line; its last") == 2
+    again.metrics(3, "train", {"reward": 1.0})
+    again.episodes(3, "train", [{"said": "Hi."}])
+    assert [[r["iteration"] for r in records(tmp_path, name=name)] for name in RECORDS] == [[1, 3], [1, 3]]
+    RunLog(str(tmp_path), again.position(), tensorboard=False)
+    assert not capsys.readouterr().err
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_has_no_room_is_named_with_the_way_out(arguments, tmp_path, capsys):
+    """Guards "[Errno 28] No space left on device", which names neither the file nor what to do."""
+    out, small = tmp_path / "out", ["--turns", "2", "--num-personas", "2", "--quiet", *arguments[2:]]
+    sft = ["--method", "sft", *arguments, "--run-dir", str(tmp_path / "sft"), "--num-iterations", "1"]
+    tape = ["--record", str(tmp_path / "tape")]
+    for size, program, flags, name in (
+        (100, evaluate, [f"it={arguments[1]}", *small, "--out", str(out)], out / "results.json"),
+        (100, evaluate, [f"it={arguments[1]}", *small, "--out", f"{out}2", *tape], f"--record {tmp_path / 'tape'}"),
+        (100, train_rlpa.main, [*arguments, "--run-dir", str(tmp_path / "run")], tmp_path / "run" / "config.json"),
+        (4000, offline, sft, tmp_path / "sft" / "dialogues.jsonl"),
+    ):
+        capsys.readouterr()
+        with little_room(size):
+            assert program(flags) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f": {name} cannot be written: File too large; make room" in line
 
 
 def test_two_starts_in_one_second_do_not_meet():

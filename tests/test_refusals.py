@@ -272,7 +272,7 @@ def test_programs_end_at_once_with_the_servers_words(ckpt, user_url, tmp_path, c
         line = ended(capsys, 2, evaluation.main, f"x={TINY}", "--judge-url", url, *out)
         assert line.startswith("evaluation: --judge-url: every request failed") and "--judge-model" in line
         line = ended(capsys, 2, evaluation.main, f"x={url}#m", "--simulator-url", user_url, *out)
-        assert line.startswith("evaluation: no dialogue was left of x") and says in line and "after #" in line
+        assert line.startswith("evaluation: subject x: all dialogues failed, ") and says in line and "after #" in line
         line = ended(capsys, 2, offline.main, "--method", "sft", "--ckpt", ckpt, "--simulator-url", url,
                      "--run-dir", tmp_path / "s", "--num-iterations", 1)  # fmt: skip
         assert line.startswith("studies.offline: --simulator-url: every request failed") and says in line

@@ -198,7 +198,7 @@ def test_no_call_is_lost_to_an_outage(calls, retries, failure):
             release.set()
             wait_until(lambda: replies)
             assert replies == ["ok"] * calls and client.counts["breaks"] >= 1 and not client.outage
-            assert sum("left alone" in line for line in told) == client.counts["breaks"]
+            assert sum("asked again only after" in line for line in told) == client.counts["breaks"]
             assert "answers again" in told[-1]  # who looks on is told that it waits, and for whom
 
 

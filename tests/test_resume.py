@@ -249,7 +249,8 @@ def test_a_full_disk_is_one_line(arguments, tmp_path):
         cwd=Path(train_rlpa.__file__).parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert "cannot be written" in done.stderr and not checkpoints.published(tmp_path / "run" / "checkpoints")
+    assert "cannot be written" in done.stderr and "make room, or give another --run-dir" in done.stderr
+    assert not checkpoints.published(tmp_path / "run" / "checkpoints")
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):

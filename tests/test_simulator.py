@@ -461,6 +461,15 @@ def test_a_secret_is_blotted_out_in_any_form(monkeypatch, tmp_path, form, secret
     assert not any(inner[i : i + 9] in told.lower() for i in range(len(inner) - 8)), told
 
 
+@pytest.mark.parametrize("charset", ["ISO-8859-1", '"windows-1252"', "utf-8", ""])
+def test_a_reply_is_read_in_the_charset_it_declares(charset):
+    """Guards: a lost reply, or broken letters, of a server that writes Latin-1 and says so."""
+    body = completion("X").replace(b"X", "Zürich".encode(charset.strip('"') or "utf-8"))
+    header = f"Content-Type: application/json; charset={charset}" if charset else "X-Charset: none"
+    with hostile_server(scripted(http_reply(body, "200 OK", header))) as url, closing(ChatClient(url, "m")) as client:
+        assert client.ask(ASK) == "Zürich"
+
+
 def test_short_keys_are_words():
     """Guards: EMPTY, none or test, which local servers take for a key, vanish from what people say."""
     assert secret_pattern(["none", "EMPTY", "1234567", ""]).sub("***", "none empty 1234567") == "none empty 1234567"

@@ -172,6 +172,7 @@ def test_a_collection_sets_what_was_collected_alone(tmp_path, asked, capsys):
     (chat.main, ["--ckpt", "--temp", "1"], "unrecognized arguments: --temp 1"),
     (offline.main, ["--meth", "sft"], "unrecognized arguments: --meth sft"),
     (report.main, ["run", "--max", "3"], "unrecognized arguments: --max 3"),
+    (evaluation.main, ["x=HTTP://h/v1"], "subject 'x=HTTP://h/v1' names no model"),
     (train_rlpa.main, ["--ckpt", "--lr", "nan"], "--lr is nan; it takes a finite number"),
 ])  # fmt: skip
 def test_flags_are_what_they_say(main, argv, says, capsys):
