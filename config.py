@@ -120,7 +120,7 @@ class Config:
     old_logprobs: Literal["auto", "sampler", "trainer"] = "auto"  # whose are used; auto: sampler's in fp32, no Triton
 
     # --- machine
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products, beside fp32 masters; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; auto: bfloat16 on CUDA; on a CPU measured
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on CUDA, torch on a CPU
     shard: bool = False  # share weights, gradients and moments out over the processes (FSDP2); see docs/scaling.md
     checkpointing: bool = False  # keep only the layers' inputs for the backward: a third more work, far less memory

@@ -58,6 +58,7 @@ class Packed:
     spans: list[Span]
     row_tokens: int  # tokens of the same samples as separate rows, each with its whole history
     old_logprobs: Tensor | None = None  # (N,) log π_old: by the trainer, or the sampler's own (--old-logprobs)
+    old_is_new: bool = False  # until the update has computed log π_old itself
     ref_logprobs: Tensor | None = None  # (N,) under the frozen reference
     ref_hidden: Tensor | None = None  # (N, D) of the reference, with --kl-estimator exact
     values: Tensor | None = None  # (N,) critic before each action token
@@ -220,6 +221,11 @@ class Batch:
     def column(self, name: str) -> Tensor:
         """Return one of the dialogues' fields of statistics, (N,) or (N, D)."""
         return torch.cat([getattr(p, name) for p in self.dialogues]).to(self.targets.device)
+
+    def fill(self, name: str, values: Tensor) -> None:
+        """Set such a field: there is no padding to mask."""
+        for p, part in zip(self.dialogues, values.cpu().split([len(p.targets) for p in self.dialogues]), strict=True):
+            setattr(p, name, part)
 
 
 def collate(dialogues: list[Packed]) -> Batch:

@@ -33,7 +33,7 @@ from torch import Tensor
 from config import Config
 from dialogue import ChatTokenizer
 from kernels.backend import send, use_triton
-from kernels.cpu import HEAD_DIMS, CachedTrunk, is_small, use_cpu
+from kernels.cpu import HEAD_DIMS, CachedTrunk, decodes
 from kernels.prefill_attention import Chunk, Chunks
 from kernels.rows import Rows
 from kernels.sample_head import draw_uniforms, sample_head
@@ -475,15 +475,15 @@ def kv_budget(config: Config, device: torch.device) -> int:
 
 def cached_trunk(policy: Qwen2ForCausalLM) -> CachedTrunk | None:
     """Return a policy's trunk as one C++ call, or None where torch or Triton computes it."""
-    if adapters(policy):  # the C++ knows none
-        return None
-    config, weights = policy.config, policy.model.state_dict()
-    if config.head_dim not in HEAD_DIMS or not use_cpu(policy.head_weight) or not is_small(weights.values()):
+    config, found = policy.config, policy.model.named_parameters()  # state_dict() would cut what `gathered` has joined
+    weights = {name.replace(".base_layer.", "."): x.detach() for name, x in found if ".lora_" not in name}
+    low = {name: (x.lora_A.weight, x.lora_B.weight, x.scale) for name, x in adapters(policy.model).items()}
+    if config.head_dim not in HEAD_DIMS or not decodes(weights.values()):
         return None
     positions = torch.arange(config.max_position_embeddings)
     cos, sin = (x[0, :, 0].contiguous() for x in rope_tables(positions[None], config.head_dim, config.rope_theta))
     heads = config.num_attention_heads, config.num_key_value_heads
-    return CachedTrunk(weights, *heads, config.rms_norm_eps, cos, sin)
+    return CachedTrunk(weights, *heads, config.rms_norm_eps, cos, sin, low)
 
 
 def generate(

@@ -35,6 +35,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch is loaded: its idle threads sleep, and never spin
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,6 +53,7 @@ from kernels import linear_logprob, ppo_head
 from kernels.backend import use_triton
 from learners import processes, sharding
 from learners.learner import Learner, trained_parameters
+from learners.loading import choose_dtype
 from model import Critic, Qwen2ForCausalLM, ValueHead
 from packing import Batch, Packed, Span, critic_values, make_batches, pack, policy_hidden
 from records.iteration import IterationMeter, play_metrics, retention
@@ -86,7 +89,7 @@ def launch(config: Config, store: dist.Store | None, signals: list[int]) -> int:
 
     store: torchrun's, on rank 0 alone. It outlives the processes that torchrun restarts.
     """
-    config = processes.on_rank_0(lambda: go_on_after_restart(config, store))
+    config = processes.on_rank_0(lambda: choose_dtype(go_on_after_restart(config, store)))
     if config.dry_run or config.merge:
         if processes.rank() == 0:
             say((dry_run if config.dry_run else merge)(config).rstrip())
@@ -328,12 +331,13 @@ def add_statistics(
     """
     sampled = sampled or policy
     exact = sampler_is_exact(sampled, config)
-    for batch in itertools.chain.from_iterable(batches):
-        found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact)
-        sizes = [len(p.targets) for p in batch.dialogues]  # action tokens: a micro-batch has no padding to mask
+    for m, batch in ((m, batch) for m, minibatch in enumerate(batches) for batch in minibatch):
+        left = m == 0 and not exact and is_left_to_update(critic, config)
+        found = statistics_of(batch.to(sampled.head_weight), policy, ref_policy, critic, config, exact or left)
         for name, values in found.items():
-            for p, part in zip(batch.dialogues, values.cpu().split(sizes), strict=True):
-                setattr(p, name, part)
+            batch.fill(name, values)
+        for p in batch.dialogues:
+            p.old_is_new = left
 
 
 def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
@@ -347,13 +351,23 @@ def sampler_is_exact(policy: Qwen2ForCausalLM, config: Config) -> bool:
     return weight.dtype == torch.float32 and not use_triton(weight) and not config.sampler_correction
 
 
+def is_left_to_update(critic: Critic | ValueHead | None, config: Config) -> bool:
+    """Say whether the first mini-batch's log π_old can come from its own update, whose forward is the same.
+
+    No step has been taken then. Nothing before may need it: no KL, no correction; and no forward that runs anyhow.
+    """
+    needed = config.kl_coef or config.sampler_correction or isinstance(critic, ValueHead)
+    return config.old_logprobs == "auto" and config.num_epochs == 1 and not needed
+
+
 def statistics_of(
     batch: Batch, policy: Qwen2ForCausalLM, ref_policy: Qwen2ForCausalLM | None, critic: Critic | ValueHead | None,
     config: Config, by_sampler: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return a micro-batch's statistics by their names in `Packed`, (N,) each; ref_hidden is (N, D).
 
-    by_sampler: take log π_old from the sampler; then the policy's trunk runs only for a shared critic.
+    by_sampler: take log π_old from the sampler, maybe until the update; then the policy's trunk runs only for a shared
+    critic.
     """
     hidden = None if by_sampler and not isinstance(critic, ValueHead) else policy_hidden(policy, batch)
     if by_sampler:
@@ -628,14 +642,24 @@ def policy_loss(
     """
     exact_kl = config.kl_estimator == "exact" and config.kl_coef > 0
     per_token = tuple(batch.column(name) for name in ("old_logprobs", "advantages", "ref_logprobs"))
+    first = any(p.old_is_new for p in batch.dialogues)
     loss, statistics = ppo_head(
-        hidden, head, batch.targets, partial(token_losses, config=config), per_token,
+        hidden, head, batch.targets, partial(first_losses if first else token_losses, config=config), per_token,
         reference=(batch.column("ref_hidden"), ref_policy.head_weight) if exact_kl else None,
         temperature=config.temperature, entropy_coef=config.entropy_coef, kl_coef=config.kl_coef,
     )  # fmt: skip
+    if first:
+        batch.fill("old_logprobs", found := statistics.pop("new_logprobs"))
+        batch.fill("ref_logprobs", found)
     ratio = statistics.pop("ratio")  # only its extremes are kept
     sums = {name: values.sum() for name, values in statistics.items()}
     return loss, sums | ({"ratio_min": ratio.min(), "ratio_max": ratio.max()} if len(ratio) else {})
+
+
+def first_losses(new_logprobs: Tensor, _: Tensor, *known: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what `token_losses` does where π_old is π as it is (`is_left_to_update`), and log π."""
+    losses, statistics = token_losses(new_logprobs, new_logprobs.detach(), *known, config=config)
+    return losses, statistics | {"new_logprobs": new_logprobs}
 
 
 def token_losses(

@@ -29,7 +29,7 @@ from config import Config, has_own_trunk
 from dialogue import Candidate, Dialogue, Turn
 from kernels.ppo_head import WORKSPACE
 from learners.learner import Learner, make_learner
-from learners.loading import compute_dtype, keep_freed_memory, load_models, load_or_make_critic, set_threads
+from learners.loading import adapt, compute_dtype, keep_freed_memory, load_models, load_or_make_critic, set_threads
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from packing import Batch, make_batches, pack
 
@@ -67,10 +67,14 @@ def load(name: str, config: Config) -> tuple[Learner, Learner | None, Qwen2ForCa
     if name not in SHAPES:
         return load_models(config, None)
     shape, dtype = SHAPES[name], compute_dtype(config, "cpu")
-    policy = random_policy(shape, config.seed)
-    critic = load_or_make_critic(config, policy, None) if config.advantage == "gae" else None
+    policy, critic, ref_policy = random_policy(shape, config.seed), None, None
+    if config.lora_rank:
+        models, ref_policy = adapt(policy.to(dtype).requires_grad_(False), config, None)
+        policy, critic = models["policy"], models.get("critic")
+    else:
+        critic = load_or_make_critic(config, policy, None) if config.advantage == "gae" else None
+        ref_policy = random_policy(shape, config.seed).to(dtype).requires_grad_(False) if config.kl_coef else None
     critic = critic and make_learner(critic, config.critic_lr, config, dtype)
-    ref_policy = random_policy(shape, config.seed).to(dtype).requires_grad_(False) if config.kl_coef else None
     return make_learner(policy, config.lr, config, dtype), critic, ref_policy
 
 
@@ -118,15 +122,19 @@ def trunk_products(shape: Qwen2Config) -> list[tuple[int, int, int]]:
 class Products:
     """Seconds of the bare products of one micro-batch, and the FLOP that are counted for it."""
 
-    def __init__(self, shape: Qwen2Config, batch: Batch, dtype: torch.dtype, clock: Clock) -> None:
+    def __init__(self, shape: Qwen2Config, batch: Batch, dtype: torch.dtype, clock: Clock, rank: int) -> None:
         T, N, L = len(batch.inputs[0][0]), len(batch.targets), shape.num_hidden_layers
+        few = min(T, 2048)  # tokens that are timed
         rows = max(1, min(N, WORKSPACE["cpu"] // (4 * shape.vocab_size)))
         self.trunk, self.head = [0.0] * 3, [0.0] * 3  # forward, gradient of the input, gradient of the weight
-        flop = 0
+        self.adapters, self.adapters_flop, flop = 0.0, 0, 0  # of a forward: two products, of rank columns and terms
         for inputs, outputs, often in trunk_products(shape):
             flop += 2 * T * inputs * outputs * often * L
-            for i, seconds in enumerate(product_seconds(T, inputs, outputs, dtype, clock)):
-                self.trunk[i] += seconds * often * L
+            self.adapters_flop += 2 * T * (inputs + outputs) * rank * often * L
+            for i, seconds in enumerate(product_seconds(few, inputs, outputs, dtype, clock)):
+                self.trunk[i] += seconds * often * L * T / few
+            for size in ((inputs, rank), (rank, outputs)) if rank else ():
+                self.adapters += product_seconds(few, *size, dtype, clock)[0] * often * L * T / few
         for i, seconds in enumerate(product_seconds(rows, shape.hidden_size, shape.vocab_size, dtype, clock)):
             self.head[i] = seconds * N / rows
         self.head_flop, self.trunk_flop = 2 * N * shape.hidden_size * shape.vocab_size, flop
@@ -136,13 +144,18 @@ class Products:
 
     def forward(self, head: bool) -> tuple[float, float]:
         """Return seconds and FLOP of a forward, with the head's logits or without."""
-        flop = self.trunk_flop + self.attention_flop + head * self.head_flop
-        return self.trunk[0] + head * self.head[0] + self.attention_flop / self.rate, flop
+        flop = self.trunk_flop + self.attention_flop + head * self.head_flop + self.adapters_flop
+        return self.trunk[0] + self.adapters + head * self.head[0] + self.attention_flop / self.rate, flop
 
     def update(self, head: bool) -> tuple[float, float]:
-        """Return seconds and FLOP of forward and backward; five products of the attention's backward follow two."""
-        flop = 3 * self.trunk_flop + 3.5 * self.attention_flop + 3 * head * self.head_flop
-        return sum(self.trunk) + head * sum(self.head) + 3.5 * self.attention_flop / self.rate, flop
+        """Return seconds and FLOP of forward and backward, whose attention has five products where the forward has two.
+
+        The frozen base of adapters has no gradients of its weights.
+        """
+        kinds = 2 if self.adapters else 3
+        flop = kinds * (self.trunk_flop + head * self.head_flop) + 3.5 * self.attention_flop + 3 * self.adapters_flop
+        seconds = sum(self.trunk[:kinds]) + head * sum(self.head[:kinds]) + 3 * self.adapters
+        return seconds + 3.5 * self.attention_flop / self.rate, flop
 
 
 @cache
@@ -167,13 +180,15 @@ def median_seconds(work: Callable[[], object], clock: Clock, repeats: int, warm_
 
 def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple[float, float]]:
     """Return seconds and FLOP of statistics, of the update and of both, if all products were in `dtype`."""
-    config, found = rollout.config, {"statistics": [0.0, 0.0], "update": [0.0, 0.0]}
-    separate, shared = has_own_trunk(config), bool(rollout.critic) and not has_own_trunk(config)
+    config, critic = rollout.config, rollout.critic and rollout.critic.model
+    found, total = {"statistics": [0.0, 0.0], "update": [0.0, 0.0]}, [0.0, 0.0]
+    separate, shared = has_own_trunk(config), bool(critic) and not has_own_trunk(config)
     by_sampler = train_rlpa.sampler_is_exact(rollout.policy.sampled, config)
-    heads = [not by_sampler] * (not by_sampler or shared) + [False] * separate + [True] * bool(rollout.ref_policy)
-    total = [0.0, 0.0]
-    for batch in (batch for minibatch in rollout.batches for batch in minibatch):
-        products = Products(rollout.shape, batch, dtype, clock)
+    left = train_rlpa.is_left_to_update(critic, config)
+    for m, batch in ((m, batch) for m, minibatch in enumerate(rollout.batches) for batch in minibatch):
+        own = not by_sampler and not (left and m == 0)  # the policy's log-probs are computed before the update
+        heads = [own] * (own or shared) + [False] * separate + [True] * bool(rollout.ref_policy)
+        products = Products(rollout.shape, batch, dtype, clock, config.lora_rank)
         parts = [("statistics", products.forward(head)) for head in heads]
         parts += [("update", products.update(head)) for head in [True] + [False] * separate] * config.num_epochs
         for name, part in parts:

@@ -70,7 +70,8 @@ def predicted(ranks: int, shard: bool) -> float:
     in_cpp = use_cpu(policy.head_weight) and SHAPE.head_dim in HEAD_DIMS
     plan = memory.Plan(
         work.trained, work.decoded, () if in_cpp else tree_blocks(*LENGTHS), several_microbatches=ranks < 4,
-        cache_tokens=0, workspace=WORKSPACE["cpu"], gradients_in_rollout=False, fused=False, shards=ranks * shard,
+        cache_tokens=0, workspace=WORKSPACE["cpu"], gradients_in_rollout=False, fused=False, head="torch",
+        shards=ranks * shard,
     )  # fmt: skip
     return memory.peak(SHAPE, plan)[1]
 

@@ -84,7 +84,7 @@ def layer_bytes(config: Qwen2Config, itemsize: int = 4, fused: bool = False, ran
 
     Torch paths: a norm keeps the stream in fp32, the unit row and its output (the input of the projections); the turn
     of q and of k keeps cos and sin for all channels; SDPA keeps q, k, v, its output and a log-sum-exp per head; SwiGLU
-    keeps gate, silu(gate), up and its output. `fused`, the Triton kernels: a norm keeps stream and output, SwiGLU
+    keeps gate, silu(gate), up and its output. `fused`, the kernels: a norm keeps stream and output, SwiGLU
     recomputes silu, and the turn keeps the tables that all layers share. Adapters of a `rank` keep A x of seven layers,
     and a frozen norm no unit row.
     """
@@ -150,21 +150,22 @@ class Head(NamedTuple):
 
 
 def head_bytes(
-    config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, fused: bool = False, frozen: bool = False
+    config: Qwen2Config, actions: int, workspace: int, itemsize: int = 4, how: str = "torch", frozen: bool = False
 ) -> Head:
-    """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients.
+    """Count `ppo_head` on N action tokens: workspace of logits, hidden states, and both gradients; `frozen`: of hidden.
 
     Sums are fp32; with half-precision inputs a second (V, D) sum and the operands of the products, half a workspace,
-    come on top; on a CPU (not `fused`) fp32 copies of the operands and, from the second chunk on, of the weight, too.
-    A `frozen` head has no gradient and no sum, so that the first chunk's copy of the weight counts.
+    come on top. `how`: by "torch" on a CPU, fp32 copies of the operands and, from the second chunk on, of the weight,
+    too; "in place", in C++, the operands lie where the logits were; "cuda", neither. A `frozen` head has no gradient
+    and no sum, so that the first chunk's copy of the weight counts.
     """
     V, D = config.vocab_size, config.hidden_size
     kept = (actions * D + V * D * (not frozen)) * itemsize
     logits = 4 * actions * (-(-V // 128) * 128)
     chunks, workspace = logits / workspace, min(workspace, logits)
     chunk = logits / max(1, math.ceil(chunks))  # of equal chunks; the last bytes of the workspace may be unused
-    half = 4 * V * D * (not frozen) + chunk // 2
-    half += 0 if fused else 4 * V * D * (chunks > 1 or frozen) + chunk
+    half = 4 * V * D * (not frozen) + (0 if how == "in place" else chunk // 2)
+    half += 4 * V * D * (chunks > 1 or frozen) + chunk if how == "torch" else 0
     half *= itemsize != 4
     return Head(kept + half + workspace + actions * D * (4 + (0 if itemsize == 4 else itemsize)), kept)
 
@@ -187,7 +188,8 @@ class Plan:
     critic: bool = True  # False: none (--advantage rloo or grpo); neither is separate_critic then
     separate_critic: bool = True  # False: a value head on the policy's trunk
     gradients_in_rollout: bool = True  # False: the trainer frees them before it samples, as train_rlpa.py does
-    fused: bool = True  # Triton kernels
+    fused: bool = True  # Triton kernels, or C++ for bf16
+    head: str = "cuda"  # or "torch" or "in place": see `head_bytes`
     checkpointing: bool = False
     lora_rank: int = 0  # of adapters on a base that is held once, in compute_bytes; 0: all weights are trained
     shards: int = 0  # processes that share out weights, gradients and moments (--shard); 0: each holds all of them
@@ -250,7 +252,7 @@ def phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float]]:
     resident, c, earlier = plan.resident(config), plan.compute_bytes, plan.several_microbatches
     policy, critic = (4 * n for n in plan.trained_parameters(config))
     kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks, plan.lora_rank)
-    head = head_bytes(config, plan.actions, plan.workspace, c, plan.fused, frozen=bool(plan.lora_rank))
+    head = head_bytes(config, plan.actions, plan.workspace, c, plan.head, frozen=bool(plan.lora_rank))
     values, tied = plan.value_bytes(config), config.tie_word_embeddings
     embedding = config.vocab_size * config.hidden_size * (not plan.lora_rank)  # whose gradient there is
     cache = kv_bytes(config, 1, plan.cache_tokens, c)
@@ -288,7 +290,7 @@ def sharded_phases(config: Qwen2Config, plan: Plan) -> dict[str, dict[str, float
     resident, c, earlier, W = plan.resident(config), plan.compute_bytes, plan.several_microbatches, plan.shards
     policy, critic = (4 * n / W for n in (policy_parameters(config), plan.critic_parameters(config)))
     kept, start, end = activations(config, plan.tokens, c, plan.fused, plan.checkpointing, plan.blocks)
-    head, values = head_bytes(config, plan.actions, plan.workspace, c, plan.fused), plan.value_bytes(config)
+    head, values = head_bytes(config, plan.actions, plan.workspace, c, plan.head), plan.value_bytes(config)
     root, critic_root = c * root_parameters(config, head=True), c * root_parameters(config, head=False)
     embedding = config.vocab_size * config.hidden_size
     layers = layer_parameters(config) * (2 * c + c + 4)

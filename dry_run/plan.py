@@ -8,6 +8,7 @@ import torch
 
 from config import HERE, Config, dry_run_devices, has_own_trunk
 from dry_run import memory
+from kernels import cpu
 from kernels.ppo_head import WORKSPACE
 from learners.loading import compute_dtype, load_all_personas
 from learners.processes import world_size
@@ -39,7 +40,7 @@ def dry_run(config: Config) -> str:
         critic=config.advantage == "gae",
         separate_critic=has_own_trunk(config),
         gradients_in_rollout=False,
-        fused=device == "cuda",
+        **kernels(device, dtype, model.vocab_size),
         checkpointing=config.checkpointing,
         lora_rank=config.lora_rank,
         shards=processes * config.shard,
@@ -55,6 +56,15 @@ def dry_run(config: Config) -> str:
     judge_calls = bool(config.judge_url) + (config.profile_judge == "http")
     calls = memory.calls(dialogues, turns, n, judge_calls, bool(config.first_user_message))
     return memory.report(model, plan, room, work, dialogues, calls)
+
+
+def kernels(device: str, dtype: torch.dtype, V: int) -> dict[str, bool | str]:
+    """Say by what layers and head are computed, as `Plan` names it."""
+    if device == "cuda":
+        return dict(fused=True, head="cuda")
+    low = torch.zeros(16, 16, dtype=dtype)
+    products = cpu.multiplies(low, low, low.float())
+    return dict(fused=cpu.passes(low, 16), head="torch" if not products else "in place" if V >= cpu.LONG else "cuda")
 
 
 def cache_slots(config: Config, model: Qwen2Config, processes: int, itemsize: int) -> int:

@@ -4,10 +4,7 @@
 // A product is cut into blocks of KC terms. Both operands are copied so that two terms of a row or column lie side by
 // side, which is what vdpbf16ps multiplies: B as [KC / 2][NR] for a panel of NR columns, A as [KC / 2][MR] for MR rows.
 
-#include "cpu_vectors.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "cpu_team.h"
 
 namespace {
 

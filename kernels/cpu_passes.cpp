@@ -1,7 +1,7 @@
 // What a layer does between its products, on a CPU and for bf16: each pass reads its inputs once and rounds once. The
 // equations stand in rmsnorm.py, rope.py and swiglu.py. Widths are multiples of 16.
 
-#include "cpu_vectors.h"
+#include "cpu_team.h"
 
 namespace {
 

@@ -8,7 +8,12 @@
 //
 // q, o and their gradients are (T, H, DH), k, v and theirs (T, HKV, DH); lse (H, T) is log Σ exp of each softmax.
 
-#include "cpu_vectors.h"
+#include <memory>
+
+#include "cpu_team.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 struct TreeTokens {
     i64 T, H, HKV;
@@ -202,17 +207,184 @@ void backward_head(const Tile<DH>& tile, const float* q, const float* k, const f
         for (int d = 0; d < DH; d++) dq[((tile.first + lane) * t.H + head) * DH + d] = dx[d * W + lane];
 }
 
-// Run work(tile, head, begin, end) for all query heads and all tiles with queries in the run [begin, end) of trees.
-// What a run adds to is its own, for each KV head, and is added in the order of the tiles: the same bits on any number
-// of threads. A tile that lies across two runs is visited in both.
-template <int DH, class Work>
+#ifdef __AVX512BF16__
+
+// The same for bf16, two terms at a time: probabilities and their gradients are rounded to bf16, and all sums are fp32.
+// Rows are (tokens, heads, DH) as above; a pair is two bf16 numbers in 32 bits.
+typedef uint32_t Pair;
+
+inline Vec multiply(Vec sum, Vec a, Pair b) {  // + a · b in each lane, of two terms each
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(b));
+}
+inline Int rounded(Vec x) { return (Int)x + 0x7fff + ((Int)x >> 16 & 1); }
+inline Vec pairs_of(Vec low, Vec high) { return (Vec)((rounded(low) >> 16 & 0xffff) | (rounded(high) & -65536)); }
+
+// to[d] = (low[d], high[d])
+template <int DH>
+void interleave(const bf16* low, const bf16* high, Pair* to) {
+    for (int d = 0; d < DH; d += W) {
+        const Int pairs = ((Int)load(low + d) >> 16 & 0xffff) | (Int)load(high + d);
+        store((float*)to + d, (Vec)pairs);
+    }
+}
+
+template <int DH>
+struct LowTile {
+    const Tile<DH>& tile;
+    const i64 S = tile.seen.size(), half = (S + 1) / 2;
+    std::vector<Pair> keys, values;  // of the tokens seen, interleaved by two for all query heads of a KV head
+
+    explicit LowTile(const Tile<DH>& tile) : tile(tile) {}
+
+    std::vector<Pair> by_twos(const bf16* rows, i64 stride) const {
+        std::vector<Pair> found(half * DH);
+        for (i64 j = 0; j < half; j++)
+            interleave<DH>(rows + tile.seen[2 * j] * stride, rows + tile.seen[std::min(2 * j + 1, S - 1)] * stride,
+                           &found[j * DH]);
+        return found;
+    }
+
+    const bf16* row(const bf16* rows, i64 heads, i64 head, int lane) const {
+        return rows + ((tile.first + (lane < tile.count ? lane : 0)) * heads + head) * DH;
+    }
+
+    // z[j][lane] = queries[lane] · rows[seen[j]] scale
+    void dots(const bf16* queries, i64 heads, i64 head, const bf16* rows, i64 stride, float scale, float* z) const {
+        alignas(64) Pair x[DH / 2 * W];
+        for (int lane = 0; lane < W; lane++)
+            for (int d = 0; d < DH / 2; d++) x[d * W + lane] = ((const Pair*)row(queries, heads, head, lane))[d];
+        for (i64 j = 0; j < S; j += KEYS) {
+            const Pair* key[KEYS];
+            Vec sum[KEYS] = {};
+            for (int i = 0; i < KEYS; i++) key[i] = (const Pair*)(rows + tile.seen[std::min(j + i, S - 1)] * stride);
+            for (int d = 0; d < DH / 2; d++)
+                for (int i = 0; i < KEYS; i++) sum[i] = multiply(sum[i], load((const float*)x + d * W), key[i][d]);
+            for (int i = 0; i < std::min<i64>(KEYS, S - j); i++) store(z + (j + i) * W, sum[i] * scale);
+        }
+    }
+
+    // x[d][lane] += Σ_j p[j][lane] rows[seen[j]][d], of rows by twos
+    void weigh(const float* p, const Pair* rows, float* x) const {
+        for (i64 j = 0; j < half; j += KEYS) {
+            const int some = std::min<i64>(KEYS, half - j);
+            Vec weight[KEYS];
+            for (int i = 0; i < some; i++) {
+                const float* at = p + 2 * (j + i) * W;
+                weight[i] = pairs_of(load(at), 2 * (j + i) + 1 < S ? load(at + W) : Vec{});
+            }
+            for (int d = 0; d < DH; d++) {
+                Vec sum = load(x + d * W);
+                for (int i = 0; i < some; i++) sum = multiply(sum, weight[i], rows[(j + i) * DH + d]);
+                store(x + d * W, sum);
+            }
+        }
+    }
+
+    // out[seen[j]] += Σ_lane p[j][lane] rows[lane], where seen[j] is in [begin, end)
+    void scatter(const float* p, const bf16* rows, i64 heads, i64 head, float* out, i64 stride, i64 begin,
+                 i64 end) const {
+        constexpr int NV = DH / W, SOME = NV <= 2 ? 8 : NV <= 4 ? 4 : 2;
+        alignas(64) Pair lanes[W / 2 * DH];
+        for (int i = 0; i < W / 2; i++)
+            interleave<DH>(row(rows, heads, head, 2 * i), row(rows, heads, head, 2 * i + 1), lanes + i * DH);
+        const auto& seen = tile.seen;
+        i64 j = std::lower_bound(seen.begin(), seen.end(), begin) - seen.begin();
+        const i64 stop = std::lower_bound(seen.begin(), seen.end(), end) - seen.begin();
+        for (; j < stop; j += SOME) {
+            const int some = std::min<i64>(SOME, stop - j);
+            Pair weight[SOME][W / 2] = {};
+            Vec sum[SOME][NV] = {};
+            for (int i = 0; i < some; i++) store((bf16*)weight[i], load(p + (j + i) * W));
+            for (int lane = 0; lane < W / 2; lane++)
+                for (int v = 0; v < NV; v++) {
+                    const Vec x = load((const float*)lanes + lane * DH + v * W);
+                    for (int i = 0; i < SOME; i++) sum[i][v] = multiply(sum[i][v], x, weight[i][lane]);
+                }
+            for (int i = 0; i < some; i++)
+                for (int v = 0; v < NV; v++) {
+                    float* at = out + seen[j + i] * stride + v * W;
+                    store(at, load(at) + sum[i][v]);
+                }
+        }
+    }
+};
+
+template <int DH>
+void forward_low(const LowTile<DH>& low, const bf16* q, const bf16* k, bf16* o, float* lse, i64 head,
+                 std::vector<float>& work) {
+    const Tile<DH>& tile = low.tile;
+    const TreeTokens& t = tile.t;
+    const i64 kv = head / (t.H / t.HKV) * DH;
+    work.assign((DH + low.S) * W, 0.0f);
+    float *out = work.data(), *z = out + DH * W;
+    low.dots(q, t.H, head, k + kv, t.HKV * DH, 1.0f / std::sqrt((float)DH), z);
+    tile.hide(z);
+    Vec top = all(HIDDEN), sum = {};
+    for (i64 j = 0; j < low.S; j++) top = larger(top, load(z + j * W));
+    for (i64 j = 0; j < low.S; j++) {
+        const Vec e = exp(load(z + j * W) - top);
+        store(z + j * W, e);
+        sum += e;
+    }
+    low.weigh(z, low.values.data(), out);
+    for (int lane = 0; lane < tile.count; lane++) {
+        alignas(64) float row[DH];
+        for (int d = 0; d < DH; d++) row[d] = out[d * W + lane] / sum[lane];
+        for (int d = 0; d < DH; d += W) store(o + ((tile.first + lane) * t.H + head) * DH + d, load(row + d));
+        lse[head * t.T + tile.first + lane] = top[lane] + std::log(sum[lane]);
+    }
+}
+
+template <int DH>
+void backward_low(const LowTile<DH>& low, const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse,
+                  const bf16* d_o, bf16* dq, float* dk, float* dv, i64 head, std::vector<float>& work, i64 begin,
+                  i64 end) {
+    const Tile<DH>& tile = low.tile;
+    const TreeTokens& t = tile.t;
+    const i64 kv = head / (t.H / t.HKV) * DH, stride = t.HKV * DH;
+    const float scale = 1.0f / std::sqrt((float)DH);
+    work.assign((DH + 2 * low.S) * W, 0.0f);
+    float *dx = work.data(), *p = dx + DH * W, *ds = p + low.S * W;
+    Vec delta = {}, norm = {};
+    for (int lane = 0; lane < tile.count; lane++) {
+        Vec sum = {};
+        const bf16 *g = low.row(d_o, t.H, head, lane), *out = low.row(o, t.H, head, lane);
+        for (int d = 0; d < DH; d += W) sum += load(g + d) * load(out + d);
+        delta[lane] = sum_of(sum);
+        norm[lane] = lse[head * t.T + tile.first + lane];
+    }
+    low.dots(q, t.H, head, k + kv, stride, scale, p);
+    tile.hide(p);
+    low.dots(d_o, t.H, head, v + kv, stride, 1.0f, ds);
+    for (i64 j = 0; j < low.S; j++) {
+        const Vec e = exp(load(p + j * W) - norm);
+        store(p + j * W, e);
+        store(ds + j * W, e * (load(ds + j * W) - delta) * scale);
+    }
+    low.scatter(ds, q, t.H, head, dk + kv, stride, begin, end);
+    low.scatter(p, d_o, t.H, head, dv + kv, stride, begin, end);
+    if (tile.first < begin) return;
+    low.weigh(ds, low.keys.data(), dx);
+    for (int lane = 0; lane < tile.count; lane++) {
+        alignas(64) float row[DH];
+        for (int d = 0; d < DH; d++) row[d] = dx[d * W + lane];
+        for (int d = 0; d < DH; d += W) store(dq + ((tile.first + lane) * t.H + head) * DH + d, load(row + d));
+    }
+}
+
+#endif
+
+// Run work(tile, head, space, begin, end) for all query heads and all tiles with queries in the run [begin, end) of
+// trees. What a run adds to is its own, for each KV head, and is added in the order of the tiles: the same bits on any
+// number of threads. A tile that lies across two runs is visited in both.
+template <int DH, class Space = std::vector<float>, class Work>
 void all_tiles(const TreeTokens& t, i64 threads, Work work) {
     std::vector<Tile<DH>> tiles;
     for (i64 first = 0; first < t.T; first += W) tiles.emplace_back(t, first);
     const auto cuts = cut(t, threads);
     const i64 G = t.H / t.HKV, runs = cuts.size() - 1;
     share(runs * t.HKV, threads, [&](i64 i) {
-        std::vector<float> space;
+        Space space;
         const i64 begin = cuts[i % runs], end = cuts[i % runs + 1];
         for (i64 tile = begin / W; tile * W < end; tile++)
             for (i64 head = i / runs * G; head < i / runs * G + G; head++) work(tiles[tile], head, space, begin, end);
@@ -235,6 +407,46 @@ void backward_tree(const TreeTokens& t, i64 threads, const float* q, const float
     });
 }
 
+#ifdef __AVX512BF16__
+
+template <int DH>
+struct LowSpace {
+    std::vector<float> work;
+    std::unique_ptr<LowTile<DH>> low;
+
+    // Prepare a tile for its KV head's first query head.
+    void take(const Tile<DH>& tile, i64 head, const bf16* k, const bf16* v) {
+        const i64 G = tile.t.H / tile.t.HKV, stride = tile.t.HKV * DH, kv = head / G * DH;
+        if (head % G) return;
+        low = std::make_unique<LowTile<DH>>(tile);
+        if (k) low->keys = low->by_twos(k + kv, stride);
+        if (v) low->values = low->by_twos(v + kv, stride);
+    }
+};
+
+template <int DH>
+void forward_tree_low(const TreeTokens& t, i64 threads, const bf16* q, const bf16* k, const bf16* v, bf16* o,
+                      float* lse) {
+    using Space = LowSpace<DH>;
+    all_tiles<DH, Space>(t, threads, [&](const Tile<DH>& tile, i64 head, Space& space, i64 begin, i64) {
+        if (tile.first < begin) return;
+        space.take(tile, head, nullptr, v);
+        forward_low<DH>(*space.low, q, k, o, lse, head, space.work);
+    });
+}
+
+template <int DH>
+void backward_tree_low(const TreeTokens& t, i64 threads, const bf16* q, const bf16* k, const bf16* v, const bf16* o,
+                       const float* lse, const bf16* d_o, bf16* dq, float* dk, float* dv) {
+    using Space = LowSpace<DH>;
+    all_tiles<DH, Space>(t, threads, [&](const Tile<DH>& tile, i64 head, Space& space, i64 begin, i64 end) {
+        space.take(tile, head, k, nullptr);
+        backward_low<DH>(*space.low, q, k, v, o, lse, d_o, dq, dk, dv, head, space.work, begin, end);
+    });
+}
+
+#endif
+
 }  // namespace
 
 extern "C" {  // head_dim is 16, 32, 64 or 128
@@ -253,6 +465,25 @@ void tree_backward(const TreeTokens* t, i64 head_dim, i64 threads, const float* 
     auto run = head_dim == 16 ? backward_tree<16> : head_dim == 32 ? backward_tree<32>
                : head_dim == 64 ? backward_tree<64> : backward_tree<128>;
     run(*t, threads, q, k, v, o, lse, d_o, dq, dk, dv);
+}
+
+// The same for bf16, where has_bf16(): lse, dk and dv are fp32.
+void tree_forward_low(const TreeTokens* t, i64 head_dim, i64 threads, const bf16* q, const bf16* k, const bf16* v,
+                      bf16* o, float* lse) {
+#ifdef __AVX512BF16__
+    auto run = head_dim == 16 ? forward_tree_low<16> : head_dim == 32 ? forward_tree_low<32>
+               : head_dim == 64 ? forward_tree_low<64> : forward_tree_low<128>;
+    run(*t, threads, q, k, v, o, lse);
+#endif
+}
+
+void tree_backward_low(const TreeTokens* t, i64 head_dim, i64 threads, const bf16* q, const bf16* k, const bf16* v,
+                       const bf16* o, const float* lse, const bf16* d_o, bf16* dq, float* dk, float* dv) {
+#ifdef __AVX512BF16__
+    auto run = head_dim == 16 ? backward_tree_low<16> : head_dim == 32 ? backward_tree_low<32>
+               : head_dim == 64 ? backward_tree_low<64> : backward_tree_low<128>;
+    run(*t, threads, q, k, v, o, lse, d_o, dq, dk, dv);
+#endif
 }
 
 }  // extern "C"

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from kernels import cpu
 from kernels.backend import INTERPRETED, jit, tl, use_triton
-from kernels.cpu import is_small, use_cpu
 from kernels.head import matmul, sum_dtype
 
 TILES = [  # the smallest that holds the rows; a deep pipeline, for what counts is the bytes of W in flight
@@ -244,7 +243,7 @@ def sample_head(
     if uniforms is None:
         table = draw_uniforms(seeds.tolist(), int(steps.max()) + 1).to(hidden.device)
         uniforms = table.gather(1, steps[:, None])[:, 0]
-    if use_cpu(hidden) and is_small([weight]):
+    if cpu.decodes([weight]):
         return cpu.sample(hidden, weight, temperature, uniforms)
     logits = torch.empty(len(hidden), len(weight), dtype=sum_dtype(hidden), device=hidden.device)
     return sample(matmul(hidden, weight.T, logits), temperature, uniforms)

@@ -128,25 +128,18 @@ def compiled_flex_attention():
 
 
 class TileAttention(torch.autograd.Function):
-    """The tiles of cpu_tree.cpp, for q (T, H, Dh), k and v (T, Hkv, Dh); keeps the outputs and each softmax's sum.
-
-    bf16 is widened here, both ways: these tensors are small beside those of the products around them.
-    """
+    """The tiles of cpu_tree.cpp, for q (T, H, Dh), k and v (T, Hkv, Dh); keeps the outputs and each softmax's sum."""
 
     @staticmethod
     def forward(ctx, q, k, v, spans):
-        out, lse = cpu.tree_forward(q.float(), k.float(), v.float(), spans)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, spans, lse)
+        out, lse = cpu.tree_forward(q, k, v, spans)
+        ctx.save_for_backward(q, k, v, spans, out, lse)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, g):
-        *rows, spans, lse = ctx.saved_tensors
-        q, k, v, out = (x.float() for x in rows)
-        found = cpu.tree_backward(q, k, v, spans, out, lse, g.float().contiguous())
-        return *(x.to(g.dtype) for x in found), None
+        return *cpu.tree_backward(*ctx.saved_tensors, g.contiguous()), None
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree) -> Tensor:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from config import Config, has_own_trunk
+from config import HERE, Config, has_own_trunk
 from learners import sharding
 from learners.adapters import load_adapter, with_saved_adapter
 from learners.learner import Learner, is_sharded, load_optimizer, make_learner
 from learners.lora import critic_with_adapter, with_adapter
-from learners.processes import rank, world_size
+from learners.processes import rank
 from learners.weights import load_critic, load_policy, load_value_head
-from model import Critic, Qwen2ForCausalLM, ValueHead, draw_value_head
-from untrusted.plain_text import warn
+from model import Critic, Qwen2Config, Qwen2ForCausalLM, ValueHead, draw_value_head
+from untrusted.plain_text import say, warn
 from worlds.first import generate_personas
 from worlds.personas import Persona, load_personas
+
+TINY, LARGE = 10_000_000, 50_000_000  # parameters: below the first one thread, from the second on perhaps bf16
 
 
 def load_models(
@@ -124,13 +129,53 @@ def load_or_make_critic(config: Config, policy: Qwen2ForCausalLM, folder: Path |
 
 
 def compute_dtype(config: Config, device: str) -> torch.dtype:
-    """Return the dtype of weights and products on a type of device.
+    """Return the dtype of weights and products on a type of device; on a CPU `choose_dtype` may have decided before.
 
     >>> compute_dtype(Config(), "cpu"), compute_dtype(Config(), "cuda")
     (torch.float32, torch.bfloat16)
     """
     name = config.dtype if config.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
     return getattr(torch, name)
+
+
+def choose_dtype(config: Config) -> Config:
+    """Decide --dtype auto for a fresh run on a CPU by measuring, and say so; of a small model nothing changes.
+
+    Some CPUs multiply in bf16 twice as fast as in fp32, some a hundred times as slowly. A resumed run keeps what its
+    settings hold.
+    """
+    here = config.dry_run in ("", HERE) and not (config.merge or config.resume or torch.cuda.is_available())
+    if config.dtype != "auto" or not here:
+        return config
+    shape = Qwen2Config.from_file(config.ckpt)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Qwen2ForCausalLM(shape).parameters())
+    if size < LARGE:
+        return config
+    torch.set_num_threads(count_threads(size, config))
+    rates = {dtype: product_rate(shape, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32)}
+    low, wide = rates.values()
+    name = "bfloat16" if low > 1.3 * wide else "float32"
+    say(f"--dtype {name}: {torch.get_num_threads()} threads do {low:.3g} GFLOP/s in bf16 and {wide:.3g} in fp32")
+    return replace(config, dtype=name)
+
+
+def product_rate(shape: Qwen2Config, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    """Measure FLOP/s of products like an MLP's: the best of several, because other programs may run."""
+    weight = torch.ones(shape.intermediate_size, shape.hidden_size, dtype=dtype)
+
+    def took(rows: int) -> float:
+        x, start = torch.ones(rows, shape.hidden_size, dtype=dtype), time.perf_counter()
+        F.linear(x, weight)
+        return time.perf_counter() - start
+
+    end = time.perf_counter() + seconds
+    rows, best = 16, min(took(16) for _ in range(4))  # few rows first: where products are very slow, that is enough
+    if best * 32 < seconds:
+        rows, best = 512, took(512)
+        while time.perf_counter() < end:
+            best = min(best, took(512))
+    return 2 * rows * weight.numel() / best
 
 
 def load_all_personas(config: Config) -> tuple[list[Persona], dict[str, list[Persona]]]:
@@ -159,9 +204,18 @@ def synthetic_personas(config: Config, split: str, seed: int) -> list[Persona]:
 
 
 def set_threads(policy: nn.Module, config: Config) -> None:
-    """Choose CPU threads: with a tiny model a second thread costs more in waiting than it computes."""
-    tiny = sum(p.numel() for p in policy.parameters()) < 10_000_000
-    torch.set_num_threads(config.threads or (1 if tiny else max(1, (os.cpu_count() or 1) // world_size())))
+    """Choose CPU threads."""
+    torch.set_num_threads(count_threads(sum(p.numel() for p in policy.parameters()), config))
+
+
+def count_threads(size: int, config: Config) -> int:
+    """Return the threads of a process whose model has so many parameters, by rule.
+
+    With a tiny model a second thread costs more in waiting than it computes. A large one takes its share of the cores
+    that this machine's processes may use: a thread more than there are cores would let all others wait for it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.threads or (1 if size < TINY else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def let_segments_grow() -> None:

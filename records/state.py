@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 
+from command_line.flags import run_settings
 from config import Config, Natural, flag
 from dialogue import ChatTokenizer
 from kernels import set_backend
@@ -279,4 +280,5 @@ def go_on_after_restart(config: Config, store: dist.Store | None) -> Config:
         return config
     run_dir = store.get("run_dir").decode()
     begun = config.save == "run" and bool(checkpoints.published(Path(run_dir) / "checkpoints"))
-    return replace(config, run_dir=run_dir, resume=run_dir if begun else "", overwrite=not begun)
+    dtype = run_settings(Path(run_dir))["dtype"] if begun else config.dtype  # as it was chosen then
+    return replace(config, run_dir=run_dir, resume=run_dir if begun else "", overwrite=not begun, dtype=dtype)

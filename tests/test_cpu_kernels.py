@@ -1,6 +1,10 @@
 """The C++ kernels against torch, and both against fp64: a decode step, sampling, token trees, heads, passes in bf16."""
 
+import os
+import platform
 import subprocess
+from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,12 +19,14 @@ from kernels.rows import Rows
 from kernels.sample_head import sample
 from kernels.swiglu import reference_swiglu, swiglu
 from kernels.tree_attention import reference_tree_attention, tree_attention
+from learners.lora import adapters, with_adapter
 from model import Cached, KVCache, Qwen2Config, random_policy
 from sampler import Sampler, cached_trunk, generate
 
 pytestmark = pytest.mark.skipif(cpu.load_library()[0] is None, reason=cpu.load_library()[1] or "there is a library")
 
 SHAPES = [(96, 3, 3), (64, 4, 2), (128, 2, 1), (256, 2, 2)]  # D, H, Hkv: head dims 32, 16, 64 and 128
+HIDDEN = 2.0**13  # what stands in slots that nobody may see; a bf16, too
 
 
 def tiny_policy(D: int = 96, H: int = 3, Hkv: int = 3, tied: bool = True, family: str = "qwen2"):
@@ -45,11 +51,42 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return (found.double() - truth).abs().max().item()
 
 
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["fp32", "no biases", "LoRA", "bf16", "bf16 LoRA", "bf16 widened", "bf16 widened LoRA"])
+def how(request, monkeypatch):
+    """Guards each type of weights, and a library that knows no AVX-512 and widens bf16 in registers, as most do."""
+    if "widened" in request.param:
+        if platform.machine() != "x86_64":
+            pytest.skip("there is no AVX-512 to leave out")
+        monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or 'g++'} -mno-avx512f")
+        cpu.load_library.cache_clear()
+    yield request.param
+    if "widened" in request.param:
+        monkeypatch.undo()
+        cpu.load_library.cache_clear()
+
+
 @pytest.mark.parametrize("D, H, Hkv", SHAPES)
 @pytest.mark.parametrize("n", [1, 3, 4])
-def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
+def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n, how):
     """Guards each operation of a layer, lanes beyond one block, candidates that left, and slots that others wrote."""
-    policy, generator = tiny_policy(D, H, Hkv), torch.Generator().manual_seed(n)
+    dtype = torch.bfloat16 if "bf16" in how else torch.float32
+    policy = tiny_policy(D, H, Hkv, family="llama" if how == "no biases" else "qwen2").to(dtype)
+    generator = torch.Generator().manual_seed(n)
+    if "LoRA" in how:
+        policy = with_adapter(policy, rank=6, alpha=9.0, seed=2).requires_grad_(False)
+        for layer in adapters(policy).values():
+            torch.nn.init.normal_(layer.lora_B.weight, 0.0, 0.2, generator=generator)
+        policy.to(dtype)
     B, capacity = 7, 40 + 5 * n
     prompts = torch.tensor([1, 5, 17, 30, 33, 2, 40])
     ids = [torch.randint(101, (int(p),), generator=generator) for p in prompts]
@@ -58,7 +95,7 @@ def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
     def compute(by, dtype):
         cache = KVCache(policy.config, B, capacity, dtype)
         for stored in cache.keys + cache.values:
-            stored.fill_(1e4)  # what nobody may see
+            stored.fill_(HIDDEN)
         chunks, found, first = [], [], 0
         for row in range(B):
             chunks.append(Chunk(row, first, first + len(ids[row]), len(ids[row])))
@@ -81,7 +118,7 @@ def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
     def by_torch(model):
         def by(new, positions, cache, rows, slots, chunks, decoding):
             for stored in cache.keys + cache.values:  # the torch path multiplies hidden slots by 0
-                stored[stored == 1e4] = 0
+                stored[stored == HIDDEN] = 0
             return model(new[None], positions[None], Cached(cache, rows, slots, decoding, chunks))[0]
 
         return by
@@ -91,33 +128,60 @@ def test_a_trunk_is_as_exact_as_torch(D, H, Hkv, n):
 
     set_backend("torch")
     try:
-        plain = compute(by_torch(policy), torch.float32)
-        truth = compute(by_torch(tiny_policy(D, H, Hkv).double()), torch.float64)
+        plain = compute(by_torch(policy), dtype)
+        truth = compute(by_torch(deepcopy(policy).double()), torch.float64)
     finally:
         set_backend("auto")
-    assert error(compute(by_cpu, torch.float32), truth) <= 2 * error(plain, truth) + 1e-6
+    ours = compute(by_cpu, dtype)
+    assert error(ours, truth) <= 2 * error(plain, truth) + 1e-6
+    for count in (2, 3):
+        with threads(count):
+            assert torch.equal(compute(by_cpu, dtype), ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lanes_do_not_see_each_other(dtype):
+    """Guards sums that depend on how many tokens are computed at once: a candidate's would depend on the others."""
+    policy, N = tiny_policy().to(dtype), 37
+    trunk, ids, rows = cached_trunk(policy), torch.arange(3, 40), torch.arange(N)
+
+    def compute(some):
+        cache = KVCache(policy.config, N, 2, dtype)
+        zeros = torch.zeros(len(some), dtype=torch.long)
+        return trunk(ids[some], zeros, rows[some], zeros, cache.keys, cache.values)
+
+    whole = compute(rows)
+    for some in (rows[:1], rows[5:13], rows[20:36]):
+        assert torch.equal(compute(some), whole[some])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("R, V", [(1, 2), (16, 101), (37, 800)])
-def test_draws_are_those_of_torch(temperature, R, V):
+@pytest.mark.parametrize("R, V", [(1, 2), (16, 101), (37, 800), (5, 2048), (8, 5001)])
+def test_draws_are_those_of_torch(temperature, R, V, how):
     """Guards the inverse CDF in C++: ids equal, log-probs within fp32 rounding of the fp64 truth."""
     generator = torch.Generator().manual_seed(R)
     hidden, weight = torch.randn(R, 24, generator=generator), torch.randn(V, 24, generator=generator)
+    if "bf16" in how:
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
     uniforms = torch.rand(R, generator=generator)
     uniforms[0] = 0.0
     truth = sample(hidden.double() @ weight.double().T, temperature, uniforms.double())
-    plain = sample(hidden @ weight.T, temperature, uniforms)
+    plain = sample(hidden.float() @ weight.float().T, temperature, uniforms)
     ids, logprobs = cpu.sample(hidden, weight, temperature, uniforms)
+    with threads(3):
+        again = cpu.sample(hidden, weight, temperature, uniforms)
+    assert torch.equal(again[0], ids) and torch.equal(again[1], logprobs)
     assert torch.equal(ids, truth[0])
     assert error(logprobs, truth[1]) <= 2 * error(plain[1], truth[1]) + 1e-6
 
 
-def test_the_last_id_and_the_impossible_one():
-    """Guards a uniform next to 1, which rounding could carry past the last id, and an id of probability 0."""
-    hidden, weight = torch.ones(2, 1), torch.tensor([[-1000.0], [0.0], [0.0], [-1000.0]])
+@pytest.mark.parametrize("between", [0, 4000])
+def test_the_last_id_and_the_impossible_one(between):
+    """Guards a uniform next to 1, which rounding could carry past the last id, and ids of probability 0."""
+    hidden, weight = torch.ones(2, 1), torch.full((between + 4, 1), -1000.0)
+    weight[1] = weight[-2] = 0.0
     ids, logprobs = cpu.sample(hidden, weight, 1.0, torch.tensor([0.0, 1 - 2**-24]))
-    assert ids.tolist() == [1, 2]
+    assert ids.tolist() == [1, between + 2]
     torch.testing.assert_close(logprobs, torch.tensor([0.5, 0.5]).log())
 
 
@@ -150,18 +214,19 @@ def test_a_token_outside_is_named():
             trunk(*(one * x for x in what.values()), cache.keys, cache.values)
     with pytest.raises(ValueError, match="does not fit 2 layers of 3 x 32"):
         trunk(one, one, one, one, cache.keys[:1], cache.values[:1])
+    half = KVCache(policy.config, 2, 8, torch.bfloat16)
+    with pytest.raises(ValueError, match="a cache of torch.bfloat16 does not fit weights of torch.float32"):
+        trunk(one, one, one, one, half.keys, half.values)
 
 
-@pytest.mark.parametrize("change", ["bf16", "torch", "large", "head dim"])
-def test_torch_computes_what_cpp_does_not(change, monkeypatch):
-    """Guards a silent change of precision, a `--kernels torch` that is not, and a slower path for large weights."""
-    policy = tiny_policy(*((72, 3, 3) if change == "head dim" else (96, 3, 3)))
-    if change == "large":
-        monkeypatch.setattr(cpu, "SMALL", 1000)
+@pytest.mark.parametrize("change", ["fp16", "torch", "head dim", "width"])
+def test_torch_computes_what_cpp_does_not(change):
+    """Guards a silent change of precision, a `--kernels torch` that is not, and shapes that C++ would misread."""
+    policy = tiny_policy(*{"head dim": (72, 3, 3), "width": (30, 1, 1)}.get(change, (96, 3, 3)))
+    dtype = {"fp16": torch.float16, "width": torch.bfloat16}.get(change, torch.float32)
     set_backend("torch" if change == "torch" else "auto")
     try:
-        sampler = Sampler(policy.bfloat16() if change == "bf16" else policy, n=1, max_new_tokens=1, stop_ids=[],
-                          batch_size=1, max_rows=1)  # fmt: skip
+        sampler = Sampler(policy.to(dtype), n=1, max_new_tokens=1, stop_ids=[], batch_size=1, max_rows=1)
         assert sampler.trunk is None
     finally:
         set_backend("auto")

@@ -284,9 +284,8 @@ def test_a_run_begins_from_a_file_and_knows_it_again(llama, tmp_path):
     config = parse_args(["--ckpt", str(path), "--num-personas", "4", "--eval-dialogues", "1"], "")
     assert config.ckpt == str(path)
     state = setup(config, Environment(None, None))
-    assert state.files.keys() == {
-        "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
-    }  # fmt: skip
+    written = {"tokenizer_config.json", "chat_template.jinja", "system_prompt.txt"}
+    assert state.files.keys() == {"tokenizer.json", "generation_config.json"} | written
     assert state.sources == {"ckpt": fingerprint(config, "ckpt")}
     assert fingerprint(Config(ckpt=str(llama)), "ckpt") == state.sources["ckpt"]  # the same weights, unquantised
     other = write_gguf(llama, tmp_path / "other.gguf", edit=added("output_norm.weight", np.ones(64)))

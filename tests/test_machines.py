@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from small_run import records, running_user, write_checkpoint
 
 import train_rlpa
 from evaluation.__main__ import main as evaluate
+from learners import loading
+from model import Qwen2Config
 from records.log import RECORDS, RunLog
 from studies.offline import main as offline
 
@@ -251,3 +254,30 @@ def test_without_a_reference_the_base_is_not_needed(arguments, tmp_path):
     assert {"rlpa.json", "sft_heldout.jsonl", "tokenizer.json"} <= {
         file.name for file in (tmp_path / "run" / "checkpoints" / "iteration_000002" / "policy").iterdir()
     }
+
+
+@pytest.mark.parametrize("rates, chosen", [((200e9, 90e9), "bfloat16"), ((0.5e9, 80e9), "float32"), (None, "auto")])
+def test_low_precision_is_chosen_by_measuring(arguments, tmp_path, monkeypatch, capsys, rates, chosen):
+    """Guards a run that takes hours because its CPU emulates bf16, and one that is resumed in another dtype."""
+    measured = {}
+    monkeypatch.setattr(loading, "product_rate", lambda shape, dtype: measured[dtype])
+    if rates:  # else the model is too small for a measurement, and measuring would fail
+        measured |= dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
+        monkeypatch.setattr(loading, "LARGE", 1)
+    threads, run = torch.get_num_threads(), tmp_path / "run"
+    train(arguments, run)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--dtype")]
+    assert [line.split()[1].strip(":") for line in said] == ([chosen] if rates else [])
+    measured |= {torch.bfloat16: 1.0, torch.float32: 1.0}  # whatever the next machine does
+    url = arguments[arguments.index("--simulator-url") + 1]
+    assert train_rlpa.main(["--resume", str(run), "--simulator-url", url, "--num-iterations", "2"]) == 0
+    torch.set_num_threads(threads)
+    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["dtype"] == chosen
+
+
+def test_a_measured_rate_is_one(monkeypatch):
+    """Guards a measurement that never ends where products are slow, and one that counts other FLOP than it does."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: float(next(clock)))
+    shape = Qwen2Config(10, 8, 6, 1, 1, 1)
+    assert loading.product_rate(shape, torch.float32) == 2 * 16 * 8 * 6  # a second for 16 rows: no more are tried

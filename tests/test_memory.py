@@ -20,7 +20,7 @@ from benchmarks.scaling_table import row_work, traffic, tree_blocks
 from config import Config, flag
 from dry_run import memory
 from dry_run.memory import Plan, advice, peak, phases, tree_work
-from dry_run.plan import dry_run
+from dry_run.plan import dry_run, kernels
 from kernels.cpu import HEAD_DIMS, use_cpu
 from kernels.tree_attention import Block
 from learners.learner import make_learner
@@ -95,12 +95,13 @@ def measured_step(
             del on_device
         for learner in learners:
             train_rlpa.optimizer_step(learner, 1.0, 1.0)
-    in_cpp = use_cpu(policy.head_weight) and policy.config.head_dim in HEAD_DIMS
+    in_cpp = use_cpu(policy.head_weight, low=True) and policy.config.head_dim in HEAD_DIMS
     blocks = () if in_cpp else tuple(packed.blocks)
     plan = Plan(
         tokens=len(tree), actions=len(packed.targets), blocks=blocks, several_microbatches=micro > 1,
         cache_tokens=0, workspace=WORKSPACE, compute_bytes=dtype.itemsize, reference=False, separate_critic=not shared,
-        gradients_in_rollout=False, fused=False, checkpointing=checkpointing, lora_rank=rank,
+        gradients_in_rollout=False, checkpointing=checkpointing, lora_rank=rank,
+        **kernels("cpu", dtype, config.vocab_size),
     )  # fmt: skip
     return extra_peak(allocations(prof), returned=set()), plan
 

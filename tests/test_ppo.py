@@ -723,7 +723,7 @@ class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
     counts = {"requests": 0, "errors": {}}
-    name, outage, refusal, last_failure, answered = "simulator", "", "", "", True
+    name, outage, refusal, last_failure, answered, useful = "simulator", "", "", "", True, True
 
     def ask(self, messages, seed):
         return f"I am {seed % 90} years old. <|im_end|>"
@@ -1164,9 +1164,32 @@ def test_the_samplers_logprobs_save_a_forward(chat, policy, critic, monkeypatch)
     assert not train_rlpa.sampler_is_exact(copy.deepcopy(policy).bfloat16(), replace(config, old_logprobs="auto"))
 
 
-def one_iteration(policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config) -> dict[str, float]:
+@pytest.mark.parametrize("advantage", ["grpo", "gae"])
+def test_the_first_update_saves_a_forward(chat, shape, monkeypatch, advantage):
+    """Guards the saving: what the first mini-batch's own update finds is log π_old, and it learns the same from it."""
+    config, found = settings(max_new_tokens=6, kl_coef=0.0, advantage=advantage, rollout_batch_size=8, lr=1e-3), []
+    monkeypatch.setattr(train_rlpa, "sampler_is_exact", lambda policy, config: False)
+    monkeypatch.setattr(train_rlpa, "make_batches", lambda packed, c: found.append(packed) or make_batches(packed, c))
+    computed: list[int] = []
+    monkeypatch.setattr(train_rlpa, "linear_logprob", lambda *a: computed.append(len(a[0])) or linear_logprob(*a))
+    metrics, counts = [], []
+    for source in ("trainer", "auto"):
+        metrics.append(one_iteration(lively(shape, 0), chat, replace(config, old_logprobs=source)))
+        counts.append(sum(computed) - sum(counts))
+    first = sum(len(p.targets) for p in found[1] if p.minibatch == 0)
+    assert 0 < first == counts[0] - counts[1] < counts[0]  # the others still need their own
+    old = [torch.cat([p.old_logprobs for p in packed]) for packed in found]
+    torch.testing.assert_close(*old, atol=1e-5, rtol=0)
+    for name in ("approx_kl", "ratio_dev", "sampler_trainer_logprob_gap", "policy_loss", "policy_grad_norm"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-5), name
+
+
+def one_iteration(
+    policy: Qwen2ForCausalLM, chat: ChatTokenizer, config: Config, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Metrics of one iteration with random rewards."""
-    learners = make_learner(policy, config.lr, config), make_learner(Critic.from_policy(policy), 1e-4, config)
+    critic = Critic.from_policy(policy)
+    learners = make_learner(policy, config.lr, config, dtype), make_learner(critic, 1e-4, config, dtype)
     personas = [Persona(str(i), FACTS) for i in range(8)]
     return run_iteration(State(config, chat, *learners, None, personas, {}, Environment(Talker(), None)))[0]
 

@@ -30,6 +30,7 @@ import train_rlpa
 from command_line.flags import parse_args
 from config import Config
 from dialogue import Dialogue, Turn
+from kernels import cpu
 from learners.weights import save_pretrained
 from packing import pack, policy_hidden
 from train_rlpa import add_advantages, correct_for_sampler, policy_loss, sampler_is_exact, token_losses, token_rewards
@@ -278,3 +279,17 @@ def test_a_run_with_all_options_resumes(chat, shape, tmp_path):  # noqa: F811
     kept = json.loads((tmp_path / "cut" / "config.json").read_text())
     assert kept.items() >= {"gae_level": "turn", "dual_clip": 3.0, "clip_eps_high": 0.28}.items()
     assert set(asdict(Config(ckpt="x"))) <= set(kept)
+
+
+@pytest.mark.skipif(cpu.load_library()[0] is None, reason="no C++ compiler")
+def test_in_bf16_cpp_samples_and_the_trainer_corrects(chat, shape, monkeypatch):  # noqa: F811
+    """Guards ratios that start at the gap between C++ and torch in bf16, a gap that is hidden, and one uncorrected."""
+    calls, computed = [], cpu.CachedTrunk.__call__
+    monkeypatch.setattr(cpu.CachedTrunk, "__call__", lambda *x, **y: calls.append(x[0].dtype) or computed(*x, **y))
+    config = settings(max_new_tokens=6, kl_coef=0.0, old_logprobs="auto", sampler_correction=2.0)
+    wide = lively(replace(shape, num_attention_heads=2, num_key_value_heads=1), 0)  # heads of a width that C++ has
+    metrics = one_iteration(wide, chat, config, torch.bfloat16)
+    assert calls and set(calls) == {torch.bfloat16}
+    assert metrics["ratio_dev_first"] < 1e-5  # of the trainer's own log-probs
+    assert 1e-4 < metrics["sampler_trainer_logprob_gap"] < 0.1
+    assert metrics["sampler_weight"] != 1 and metrics["sampler_weight"] == pytest.approx(1, abs=0.1)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from kernels.backend import INTERPRETED, set_backend
-from model import Qwen2Config, Qwen2ForCausalLM, random_policy
+from model import Qwen2Config, Qwen2ForCausalLM, join_products, random_policy
 from sampler import ROW, SLOT, STEP, Draw, Sampler, generate
 
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -31,6 +31,7 @@ def policy() -> Qwen2ForCausalLM:
         for parameter in policy.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
+    join_products(policy)  # as every sampler on CUDA does
     return policy
 
 

@@ -6,7 +6,7 @@
 
 The format: magic, version, numbers of tensors and of metadata; the metadata as key, type and value; each tensor's name,
 shape, type and place; the tensors. The `gguf` package, an extra, restores what is quantised. The header is read here: a
-stranger wrote it, and the package's own reader waits for ever on some, and 9 s for Qwen's tokens and merges.
+stranger wrote it, and the package's own reader waits for ever on some, and 8 s for Qwen's tokens and merges.
 """
 
 from __future__ import annotations
