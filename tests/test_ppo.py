@@ -723,7 +723,7 @@ class Talker:
     """A user that always has something to say; it stands in for the HTTP client."""
 
     counts = {"requests": 0, "errors": {}}
-    name, outage, refusal, last_failure, useful = "simulator", "", "", "", True
+    name, outage, refusal, last_failure, answered, useful = "simulator", "", "", "", True, True
 
     def ask(self, messages, seed):
         return f"I am {seed % 90} years old. <|im_end|>"
