@@ -33,11 +33,11 @@ $(REAL)/smol.gguf: | $(VENV)/runtime
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
 
 test-fast: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile --benchmark-disable -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/ -n $(WORKERS) --dist loadfile --no-loadscope-reorder --benchmark-disable -m "not slow" $(ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -176,7 +176,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
         raise ValueError(f"{shapes} must be (..., D), (D,) and (..., D), x and weight of one dtype")
     if not (use_triton(x) or cpu.passes(x, D)):
         return reference_rmsnorm(x, weight, eps, residual)
-    if x.is_cuda and D > LONGEST_ROW:
+    if use_triton(x) and D > LONGEST_ROW:
         raise ValueError(f"rows of {D} numbers; the kernel holds at most {LONGEST_ROW} in registers (--kernels torch)")
     rows = x.reshape(-1, D).contiguous()
     if residual is None:

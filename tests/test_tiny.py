@@ -19,7 +19,7 @@ def test_the_checkpoint_is_small_and_holds_nothing_to_unpickle():
     code = {".py", ".pyc"}  # of make.py, which lives beside what it makes
     files = [path for path in TINY.rglob("*") if path.is_file() and path.suffix not in code]
     assert sum(path.stat().st_size for path in files) <= 5_000_000
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors", ".txt"}
 
 
 def test_the_checkpoint_loads_in_transformers_with_equal_logits():
