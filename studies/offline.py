@@ -14,7 +14,7 @@ warmup    Cross-entropy on scripted dialogues of the embedded world (tiny/script
           model that writes no profile earns nothing, and RL has nothing to choose from.
 
 All learn from the trainer's token trees, so that each prefix is computed once for all turns and both of a pair, and
-both sums are divided by the mini-batch's count, of tokens or of pairs. Written to --run-dir: dialogues.jsonl (token ids
+their sums are divided by the count of a mini-batch, tokens or pairs. Written to --run-dir: dialogues.jsonl (token ids
 too), collection.json (settings and budget), metrics.jsonl, and policy/, a checkpoint in Hugging Face layout.
 """
 

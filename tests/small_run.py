@@ -49,6 +49,14 @@ def served(server: ThreadingHTTPServer, path: str = "/v1") -> Iterator[str]:
         server.server_close()
 
 
+@contextmanager
+def run_arguments(folder: Path, settings: dict) -> Iterator[list[str]]:
+    """Write a checkpoint that carries settings, and run a user, which all processes share; gives flags for both."""
+    write_checkpoint(folder, settings)
+    with running_user() as url:
+        yield ["--ckpt", str(folder), "--simulator-url", url]
+
+
 def running_user():
     """Run the embedded user; gives its URL."""
     return served(make_user_server(port=0))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small_run import records, running_user, write_checkpoint
+from small_run import records, run_arguments
 from test_distributed import torchrun
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,9 +61,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> Iterator[list[str]]:
     """A checkpoint that carries SETTINGS, and a running user."""
-    base = write_checkpoint(tmp_path_factory.mktemp("random-policy"), SETTINGS)
-    with running_user() as url:
-        yield ["--ckpt", str(base), "--simulator-url", url]
+    with run_arguments(tmp_path_factory.mktemp("random-policy"), SETTINGS) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

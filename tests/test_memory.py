@@ -106,6 +106,12 @@ def measured_step(
     return extra_peak(allocations(prof), returned=set()), plan
 
 
+def extra_of(config: Qwen2Config, plan: Plan) -> tuple[str, float]:
+    """The planned peak beside what is always there: the name of its phase, and bytes."""
+    name, bytes_ = peak(config, plan)
+    return name, bytes_ - sum(plan.resident(config).values())
+
+
 MODEL, WIDE, SMALL = make_config(384, 1536, 4, 6), make_config(512, 1024, 2, 8), make_config(256, 512, 3, 4)
 UNTIED = make_config(512, 1024, 2, 8, tied=False)
 
@@ -138,8 +144,7 @@ def test_peak_of_an_update(monkeypatch, config, shape, micro, checkpointing, dty
     """
     monkeypatch.setitem(ppo_head.WORKSPACE, "cpu", WORKSPACE)
     measured, plan = measured_step(config, shape, micro, checkpointing, dtype, shared)
-    name, bytes_ = peak(config, plan)
-    predicted = bytes_ - sum(plan.resident(config).values())
+    name, predicted = extra_of(config, plan)
     assert predicted == pytest.approx(measured, rel=0.03 if dtype == torch.float32 else 0.06), name
 
 
@@ -158,8 +163,7 @@ def test_peak_of_an_update_of_adapters(monkeypatch, config, shape, micro, checkp
     """Guards a plan that counts gradients of a frozen base or head, or forgets what adapters keep."""
     monkeypatch.setitem(ppo_head.WORKSPACE, "cpu", WORKSPACE)
     measured, plan = measured_step(config, shape, micro, checkpointing, dtype, shared, rank=16)
-    name, bytes_ = peak(config, plan)
-    predicted = bytes_ - sum(plan.resident(config).values())
+    name, predicted = extra_of(config, plan)
     assert predicted == pytest.approx(measured, rel=0.06), name
     assert predicted < peak(config, dataclasses.replace(plan, lora_rank=0))[1] / 1.5
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import records, running_user, write_checkpoint
+from small_run import records, run_arguments
 
 import train_rlpa
 from benchmarks import corrupt
@@ -43,9 +43,8 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> Iterator[list[str]]:
     """A checkpoint that carries SETTINGS, and a running user that all processes share."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("random-policy"), SETTINGS)
-    with running_user() as url:
-        yield ["--ckpt", str(folder), "--simulator-url", url]
+    with run_arguments(tmp_path_factory.mktemp("random-policy"), SETTINGS) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
