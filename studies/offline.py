@@ -47,6 +47,7 @@ from endpoints.calls import calls_note
 from kernels import linear_logprob
 from learners.folder import resolve_checkpoint
 from learners.learner import Learner
+from learners.loading import choose_dtype
 from learners.weights import save_pretrained
 from model import Qwen2Config, Qwen2ForCausalLM
 from packing import Batch, Packed, collate, microbatches, pack, policy_hidden
@@ -421,7 +422,7 @@ def run(argv: Sequence[str] | None) -> int:
     """Learn as the command line says; returns the exit code."""
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"WORLD_SIZE is {processes}; studies.offline runs in one process: start it with python -m")
-    config = parse_args(argv)
+    config = choose_dtype(parse_args(argv))
     try:
         with claim_folder(config.run_dir, resume=False, overwrite=False), open_environment(config) as env:
             learn(config, env)
