@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 import train_rlpa
+from benchmarks import measure
 from command_line.flags import make_parser
 from config import Config, has_own_trunk
 from dialogue import Candidate, Dialogue, Turn
@@ -38,6 +38,7 @@ SHAPES = {
     "qwen05": Qwen2Config(151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
 }
 CLOCKS, Clock = {"wall": "perf_counter", "cpu": "process_time"}, Callable[[], float]
+bare_products = cache(measure.product_seconds)
 SYSTEM, MESSAGE = 90, 25  # tokens of a system prompt, and of a user message with its ChatML seams
 
 
@@ -131,11 +132,11 @@ class Products:
         for inputs, outputs, often in trunk_products(shape):
             flop += 2 * T * inputs * outputs * often * L
             self.adapters_flop += 2 * T * (inputs + outputs) * rank * often * L
-            for i, seconds in enumerate(product_seconds(few, inputs, outputs, dtype, clock)):
+            for i, seconds in enumerate(bare_products(few, inputs, outputs, dtype, "cpu", clock)):
                 self.trunk[i] += seconds * often * L * T / few
             for size in ((inputs, rank), (rank, outputs)) if rank else ():
-                self.adapters += product_seconds(few, *size, dtype, clock)[0] * often * L * T / few
-        for i, seconds in enumerate(product_seconds(rows, shape.hidden_size, shape.vocab_size, dtype, clock)):
+                self.adapters += bare_products(few, *size, dtype, "cpu", clock)[0] * often * L * T / few
+        for i, seconds in enumerate(bare_products(rows, shape.hidden_size, shape.vocab_size, dtype, "cpu", clock)):
             self.head[i] = seconds * N / rows
         self.head_flop, self.trunk_flop = 2 * N * shape.hidden_size * shape.vocab_size, flop
         pairs = int(batch.inputs[1].sum()) + T  # a token sees its ancestors and itself
@@ -156,26 +157,6 @@ class Products:
         flop = kinds * (self.trunk_flop + head * self.head_flop) + 3.5 * self.attention_flop + 3 * self.adapters_flop
         seconds = sum(self.trunk[:kinds]) + head * sum(self.head[:kinds]) + 3 * self.adapters
         return seconds + 3.5 * self.attention_flop / self.rate, flop
-
-
-@cache
-def product_seconds(N: int, D: int, V: int, dtype: torch.dtype, clock: Clock) -> tuple[float, float, float]:
-    """Return the seconds of three products: outputs (N, V), gradients of inputs (N, D) and of a weight (V, D)."""
-    x, weight, g = (torch.randn(size).to(dtype) for size in ((N, D), (V, D), (N, V)))
-    works = (lambda: x @ weight.T), (lambda: g @ weight), (lambda: g.T @ x)
-    return tuple(median_seconds(work, clock, 1 + int(3e10 / (2 * N * D * V))) for work in works)
-
-
-def median_seconds(work: Callable[[], object], clock: Clock, repeats: int, warm_up: bool = True) -> float:
-    """Return the median seconds of a call."""
-    if warm_up:
-        work()
-    found = []
-    for _ in range(repeats):
-        start = clock()
-        work()
-        found.append(clock() - start)
-    return statistics.median(found)
 
 
 def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple[float, float]]:
@@ -204,12 +185,16 @@ def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple
 def report(rollout: Rollout, repeats: int, clock: Clock) -> str:
     """Measure, and lay the figures out in Markdown."""
     parts = {"statistics": lambda: rollout.statistics(rollout.config), "update": rollout.update}
-    measured = {name: median_seconds(work, clock, repeats, warm_up=False) for name, work in parts.items()}
+    measured = {}
+    for name, work in parts.items():
+        timer = measure.Clock("cpu", clock)
+        for _ in range(repeats):
+            timer.time(work)
+        measured[name] = timer.median()
     measured["both"] = sum(measured.values())
     own, floors = rollout.policy.sampled.head_weight.dtype, {}
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(512, 512).to(dtype)
-        if dtype == own or 2 * 512**3 / median_seconds(lambda x=x: x @ x, clock, 1) > 1e10:  # else it takes hours
+        if dtype == own or 2 * 512**3 / bare_products(512, 512, 512, dtype, "cpu", clock)[0] > 1e10:  # else: hours
             floors[dtype] = floor(rollout, dtype, clock)
     tokens = [sum(map(len, found)) for found in zip(*((p.token_ids, p.targets) for p in rollout.packed), strict=True)]
     lines = [

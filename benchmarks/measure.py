@@ -102,10 +102,11 @@ def run_once(call: Callable[[], Result], device: str) -> tuple[Result, int, floa
 
 
 class Clock:
-    """Time single calls on a device: `flush` before each, then `time`, which keeps the seconds."""
+    """Time single calls on a device: `flush` before each, then `time`, which keeps the seconds that `now` tells."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: list[float] = []
+        self.now = now
         self.flushed = torch.empty(1 << 30, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def flush(self) -> None:
@@ -117,9 +118,9 @@ class Clock:
     def time(self, call: Callable[[], object]) -> None:
         """Run the call to its end, and keep how long it took."""
         if self.flushed is None:
-            start = time.perf_counter()
+            start = self.now()
             call()
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(self.now() - start)
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -139,20 +140,22 @@ def count_rounds(seconds: float, device: str) -> int:
     return max(fewest, min(most, int(SECONDS / max(seconds, 1e-6)))) | 1
 
 
-def median_seconds(call: Callable[[], object], device: str) -> float:
+def median_seconds(call: Callable[[], object], device: str, now: Callable[[], float] = time.perf_counter) -> float:
     """Return the median time of a call, after one that is not counted."""
     start = time.perf_counter()
     call()
     synchronize(device)
-    clock = Clock(device)
+    clock = Clock(device, now)
     for _ in range(count_rounds(time.perf_counter() - start, device)):
         clock.flush()
         clock.time(call)
     return clock.median()
 
 
-def product_seconds(N: int, D: int, V: int, dtype: torch.dtype, device: str) -> tuple[float, float, float]:
-    """Return the times of a head's three bare products: logits (N, V), gradients of hidden (N, D) and weight (V, D)."""
+def product_seconds(
+    N: int, D: int, V: int, dtype: torch.dtype, device: str, now: Callable[[], float] = time.perf_counter
+) -> tuple[float, float, float]:
+    """Time three bare products: outputs (N, V), gradients of inputs (N, D) and of the weight (V, D)."""
     hidden, weight = (torch.randn(rows, D, device=device).to(dtype) for rows in (N, V))
     logits = torch.empty(N, V, device=device, dtype=dtype)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -161,7 +164,7 @@ def product_seconds(N: int, D: int, V: int, dtype: torch.dtype, device: str) -> 
         lambda: torch.mm(logits, weight, out=d_hidden),
         lambda: torch.mm(logits.T, hidden, out=d_weight),
     )
-    return tuple(median_seconds(product, device) for product in products)
+    return tuple(median_seconds(product, device, now) for product in products)
 
 
 def copy_seconds(moved: int, device: str) -> float:
