@@ -15,9 +15,9 @@ train: $(VENV)/runtime
 
 real: $(VENV)/runtime $(REAL)/warmup/policy
 	$(VENV)/bin/python train_rlpa.py --ckpt $(REAL)/warmup/policy --run-dir $(REAL)/rlpa \
-	    --num-iterations 24 --rollout-batch-size 16 --minibatch-size 4 --max-turns 4 --max-new-tokens 96 \
-	    --lr 2e-5 --warmup-share 0 --critic shared --reward-at segment --gae-lambda 0.98 --kl-coef 0 \
-	    --profile-target ledger --profile-weight 1 --eval-every 0 --eval-dialogues 16 --save policy $(ARGS)
+	    --num-iterations 20 --rollout-batch-size 16 --minibatch-size 4 --max-turns 4 --max-new-tokens 96 \
+	    --lr 2e-5 --critic-lr 3e-4 --warmup-share 0 --critic shared --reward-at segment --gae-lambda 0.98 --kl-coef 0 \
+	    --profile-target ledger --profile-weight 1 --eval-every 0 --eval-dialogues 64 --save policy $(ARGS)
 
 $(REAL)/warmup/policy: $(REAL)/smol.gguf
 	rm -rf $(REAL)/warmup

@@ -11,22 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import train_rlpa
 from benchmarks import scaling_table
-from benchmarks.measure import allocations, extra_peak
+from benchmarks.memory_peak import grow_tree, measured_step
 from benchmarks.scaling_table import row_work, traffic, tree_blocks
 from config import Config, flag
 from dry_run import memory
 from dry_run.memory import Plan, advice, peak, phases, tree_work
-from dry_run.plan import dry_run, kernels
-from kernels.cpu import HEAD_DIMS, use_cpu
-from kernels.tree_attention import Block
+from dry_run.plan import dry_run
 from learners.learner import make_learner
-from learners.lora import critic_with_adapter, with_adapter
 from model import Critic, KVCache, Qwen2Config, Qwen2ForCausalLM, ValueHead, random_policy
-from packing import Packed, TokenTree, collate
 
 pytestmark = pytest.mark.slow
 
@@ -40,70 +35,6 @@ MIDDLE, SHORT = (40, [20] * 4, [30] * 4, 4), (20, [10] * 2, [10] * 2, 4)  # 600 
 def make_config(D: int, I: int, L: int, H: int, tied: bool = True) -> Qwen2Config:  # noqa: E741
     """Make a config with V = 20,000 and two KV heads."""
     return Qwen2Config(20_000, D, I, L, H, 2, tie_word_embeddings=tied)
-
-
-def grow_tree(system: int, user: list[int], reply: list[int], n: int) -> tuple[TokenTree, list[int]]:
-    """Make a dialogue's token tree of ids that never repeat, so that nothing merges; and its action nodes."""
-    tree, prompt, fresh, actions = TokenTree(), [], iter(range(10**6)), []
-    for turn, (message, length) in enumerate(zip(user, reply, strict=True)):
-        prompt = prompt + [next(fresh) for _ in range(message + (0 if turn else system))]
-        candidates = [[next(fresh) for _ in range(length)] for _ in range(n)]
-        for candidate in candidates:
-            actions += tree.insert(prompt + candidate)[len(prompt) :]
-        prompt = prompt + candidates[0]
-    return tree, actions
-
-
-def make_packed(config: Qwen2Config, shape: tuple) -> tuple[Packed, TokenTree]:
-    """Pack a dialogue of this shape, with statistics of any value, and return its tree."""
-    tree, actions = grow_tree(*shape)
-    layout, zeros = tree.layout(), torch.zeros(len(actions))
-    return Packed(
-        minibatch=0, token_ids=torch.tensor(tree.token_ids)[layout.order] % config.vocab_size,
-        position_ids=torch.tensor(tree.positions)[layout.order], enter=torch.tensor(layout.enter),
-        leave=torch.tensor(layout.leave), blocks=[Block(*block) for block in layout.blocks],
-        predict=torch.tensor(actions) - 1, targets=torch.zeros(len(actions), dtype=torch.long), sampler_logprobs=zeros,
-        spans=[], row_tokens=0, old_logprobs=zeros, ref_logprobs=zeros, values=zeros, advantages=zeros + 1,
-        returns=zeros + 1,
-    ), tree  # fmt: skip
-
-
-def measured_step(
-    config: Qwen2Config, shape: tuple, micro: int, checkpointing: bool, dtype: torch.dtype, shared: bool, rank: int = 0
-) -> tuple[int, Plan]:
-    """Run one update of the trainer; return the peak of its bytes without weights and moments, and its plan."""
-    packed, tree = make_packed(config, shape)
-    settings = Config(ckpt="x", kl_coef=0.0, critic="shared" if shared else "separate")
-    policy = random_policy(config, 0)
-    if rank:
-        base = policy.to(dtype)
-        policy, critic = (make(base, rank, 32.0, 0) for make in (with_adapter, critic_with_adapter))
-        critic = ValueHead.from_policy(base) if shared else critic
-    else:
-        critic = ValueHead.from_policy(policy) if shared else Critic.from_policy(policy)
-    learners = [make_learner(model, 1e-4, settings, dtype) for model in (policy, critic)]
-    for model in (policy,) if shared else (policy, critic):
-        model.model.checkpointing = checkpointing
-    for learner in learners:  # the optimizers' state is made
-        train_rlpa.optimizer_step(learner, 1.0, 1.0)
-        learner.optimizer.zero_grad()
-    batch = collate([packed])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        for _ in range(micro):
-            on_device = batch.to(policy.head_weight)
-            train_rlpa.add_gradients(policy, critic, on_device, 1.0, settings, True, None)
-            del on_device
-        for learner in learners:
-            train_rlpa.optimizer_step(learner, 1.0, 1.0)
-    in_cpp = use_cpu(policy.head_weight, low=True) and policy.config.head_dim in HEAD_DIMS
-    blocks = () if in_cpp else tuple(packed.blocks)
-    plan = Plan(
-        tokens=len(tree), actions=len(packed.targets), blocks=blocks, several_microbatches=micro > 1,
-        cache_tokens=0, workspace=WORKSPACE, compute_bytes=dtype.itemsize, reference=False, separate_critic=not shared,
-        gradients_in_rollout=False, checkpointing=checkpointing, lora_rank=rank,
-        **kernels("cpu", dtype, config.vocab_size),
-    )  # fmt: skip
-    return extra_peak(allocations(prof), returned=set()), plan
 
 
 def extra_of(config: Qwen2Config, plan: Plan) -> tuple[str, float]:
