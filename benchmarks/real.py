@@ -17,47 +17,23 @@ import os
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from benchmarks.throughput import random_prompts, seconds_of
-from learners.weights import load_policy
+from benchmarks.throughput import loaded_decoder, random_prompts, seconds_of
 from model import Qwen2Config
-from sampler import generate
-
-
-@cache
-def decoder(kind: str, folder: str, threads: int):
-    """Load a model once in this process; the function samples so many ids for each prompt."""
-    torch.set_num_threads(threads)
-    if kind == "ours":
-        policy = load_policy(folder, dtype=torch.bfloat16)
-        return lambda prompts, n: generate(policy, prompts, max_new_tokens=n, stop_ids=[], seeds=range(len(prompts)))
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if "bf16" in kind else torch.float32
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
-
-    @torch.no_grad()
-    def sample(prompts: list[list[int]], n: int) -> None:
-        token_ids = torch.tensor(prompts)
-        mask = torch.ones_like(token_ids)
-        policy.generate(input_ids=token_ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, **how)
-
-    return sample
 
 
 def rates(kind: str, folder: str, threads: int, batch: int, context: int, new: int) -> tuple[float, float]:
     """Return tokens/s of prefill and of decode steps: a call less one for a single token."""
-    sample = decoder(kind, folder, threads)
+    dtype = torch.float32 if "fp32" in kind else torch.bfloat16
+    sample = loaded_decoder("ours" if kind == "ours" else "dynamic", folder, threads, dtype)
     prompts = random_prompts(Qwen2Config.from_file(folder).vocab_size, batch, context)
-    sample(prompts[:2], 2)
-    first = seconds_of(lambda: sample(prompts, 1))
-    return batch * context / first, batch * new / (seconds_of(lambda: sample(prompts, new + 1)) - first)
+    sample(prompts[:2], 2, 1.0)
+    first = seconds_of(lambda: sample(prompts, 1, 1.0))
+    return batch * context / first, batch * new / (seconds_of(lambda: sample(prompts, new + 1, 1.0)) - first)
 
 
 def llama_rates(binary: str, gguf: str, threads: int, batch: int, context: int, new: int) -> tuple[float, float]:

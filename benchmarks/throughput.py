@@ -120,9 +120,12 @@ def forget_peak() -> None:
 # decode
 
 
-def ours_decoder(folder: str) -> Callable[[list[list[int]], int, float], list[list[int]]]:
+Decoder = Callable[[list[list[int]], int, float], list[list[int]]]  # prompts, new tokens, temperature → their ids
+
+
+def ours_decoder(folder: str, dtype: torch.dtype = torch.float32) -> Decoder:
     """Load a policy; the function samples so many ids for each prompt, with no stop."""
-    policy = load_policy(folder)
+    policy = load_policy(folder, dtype=dtype)
 
     def sample(prompts: list[list[int]], new_tokens: int, temperature: float) -> list[list[int]]:
         arguments = dict(max_new_tokens=new_tokens, stop_ids=[], temperature=temperature, seeds=range(len(prompts)))
@@ -131,11 +134,11 @@ def ours_decoder(folder: str) -> Callable[[list[list[int]], int, float], list[li
     return sample
 
 
-def transformers_decoder(folder: str, kind: str) -> Callable[[list[list[int]], int, float], list[list[int]]]:
+def transformers_decoder(folder: str, kind: str, dtype: torch.dtype = torch.float32) -> Decoder:
     """Do what `ours_decoder` does with `transformers`, and a "dynamic" or "static" cache."""
     from transformers import AutoModelForCausalLM
 
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     @torch.no_grad()
     def sample(prompts: list[list[int]], new_tokens: int, temperature: float) -> list[list[int]]:
@@ -179,10 +182,10 @@ def decode(
 
 
 @cache
-def loaded_decoder(kind: str, folder: str, threads: int) -> Callable:
+def loaded_decoder(kind: str, folder: str, threads: int, dtype: torch.dtype = torch.float32) -> Decoder:
     """Load a decoder, once per process."""
     torch.set_num_threads(threads)
-    return ours_decoder(folder) if kind == "ours" else transformers_decoder(folder, kind)
+    return ours_decoder(folder, dtype) if kind == "ours" else transformers_decoder(folder, kind, dtype)
 
 
 def warm_up(prompts: list[list[int]], *decoder) -> tuple[list[list[int]], float]:
