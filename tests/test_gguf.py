@@ -11,15 +11,19 @@ import torch
 from safetensors.torch import load_file
 from small_run import small_tokenizer
 from test_checkpoints import loading_peak, save_as_a_run_does
+from test_lora import stirred
 from test_model import logits_of, peer_logits, randomised, some_ids, tiny_config
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+import train_rlpa
 from benchmarks.throughput import in_child
 from benchmarks.write_gguf import write_gguf
 from command_line.flags import parse_args
 from config import Config
 from dialogue import CHAT_TEMPLATE, ChatTokenizer
+from learners.adapters import save_adapter
 from learners.folder import carried_files, resolve_checkpoint
+from learners.learner import make_learner
 from learners.weights import load_policy, save_pretrained
 from model import Qwen2Config, random_policy
 from records.state import fingerprint, setup
@@ -291,3 +295,14 @@ def test_a_run_begins_from_a_file_and_knows_it_again(llama, tmp_path):
     other = write_gguf(llama, tmp_path / "other.gguf", edit=added("output_norm.weight", np.ones(64)))
     assert fingerprint(Config(ckpt=str(other)), "ckpt") != state.sources["ckpt"]
     assert carried_files(path).keys() == {"tokenizer.json", "generation_config.json"}
+
+
+def test_an_adapter_is_merged_onto_a_file(llama, tmp_path):
+    """Guards a merge that looks for its base's folder, and leaves the tokenizer of a file behind."""
+    path, adapter, merged = write_gguf(llama, tmp_path / "model.gguf"), tmp_path / "adapter", tmp_path / "merged"
+    policy, token_ids = stirred(load_policy(path)), torch.tensor([[3, 4, 5, 6]])
+    save_adapter(make_learner(policy, 1e-3, Config(ckpt="x"), torch.float32), adapter, str(path))
+    assert train_rlpa.main(["--ckpt", str(path), "--adapter", str(adapter), "--merge", str(merged)]) == 0
+    expected = logits_of(policy, token_ids)
+    torch.testing.assert_close(logits_of(load_policy(merged), token_ids), expected, atol=1e-5, rtol=1e-5)
+    assert ChatTokenizer.from_folder(merged, policy.config.vocab_size).encode(TEXTS[0])
