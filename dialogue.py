@@ -28,15 +28,13 @@ from untrusted.files import check_value, parse_json
 from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
+# Of eighteen texts tried on two real models, the one that most turns could be read with (docs/real.md).
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
-then reply:
+then reply. Every message has both parts, the profile and the response:
 <profile>
 - trait
 </profile>
-
-<response>
-your reply
-</response>"""
+<response>your reply</response>"""
 PROMPT_FILE = "system_prompt.txt"  # of a checkpoint that brings its own
 HISTORY_PROFILES = ("all", "latest")
 MOST_IDS = 10**7  # `Tokenizer.to_str` takes a step for each number up to the largest id, which a file may set at will

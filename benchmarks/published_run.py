@@ -48,7 +48,7 @@ class Assumptions:
     published_minibatch: int = 128  # samples per optimizer step (published)
     config: str = ""  # folder with config.json of policy, critic and reference; empty: Qwen2.5-3B
     # tokens, by the Qwen-2.5 tokenizer
-    system_tokens: int = 50  # dialogue.SYSTEM_PROMPT with its seams: counted
+    system_tokens: int = 61  # dialogue.SYSTEM_PROMPT with its seams: counted
     user_tokens: int = 30  # a user message's text: at most three sentences; assumed
     seam_tokens: int = 9  # ChatML around a user message and before a reply: counted
     markup_tokens: int = 14  # tags of profile and response and the closing token: counted

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dialogue import PROMPT_FILE, SYSTEM_PROMPT, ChatTokenizer
+from dialogue import PROMPT_FILE, ChatTokenizer
 from kernels import linear_logprob
 from learners.folder import HELDOUT_FILE
 from learners.processes import all_sum_gradients, leave, rank, world_size
@@ -28,6 +28,7 @@ from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from tiny.scripts import ATTENTIVE, FORGETFUL, scripted_dialogue
 from untrusted.plain_text import say
 
+SYSTEM_PROMPT = Path(__file__).with_name(PROMPT_FILE).read_text(encoding="utf-8").rstrip("\n")  # this checkpoint's own
 LEARNING_SHARE, ATTENTIVE_SHARE = 0.7, 0.1  # of attentive dialogues: at first, to learn copying from, and in the end
 
 
