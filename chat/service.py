@@ -16,7 +16,7 @@ from http.server import ThreadingHTTPServer
 from threading import Thread
 
 from config import Config
-from dialogue import Candidate, ChatTokenizer, Dialogue, render_turn, stream_seed
+from dialogue import SYSTEM_PROMPT, Candidate, ChatTokenizer, Dialogue, render_turn, stream_seed
 from endpoints.wire import Message, RequestError, parse_request
 from model import Qwen2ForCausalLM
 from rewards import read_candidate
@@ -118,12 +118,13 @@ class Service:
     def read_messages(self, messages: list[Message]) -> tuple[list[int], bool]:
         """Return the policy's prompt, and whether the client speaks in whole turns, profile blocks included.
 
-        It does if it sends the system prompt of training. Else an assistant message is a response, and its profile is
-        the list in its "profile" field; without one the history has no profile block there, as an older turn with
+        It does if it sends the system prompt of training, or the default one, as the evaluation of an endpoint does:
+        the policy's own is read in its place. Else an assistant message is a response, and its profile is the list in
+        its "profile" field; without one the history has no profile block there, as an older turn with
         --history-profile latest.
         """
         whole = messages[0]["role"] == "system"
-        if whole and messages[0]["content"].strip() != self.chat.system_prompt.strip():
+        if whole and messages[0]["content"].strip() not in (self.chat.system_prompt.strip(), SYSTEM_PROMPT):
             raise RequestError(422, "the policy knows one system prompt, its own; send no system message")
         said = messages[whole:]
         if len(said) % 2 == 0 or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(said)):

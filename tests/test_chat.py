@@ -71,7 +71,7 @@ def afresh(loaded: Loaded, prompt_ids: list[int]) -> list[int]:
 def blocks(talk: Talk, token_ids: list[int]) -> list[str]:
     """The profile blocks in a prompt, but for the system prompt's."""
     chat = talk.speaker.chat
-    text = chat.decode(token_ids).removeprefix(chat.decode(chat.message("system", SYSTEM_PROMPT)))
+    text = chat.decode(token_ids).removeprefix(chat.decode(chat.message("system", chat.system_prompt)))
     return re.findall(r"<profile>.*?</profile>", text, re.DOTALL)
 
 
@@ -385,8 +385,8 @@ def test_without_the_profile_the_history_has_bare_responses(loaded, service):
             messages[1]["profile"] = sent
             lines = "- Occupation: nurse</profile>\n" if sent else ""
             text = f"<profile>\n{lines}</profile>\n\n<response>\nSo you are a nurse.\n</response>"
-        tokenizer = loaded[1]
-        parts = [("system", SYSTEM_PROMPT), ("user", told[0]["content"]), ("assistant", text), ("user", "And now?")]
+        tokenizer, said = loaded[1], told[0]["content"]
+        parts = [("system", tokenizer.system_prompt), ("user", said), ("assistant", text), ("user", "And now?")]
         expected = sum((tokenizer.message(*part) for part in parts), []) + tokenizer.generation_header
         assert service[0].read_messages(messages) == (expected, False)
 

@@ -377,13 +377,15 @@ def test_prompting_methods_have_no_profile_figures(tmp_path):
     assert [name for name in base["counts"] if "words" in name]
 
 
-def test_a_checkpoint_can_be_prompted_too(tmp_path):
+def test_a_checkpoint_can_be_prompted_too(monkeypatch, tmp_path):
     """Guards the methods on our own sampler: asked in messages with the training prompt it plays as in the rollout."""
     personas = [Persona(f"p{i}", tuple(facts)) for i, facts in enumerate(first.generate_personas(3, 0, "heldout"))]
     config = Config(ckpt=TINY, max_turns=3, max_new_tokens=128)
     play, told = train_rlpa.Play(1, 0.0, (0, "evaluate")), []
     with open_environment(config) as env:
         policy, chat = subjects.load_checkpoint(TINY_CHECKPOINT, config)
+        trained_on = partial(prompting.base, system=chat.system_prompt)
+        monkeypatch.setitem(subjects.METHODS, subjects.RLPA, trained_on)
         native, asked = scenarios.make_dialogues(personas), scenarios.make_dialogues(personas)
         train_rlpa.rollout(policy, chat, native, play, config, env)
         sampler = make_sampler(policy, chat, config, 1, play.temperature, 3)
