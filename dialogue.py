@@ -28,7 +28,7 @@ from untrusted.files import check_value, parse_json
 from untrusted.gguf_file import read_part
 from untrusted.plain_text import shorten
 
-# Of eighteen texts tried on two real models, the one that most turns could be read with (docs/real.md).
+# Of some twenty texts, the one with which two real models kept to the form most often (docs/real.md).
 SYSTEM_PROMPT = """Get to know the user while you talk. Write what you know of the user so far, one trait per line, \
 then reply. Every message has both parts, the profile and the response:
 <profile>
