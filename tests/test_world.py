@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from tiny import scripts
-from worlds import first, ledger
+from worlds import first, ledger, planner
 from worlds.personas import load_personas
 
 ROOT = Path(__file__).parents[1]
 ALOE = ROOT.parent / "shared" / "aloe" / "profile.jsonl"
-MODULES = ["worlds.ledger", "worlds.first", "worlds.personas", "untrusted.plain_text", "untrusted.files",
+MODULES = ["worlds.ledger", "worlds.planner", "worlds.saying", "worlds.first", "worlds.personas",
+           "untrusted.plain_text", "untrusted.files",
            "endpoints.wire", "rewards", "dialogue", "packing", "model", "endpoints.calls", "learners.loading",
            "report.__main__", "studies.summary"]  # fmt: skip
 VALUES = {slot: [value for part in parts for value in part] for slot, parts in first.VALUES.items()}
@@ -211,7 +212,7 @@ def test_the_user_volunteers_at_times_and_never_without_a_budget():
     """Guards: a user who only answers (nothing to learn before asking), or who talks before its share allows it."""
     remarks = [first.user_reply(PERSONA, OPENED, seed) for seed in range(400)]
     share = sum(bool(ledger.disclosed(PERSONA, [text])) for text in remarks) / len(remarks)
-    assert abs(share - first.VOLUNTEER_PROB) < 0.08
+    assert abs(share - planner.VOLUNTEER_PROB) < 0.08
     assert all(first.user_reply(["Age: 34"], OPENED, seed) in first.FILLERS for seed in range(50))
 
 
