@@ -15,11 +15,11 @@ from worlds.ledger import content_words, mentions, sentences, split_fact, words
 
 REQUEST = """\
 Rewrite a chat message in other words, as one short, natural sentence in the first person. Keep its meaning, add \
-nothing, and ask nothing.{keep}
+nothing, and ask nothing.
 
 {context}The message: {draft}
 
-The message in other words:"""
+The message in other words{keep}:"""
 SILENT = {  # drafts of messages that tell nothing, by the reason of the plan; small models turn questions round
     "": [
         "That sounds good to me.",
@@ -27,9 +27,9 @@ SILENT = {  # drafts of messages that tell nothing, by the reason of the plan; s
         "I see what you mean.",
         "I am not so sure.",
     ],
-    "told": ["I have told you this already.", "I have said that before.", "I do not like to say things twice."],
+    "told": ["I have told you this already.", "I have said that before.", "I told you that a moment ago."],
     "unknown": ["I would rather not talk about that.", "I do not want to say that.", "I keep that to myself."],
-    "echo": ["I have heard that from you before.", "I do not like to hear the same thing twice."],
+    "echo": ["I have heard that from you before.", "I have heard these words already."],
 }
 CONTEXT = "The message answers this: {question}\n"
 MOST_SENTENCES, MOST_WORDS = 3, 30  # of a message, beside the words of its facts
@@ -43,6 +43,7 @@ ASSISTANT = re.compile(
     re.IGNORECASE,
 )  # fmt: skip
 RECITED = re.compile(r"\b(?:the (?:person|assistant|message)|rewr\w+|chat message|first person)\b", re.IGNORECASE)
+YOURS = re.compile(r"\byou(?:r|'ve|'re| have| are)\b", re.IGNORECASE)  # of one who does not speak of themselves
 # What a message claims of its speaker: too much where nothing is to be told.
 CLAIM = re.compile(
     r"\bmy name|\bcall me|\bI(?:'m| am) (?:from|in|at|an?|\d)|\bI (?:live|work|stud|have (?:an?\b|\d)|own|love|like)"
@@ -63,7 +64,7 @@ def request(draft: str, tell: Sequence[str], reply: str) -> str:
     shown, and of a draft that tells nothing nothing: a small model would rather answer by itself, and make facts up.
     """
     values = [value for slot, value in map(split_fact, tell) if slot]
-    keep = f" Keep the words {' and '.join(map(repr, values))}." if values else ""
+    keep = f", with {' and '.join(map(repr, values))} in it" if values else ""
     context = CONTEXT.format(question=sentences(reply)[-1]) if tell and reply.strip() else ""
     return REQUEST.format(keep=keep, context=context, draft=draft)
 
@@ -91,8 +92,8 @@ def complaint(text: str, tell: Sequence[str], known: Sequence[str], hidden: Sequ
     'leak'
     """
     plain = text.replace("’", "'")
-    yours = re.search(r"\byou(?:r|'ve|'re| have| are)\b", plain, re.IGNORECASE)
-    if yours and not re.search(r"\b(?:I|me|my)\b", plain) or _asks(text) or ASSISTANT.search(plain) or RECITED.search(text):
+    yours = YOURS.search(plain) and not re.search(r"\b(?:I|me|my)\b", plain)
+    if yours or _asks(text) or ASSISTANT.search(plain) or RECITED.search(text):
         return "role"
     said = " ".join(split_fact(fact)[1] for fact in tell)
     if overlap(text, reply, said) > 0.5:
@@ -115,7 +116,7 @@ def _asks(text: str) -> bool:
 def overlap(text: str, reply: str, own: str = "") -> float:
     """Return the share of a text's word trigrams that stand in a reply; those with a word of `own` do not count.
 
-    >>> overlap("So you have a parrot.", "So you have a parrot."), overlap("I have a parrot.", "I have a p.", "parrot")
+    >>> overlap("So you have a parrot.", "So you have a parrot."), overlap("I have a parrot.", "You have a parrot.", "parrot")
     (1.0, 0.0)
     """
     said, heard, mine = words(text), f" {' '.join(words(reply))} ", set(words(own))
