@@ -42,6 +42,7 @@ ASSISTANT = re.compile(
     r"|thank you for|thanks for|nice to meet|tell me (?:more|about)|happy to|glad to|you(?:'re| are) welcome)\b",
     re.IGNORECASE,
 )  # fmt: skip
+PREFACE = re.compile(r"(?:\w+[,!.] )?here(?:'s| is)[^:\n]*:\s*(.+)", re.IGNORECASE)  # of models that like to explain
 RECITED = re.compile(r"\b(?:the (?:person|assistant|message)|rewr\w+|chat message|first person)\b", re.IGNORECASE)
 YOURS = re.compile(r"\byou(?:r|'ve|'re| have| are)\b", re.IGNORECASE)  # of one who does not speak of themselves
 # What a message claims of its speaker: too much where nothing is to be told.
@@ -70,12 +71,13 @@ def request(draft: str, tell: Sequence[str], reply: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """Return a message without the quotation marks around it and line breaks.
+    """Return a message without line breaks, quotation marks around it, and a preface that announces it.
 
-    >>> tidy('"I live in Oslo." ')
-    'I live in Oslo.'
+    >>> tidy('"I live in Oslo." '), tidy("Sure, here's the message:\\n\\nI live in Oslo.\\n\\nIt is natural.")
+    ('I live in Oslo.', 'I live in Oslo.')
     """
-    text = " ".join(text.split())
+    announced = PREFACE.match(text.replace("’", "'").strip())
+    text = " ".join((announced[1] if announced else text).split())
     quoted = re.fullmatch(r"[\"“”']([^\"“”]*)[\"“”']", text)
     return quoted[1].strip() if quoted else text
 
@@ -116,7 +118,7 @@ def _asks(text: str) -> bool:
 def overlap(text: str, reply: str, own: str = "") -> float:
     """Return the share of a text's word trigrams that stand in a reply; those with a word of `own` do not count.
 
-    >>> overlap("So you have a parrot.", "So you have a parrot."), overlap("I have a parrot.", "You have a parrot.", "parrot")
+    >>> overlap("So you have a cat.", "So you have a cat."), overlap("I have a cat.", "So you have a cat.", "cat")
     (1.0, 0.0)
     """
     said, heard, mine = words(text), f" {' '.join(words(reply))} ", set(words(own))
