@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -328,7 +328,7 @@ def rule_verdicts(
     earlier = {sentence.casefold() for reply in replies for sentence in sentences(reply)}
     return {
         "naturalness": _is_natural(response, spoken),
-        "relevance": _is_relevant(response, user_texts, told[-1]),
+        "relevance": _is_relevant(response, user_texts, [fact for fact in facts if fact in told[-1]]),
         "logical_consistency": all(contains_phrase(heard, claim[0]) for claim in value_pattern().finditer(response)),
         "engagement": _is_engaging(response, on_ledger(facts, told), replies, facts),
         "informativeness": any(statement.casefold() not in earlier for statement in statements),
@@ -344,7 +344,7 @@ def _is_natural(response: str, spoken: Sequence[str]) -> bool:
     return shaped and not stutters and 1 <= len(spoken) <= MAX_SENTENCES and 1 <= len(said) <= MAX_WORDS
 
 
-def _is_relevant(response: str, user_texts: Sequence[str], news: Collection[str]) -> bool:
+def _is_relevant(response: str, user_texts: Sequence[str], news: Sequence[str]) -> bool:
     latest = user_texts[-1]
     if news:
         return any(mentions(fact, response) for fact in news)

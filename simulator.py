@@ -124,9 +124,9 @@ def planned_message(dialogue: Dialogue, key: tuple, env: Environment) -> Said | 
     hidden = [fact for i, fact in enumerate(facts) if i not in (*ledger, *plan_told)]
     reply = history[-1][1] if history else ""
     draft = ruled if tell or not history else rng.choice(saying.SILENT[plan.silence])
-    request = saying.request(draft, tell, reply)
     counts = Counter(user_messages_planned=1)
     for attempt in range(1 + FURTHER_ASKS):
+        request = saying.request(draft, tell, "" if attempt else reply)  # without it, it is hardest to go astray
         text = env.user.ask([{"role": "user", "content": request}], stream_seed(*key, *[attempt][:attempt]))
         if isinstance(text, ChatError):
             return text

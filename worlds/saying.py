@@ -61,8 +61,8 @@ TENS = {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty s
 def request(draft: str, tell: Sequence[str], reply: str) -> str:
     """Write the message that asks a language model to say a draft in its own words.
 
-    tell: the facts that the draft tells; their values must stay. reply: what the draft answers. Only the end of it is
-    shown, and of a draft that tells nothing nothing: a small model would rather answer by itself, and make facts up.
+    tell: the facts that the draft tells; their values must stay. reply: what the draft answers; may be empty. Only the
+    end of it is shown, and only if facts are told: a small model would rather answer by itself, and make facts up.
     """
     values = [value for slot, value in map(split_fact, tell) if slot]
     keep = f", with {' and '.join(map(repr, values))} in it" if values else ""

@@ -226,7 +226,7 @@ def rule_verdicts(
     open_slots = {split_fact(fact)[0] for i, fact in enumerate(facts) if i not in ledger}  # None: prose
     return {
         "naturalness": _is_natural(response, replies),
-        "relevance": _is_relevant(response, user_texts, replies, told[-1]),
+        "relevance": _is_relevant(response, user_texts, replies, [fact for fact in facts if fact in told[-1]]),
         "logical_consistency": _is_consistent(response, user_texts, known - open_slots),
         "engagement": _is_engaging(response, open_slots, replies),
         "informativeness": _is_informative(response, user_texts, replies),
@@ -245,7 +245,7 @@ def _is_natural(response: str, replies: Sequence[str]) -> bool:
     return short and shaped and calm and not (replies and said[:2] == words(replies[-1])[:2])
 
 
-def _is_relevant(response: str, user_texts: Sequence[str], replies: Sequence[str], news: Collection[str]) -> bool:
+def _is_relevant(response: str, user_texts: Sequence[str], replies: Sequence[str], news: Sequence[str]) -> bool:
     latest, first = user_texts[-1], (sentences(response) or [""])[0]
     if news:
         return any(mentions(fact, first) for fact in news)
