@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
     tell: list[int]  # facts, the most fitting first: not more than `allowance`
     changed: bool = False  # they replace what the user has said before
-    silence: str = ""  # why nothing fits: "told" and "unknown" answer a question, "echo" a reply that was heard before
+    silence: str = ""  # to a question: "told", "unknown", or "later" (over budget); to a reply heard before: "echo"
 
 
 def plan_message(
@@ -69,6 +69,8 @@ def plan_message(
     if reply and reply in replies[:-1] and not wanted:
         silence = "echo"
     budget = allowance(len(facts), len(told), sum(who == "user" for who, _ in history))
+    if wanted and not budget and is_asked(facts, reply):
+        silence = "later"
     return Plan(wanted[:budget], bool(changed), silence)
 
 

@@ -29,6 +29,7 @@ SILENT = {  # drafts of messages that tell nothing, by the reason of the plan; s
     ],
     "told": ["I have told you this already.", "I have said that before.", "I told you that a moment ago."],
     "unknown": ["I would rather not talk about that.", "I do not want to say that.", "I keep that to myself."],
+    "later": ["I will come to that later.", "I will tell that another time.", "I am not ready to say that yet."],
     "echo": ["I have heard that from you before.", "I have heard these words already."],
 }
 CONTEXT = "The message answers this: {question}\n"
@@ -44,7 +45,7 @@ ASSISTANT = re.compile(
 )  # fmt: skip
 PREFACE = re.compile(r"(?:\w+[,!.] )?here(?:'s| is)[^:\n]*:\s*(.+)", re.IGNORECASE)  # of models that like to explain
 RECITED = re.compile(r"\b(?:the (?:person|assistant|message)|rewr\w+|chat message|first person)\b", re.IGNORECASE)
-YOURS = re.compile(r"\byou(?:r|'ve|'re| have| are)\b", re.IGNORECASE)  # of one who does not speak of themselves
+YOURS = re.compile(r"^you\b|\byou(?:r|'ve|'re| have| are)\b", re.IGNORECASE)  # of one who does not speak of themselves
 # What a message claims of its speaker: too much where nothing is to be told.
 CLAIM = re.compile(
     r"\bmy name|\bcall me|\bI(?:'m| am) (?:from|in|at|an?|\d)|\bI (?:live|work|stud|have (?:an?\b|\d)|own|love|like)"
