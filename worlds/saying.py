@@ -159,10 +159,10 @@ def _holds(said: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _plain(text: str) -> tuple[str, ...]:
-    """List a text's words without articles, in lower case and the singular, numbers in digits.
+    """List a text's words without articles, in lower case, without their endings, and numbers in digits.
 
-    >>> _plain("Forty-two sets of Boxes")
-    ('42', 'set', 'of', 'box')
+    >>> _plain("Forty-two sets of Boxes"), _plain("rowing, skating") == _plain("I row and skate")[1::2]
+    (('42', 'set', 'of', 'box'), True)
     """
     found: list[str] = []
     tens = 0
@@ -173,14 +173,18 @@ def _plain(text: str) -> tuple[str, ...]:
         tens = TENS.get(word, 0)
         number = UNITS.get(word, tens or None)
         if word not in ("a", "an", "the"):
-            found.append(_singular(word) if number is None else str(number))
+            found.append(_stem(word) if number is None else str(number))
     return tuple(found)
 
 
-def _singular(word: str) -> str:
-    """Cut a plural off, roughly."""
+def _stem(word: str) -> str:
+    """Cut off a plural, an -ing, and the -e that it replaces, roughly."""
     if len(word) > 4 and word.endswith("ies"):
         return f"{word[:-3]}y"
     if word.endswith(("ches", "shes", "xes", "sses")):
         return word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    if len(word) > 5 and word.endswith("ing"):
+        word = word[:-4] if word[-4] == word[-5] else word[:-3]  # knitting, rowing
+    return word[:-1] if len(word) > 3 and word.endswith("e") else word
