@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from worlds.ledger import content_words, mentions, sentences, split_fact, words
+from worlds.ledger import FUNCTION_WORDS, sentences, split_fact, words
 
 REQUEST = """\
 Rewrite a chat message in other words, as one short, natural sentence in the first person. Keep its meaning, add \
@@ -33,6 +33,7 @@ SILENT = {  # drafts of messages that tell nothing, by the reason of the plan; s
     "echo": ["I have heard that from you before.", "I have heard these words already."],
 }
 CONTEXT = "The message answers this: {question}\n"
+TOLD_SHARE = 0.6  # of the words of a sentence that is to be told
 MOST_SENTENCES, MOST_WORDS = 3, 30  # of a message, beside the words of its facts
 # What an assistant says, and no user.
 ASSISTANT = re.compile(
@@ -103,7 +104,7 @@ def complaint(text: str, tell: Sequence[str], known: Sequence[str], hidden: Sequ
         return "echo"
     if len(sentences(text)) > MOST_SENTENCES or len(words(text)) > MOST_WORDS + sum(len(words(fact)) for fact in tell):
         return "long"
-    if not all(states(fact, text) for fact in tell):
+    if not all(states(fact, text, TOLD_SHARE) for fact in tell):
         return "missing"
     if any(states(fact, text) and not states(fact, said) for fact in hidden):  # one may lie within another
         return "leak"
@@ -127,10 +128,10 @@ def overlap(text: str, reply: str, own: str = "") -> float:
     return sum(f" {' '.join(run)} " in heard for run in runs) / max(1, len(runs))
 
 
-def states(fact: str, text: str) -> bool:
-    """Tell whether a text states a fact, and does not deny it: case, plural, hyphens and number words may differ.
+def states(fact: str, text: str, share: float = 0.5) -> bool:
+    """Tell whether a text states a fact, and does not deny it; endings, hyphens and number words may differ.
 
-    A value of a slot must stand in one sentence with all its words, other ones in between; prose with half of them.
+    A value of a slot must stand in one sentence with all its words, other ones in between; prose with a share of them.
 
     >>> states("Age: 34", "Thirty-four."), states("Family Background: two sons", "I have 2 grown sons.")
     (True, True)
@@ -138,15 +139,11 @@ def states(fact: str, text: str) -> bool:
     (False, False)
     """
     slot, value = split_fact(fact)
-    if slot is None or len(words(value)) > 4:
-        return mentions(fact, text) or _half(value, text)
-    wanted = _plain(value)
-    return bool(wanted) and any(_holds(_plain(sentence), wanted) for sentence in sentences(text))
-
-
-def _half(value: str, text: str) -> bool:
-    wanted, said = content_words(" ".join(_plain(value))), set(_plain(text))
-    return bool(wanted) and 2 * len(wanted & said) >= len(wanted)
+    if slot and len(words(value)) <= 4:
+        wanted = _plain(value)
+        return bool(wanted) and any(_holds(_plain(sentence), wanted) for sentence in sentences(text))
+    wanted = set(_plain(value)) - FUNCTION_WORDS
+    return bool(wanted) and len(wanted & set(_plain(text))) >= share * len(wanted)
 
 
 def _holds(said: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
