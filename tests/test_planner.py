@@ -100,7 +100,7 @@ GOOD = [
     ("I work as a nurse.", [JOB]), ("Nurse, mostly at night.", [JOB]), ("I'm one of the nurses at the clinic.", [JOB]),
     ("Well, it is Oslo for me.", [CITY]), ("I have 2 grown sons.", [SONS]), ("Two sons. I am single.", [SONS, SINGLE]),
     ("My job? I am a nurse.", [JOB]), ("Thirty-four.", ["Age: 34"]), ("I'm a 34-year-old.", ["Age: 34"]),
-    ("34, if you must know.", ["Age: 34"]), ("I told you so already.", []), ("Fair enough.", []),
+    ("34, if you must know.", ["Age: 34"]), ("I told you so already.", []), ("I see what you're saying.", []), ("Fair enough.", []),
     ("I would rather keep that to myself.", []), ("I play my guitar in a band.", PROSE[1:2]),
 ]  # fmt: skip
 BAD = [
@@ -108,7 +108,7 @@ BAD = [
     ("I am a nurse. What can I do for you?", [JOB], "role"), ("I'm happy to assist you with that.", [], "role"),
     ("As a language model I work as a nurse.", [JOB], "role"), ("I am a nurse. And you?", [JOB], "role"),
     ("Sure! The rewritten message: I am a nurse.", [JOB], "role"), ("Your job as a nurse is hard.", [JOB], "role"),
-    ("You need time to think.", [], "role"), ("It is a rainy day today.", [], "echo"),
+    ("You need time to think.", [], "role"), ("I know you are a nurse.", [JOB], "role"), ("It is a rainy day today.", [], "echo"),
     ("I'm in healthcare.", [JOB], "missing"), ("Yes.", [SINGLE], "missing"),
     ("I'm not single.", [SINGLE], "missing"), ("I have three sons.", [SONS], "missing"),
     ("I am a nurse in Oslo.", [JOB], "leak"), ("I have two sons and a job as a nurse.", [JOB], "leak"),

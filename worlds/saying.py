@@ -2,7 +2,7 @@
 
 Small models that are told to play a person confuse the roles and take the assistant's part, and they leave facts out or
 make them up. They rewrite a given message well. So a request is one message with a draft to rewrite. It holds the facts
-to tell and no others, and the last sentence of what the assistant has said. Pure functions of text.
+to tell and no others, and the question that the assistant asked. Pure functions of text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SILENT = {  # drafts of messages that tell nothing, by the reason of the plan; s
     "echo": ["I have heard that from you before.", "I have heard these words already."],
 }
 CONTEXT = "The message answers this: {question}\n"
-TOLD_SHARE = 0.6  # of the words of a sentence that is to be told
+TOLD_SHARE = 0.55  # of the words of a sentence that is to be told
 MOST_SENTENCES, MOST_WORDS = 3, 30  # of a message, beside the words of its facts
 # What an assistant says, and no user.
 ASSISTANT = re.compile(
@@ -46,7 +46,7 @@ ASSISTANT = re.compile(
 )  # fmt: skip
 PREFACE = re.compile(r"(?:\w+[,!.] )?here(?:'s| is)[^:\n]*:\s*(.+)", re.IGNORECASE)  # of models that like to explain
 RECITED = re.compile(r"\b(?:the (?:person|assistant|message)|rewr\w+|chat message|first person)\b", re.IGNORECASE)
-YOURS = re.compile(r"^you\b|\byou(?:r|'ve|'re| have| are)\b", re.IGNORECASE)  # of one who does not speak of themselves
+YOURS, MINE = re.compile(r"\byou(?:r|'ve|'re| have| are)\b", re.IGNORECASE), re.compile(r"\b(?:I|me|my|My)\b")
 # What a message claims of its speaker: too much where nothing is to be told.
 CLAIM = re.compile(
     r"\bmy name|\bcall me|\bI(?:'m| am) (?:from|in|at|an?|\d)|\bI (?:live|work|stud|have (?:an?\b|\d)|own|love|like)"
@@ -63,12 +63,14 @@ TENS = {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty s
 def request(draft: str, tell: Sequence[str], reply: str) -> str:
     """Write the message that asks a language model to say a draft in its own words.
 
-    tell: the facts that the draft tells; their values must stay. reply: what the draft answers; may be empty. Only the
-    end of it is shown, and only if facts are told: a small model would rather answer by itself, and make facts up.
+    tell: the facts that the draft tells; their values must stay. reply: what the draft answers; may be empty. Only a
+    question at its end is shown, and only if facts are told: a small model would rather answer by itself, and make
+    facts up.
     """
     values = [value for slot, value in map(split_fact, tell) if slot]
     keep = f", with {' and '.join(map(repr, values))} in it" if values else ""
-    context = CONTEXT.format(question=sentences(reply)[-1]) if tell and reply.strip() else ""
+    question = (sentences(reply) or [""])[-1]
+    context = CONTEXT.format(question=question) if tell and question.endswith("?") else ""
     return REQUEST.format(keep=keep, context=context, draft=draft)
 
 
@@ -96,8 +98,8 @@ def complaint(text: str, tell: Sequence[str], known: Sequence[str], hidden: Sequ
     'leak'
     """
     plain = text.replace("’", "'")
-    yours = YOURS.search(plain) and not re.search(r"\b(?:I|me|my)\b", plain)
-    if yours or _asks(text) or ASSISTANT.search(plain) or RECITED.search(text):
+    turned = not MINE.search(plain) and plain.lower().startswith("you ") or bool(tell) and YOURS.search(plain)
+    if turned or _asks(text) or ASSISTANT.search(plain) or RECITED.search(text):
         return "role"
     said = " ".join(split_fact(fact)[1] for fact in tell)
     if overlap(text, reply, said) > 0.5:
