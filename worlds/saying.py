@@ -22,7 +22,7 @@ nothing, and ask nothing.
 The message in other words{keep}:"""
 SILENT = {  # drafts of messages that tell nothing, by the reason of the plan; small models turn questions round
     "": [
-        "That sounds good to me.",
+        "I am fine with that.",
         "I need a moment to think about that.",
         "I see what you mean.",
         "I am not so sure.",
@@ -98,7 +98,8 @@ def complaint(text: str, tell: Sequence[str], known: Sequence[str], hidden: Sequ
     'leak'
     """
     plain = text.replace("’", "'")
-    turned = not MINE.search(plain) and plain.lower().startswith("you ") or bool(tell) and YOURS.search(plain)
+    turned = YOURS.search(plain) and (tell or not MINE.search(plain))  # it speaks of the assistant instead
+    turned = turned or plain.lower().startswith("you ") and not MINE.search(plain)
     if turned or _asks(text) or ASSISTANT.search(plain) or RECITED.search(text):
         return "role"
     said = " ".join(split_fact(fact)[1] for fact in tell)
