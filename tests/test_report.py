@@ -118,6 +118,19 @@ def test_changed_preferences_are_seen_from_their_turn_on():
     assert report.mark_profile(["Location: Lima"], after, [1], FACTS, ["Location: Oslo"])[0][0][1] == "corrected"
 
 
+def test_the_ledger_is_what_a_record_says_and_of_older_ones_what_is_mentioned():
+    """Guards pages of older runs in which nobody has told anything, and planned facts that are looked for in words."""
+    new, old, other = ({"iteration": 1, "kind": "x", **as_json(played())} for _ in range(3))
+    for turn in old["turns"]:
+        del turn["told"]
+    assert report.dialogue_view(old) == report.dialogue_view(new)
+    other["turns"][1]["told"] = [FACTS[0]]
+    assert [turn["told"] for turn in report.dialogue_view(other)["turns"]] == [[], [0]]
+    other["turns"][1]["told"] = "Age: 34"
+    with pytest.raises(ValueError, match="told"):
+        report.dialogue_view(other)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_marks_agree_with_the_ledger(data):
