@@ -108,7 +108,7 @@ BAD = [
     ("I am a nurse. What can I do for you?", [JOB], "role"), ("I'm happy to assist you with that.", [], "role"),
     ("As a language model I work as a nurse.", [JOB], "role"), ("I am a nurse. And you?", [JOB], "role"),
     ("Sure! The rewritten message: I am a nurse.", [JOB], "role"), ("Your job as a nurse is hard.", [JOB], "role"),
-    ("You need time to think.", [], "role"), ("I know you are a nurse.", [JOB], "role"),
+    ("You see what I mean.", [], "role"), ("I know you are a nurse.", [JOB], "role"),
     ("It is a rainy day today.", [], "echo"),
     ("I'm in healthcare.", [JOB], "missing"), ("Yes.", [SINGLE], "missing"),
     ("I'm not single.", [SINGLE], "missing"), ("I have three sons.", [SONS], "missing"),

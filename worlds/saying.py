@@ -99,7 +99,7 @@ def complaint(text: str, tell: Sequence[str], known: Sequence[str], hidden: Sequ
     """
     plain = text.replace("’", "'")
     turned = YOURS.search(plain) and (tell or not MINE.search(plain))  # it speaks of the assistant instead
-    turned = turned or plain.lower().startswith("you ") and not MINE.search(plain)
+    turned = turned or plain.lower().startswith("you ") and not (tell and MINE.search(plain))
     if turned or _asks(text) or ASSISTANT.search(plain) or RECITED.search(text):
         return "role"
     said = " ".join(split_fact(fact)[1] for fact in tell)
