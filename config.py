@@ -20,6 +20,7 @@ OrMinusOne, Threads = Annotated[int, (-1, MANY)], Annotated[int, (0, 1024)]
 Amount, Positive, Share = Annotated[float, (0, MANY)], Annotated[float, (1e-6, MANY)], Annotated[float, (0, 1)]
 Rank = Annotated[int, (0, 4096)]
 Patience = Annotated[float, (1, 10**7)]
+UserMode = Literal["auto", "planned", "plain"]
 ProfileTarget = Literal["persona", "evidence", "ledger"]
 
 
@@ -44,6 +45,7 @@ class Config:
     num_personas: Count = 4096  # how many synthetic training personas to make when --personas is not given
     simulator_url: str = ""  # OpenAI-compatible endpoint that plays the user, or several: URL,URL; empty: the embedded
     simulator_model: str = "rule-user"  # model name to ask it for; without a URL: rule-user or rule-user-2
+    user_mode: UserMode = "auto"  # planned: the program chooses what an LLM user tells; plain: the LLM; auto: planned
     judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
     profile_judge: Literal["rule", "http"] = "rule"  # who counts matching profile lines: a rule, or the judge endpoint

@@ -232,6 +232,7 @@ class Turn:
     prompt_ids: list[int]  # everything the policy saw before this turn's first sampled id
     candidates: list[Candidate] = field(default_factory=list)
     chosen: int = 0
+    told: tuple[str, ...] = ()  # facts of the persona that the user's text tells: this turn's part of the ledger
 
     @property
     def winner(self) -> Candidate:
@@ -258,13 +259,15 @@ class Dialogue:
                 said.append(("assistant", turn.winner.response))
         return said
 
-    def user_texts(self) -> list[str]:
-        """Return what the user has said so far: all that the ledger may count as evidence."""
-        return [turn.user_text for turn in self.turns]
+    def told(self) -> list[tuple[str, ...]]:
+        """Return the facts that each of the user's messages tells: all that the ledger may count as evidence."""
+        return [turn.told for turn in self.turns]
 
 
-def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, history_profile: str = "all") -> Turn:
-    """Append a turn that holds the user's text and the ids the policy will see.
+def open_turn(
+    dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, history_profile: str = "all", told: Sequence[str] = ()
+) -> Turn:
+    """Append a turn that holds the user's text, the facts that it tells, and the ids the policy will see.
 
     With history_profile "all" the prompt is the last prompt, the winner's ids as sampled, and the new text: it only
     ever grows. "latest" (as published) keeps the profile block of the newest reply alone; older replies are rewritten
@@ -289,5 +292,5 @@ def open_turn(dialogue: Dialogue, user_text: str, tokenizer: ChatTokenizer, hist
             prompt += tokenizer.message("assistant", turn.winner.response)
         prompt += tokenizer.message("user", last.user_text) + tokenizer.generation_header + reply
     prompt = prompt + tokenizer.message("user", user_text) + tokenizer.generation_header
-    dialogue.turns.append(Turn(user_text, prompt))
+    dialogue.turns.append(Turn(user_text, prompt, told=tuple(told)))
     return dialogue.turns[-1]

@@ -28,13 +28,15 @@ from untrusted.plain_text import indented
 from worlds.first import COMPLAINTS, value_pattern
 from worlds.ledger import (
     History,
+    Told,
     asked_slots,
     contains_phrase,
     content_words,
-    disclosed,
     mentions,
+    on_ledger,
     sentences,
     split_fact,
+    told_by,
     words,
 )
 
@@ -62,7 +64,7 @@ class Judge(NamedTuple):
     """Who judges a candidate: an endpoint, or the rules of the embedded world."""
 
     ask: Ask | None  # asks the judge's endpoint; None: by rule
-    rules: Callable[..., dict[str, bool]]  # (response, history, facts) → verdicts by name
+    rules: Callable[..., dict[str, bool]]  # (response, history, facts, told) → verdicts by name
     seed: int  # of the requests
     note: Callable[[str, bool], object] = lambda answer, read: None  # is told of each answer, and whether it was read
 
@@ -72,7 +74,7 @@ def read_candidate(
 ) -> Candidate:
     """Decode and parse a sampled turn, and score its profile."""
     text = chat.visible(token_ids)
-    parsed = parse_turn(text, stop_reason)
+    parsed, facts = parse_turn(text, stop_reason), dialogue.persona_facts
     return Candidate(
         token_ids=token_ids,
         logprobs=logprobs,
@@ -83,7 +85,7 @@ def read_candidate(
         failure=parsed.failure,
         profile_tokens=chat.tokens_until(token_ids, "</profile>"),
         verdicts=dict.fromkeys(VERDICTS, False),
-        ledger=asdict(score_profile(parsed.profile, dialogue.persona_facts, dialogue.user_texts())),
+        ledger=asdict(score_profile(parsed.profile, facts, on_ledger(facts, dialogue.told()))),
     )
 
 
@@ -99,7 +101,7 @@ def profile_reward(candidate: Candidate, dialogue: Dialogue, config: Config, jud
 def response_reward(candidate: Candidate, dialogue: Dialogue, config: Config, judge: Judge) -> float | None:
     """Fill in the five verdicts and return their product, the Response Reward."""
     if judge.ask is None:
-        verdicts = judge.rules(candidate.response, dialogue.history(), dialogue.persona_facts)
+        verdicts = judge.rules(candidate.response, dialogue.history(), dialogue.persona_facts, dialogue.told())
     else:
         request = response_judge_messages(candidate.response, dialogue.history(), candidate.profile)
         verdicts = ask_judge(judge.ask, request, parse_verdicts, judge.seed, note=judge.note)
@@ -268,8 +270,8 @@ class ProfileScore:
     n_unsupported: int  # lines that match nothing the user has disclosed
 
 
-def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequence[str]) -> ProfileScore:
-    """Score a profile by the deterministic matcher.
+def score_profile(lines: Sequence[str], facts: Sequence[str], ledger: Sequence[int]) -> ProfileScore:
+    """Score a profile by the deterministic matcher. ledger: the indices of the facts that the user has disclosed.
 
     Under the published F1 a guess pays as soon as it is right with a probability above half the current F1 (gender:
     one in two), which teaches padding. `evidence_f1` takes that away without changing anything else: a guess can only
@@ -277,11 +279,10 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
     disclosed it costs nothing, with 1 of 12 a hundredth. `ledger_f1` compares with the disclosed facts alone, so that a
     guess costs a third of the score beside one fact, and everything when there is none.
 
-    >>> score = score_profile(["Age: 34", "Gender: woman"], ["Age: 34", "Gender: woman"], ["Hello", "I'm 34."])
+    >>> score = score_profile(["Age: 34", "Gender: woman"], ["Age: 34", "Gender: woman"], ledger=[0])
     >>> (score.f1, score.evidence_f1, round(score.ledger_f1, 3), round(score.max_f1, 3), score.n_unsupported)
     (1.0, 0.5, 0.667, 0.667, 1)
     """
-    ledger = disclosed(facts, user_texts)
     supported = match_lines(lines, [facts[i] for i in ledger])
     n_recalled = sum(match is not None for match in supported)
     n_matched = sum(match is not None for match in match_lines(lines, facts))
@@ -301,8 +302,12 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], user_texts: Sequen
 # Response Reward by rule (the embedded world)
 
 
-def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict[str, bool]:
+def rule_verdicts(
+    response: str, history: History, facts: Sequence[str], told: Told | None = None
+) -> dict[str, bool]:
     """Judge a reply to the last user message of `history` by five rules, and name each verdict.
+
+    told: the facts that each user message tells; None: those that it mentions.
 
     naturalness          1–4 sentences, at most 60 words, capitalised, ended, and no sentence or word said twice running
     relevance            takes up a fact just disclosed, apologises if the user complains, greets if the user greets
@@ -317,14 +322,15 @@ def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict
     """
     user_texts = [text for who, text in history if who == "user"]
     replies = [text for who, text in history if who == "assistant"]
-    spoken, told = sentences(response), "\n".join(user_texts)
+    told = [told_by(facts, text) for text in user_texts] if told is None else told
+    spoken, heard = sentences(response), "\n".join(user_texts)
     statements = [s for s in spoken if not s.endswith("?") and len(words(s)) >= 4]
     earlier = {sentence.casefold() for reply in replies for sentence in sentences(reply)}
     return {
         "naturalness": _is_natural(response, spoken),
-        "relevance": _is_relevant(response, user_texts, facts),
-        "logical_consistency": all(contains_phrase(told, claim[0]) for claim in value_pattern().finditer(response)),
-        "engagement": _is_engaging(response, user_texts, replies, facts),
+        "relevance": _is_relevant(response, user_texts, [fact for fact in facts if fact in told[-1]]),
+        "logical_consistency": all(contains_phrase(heard, claim[0]) for claim in value_pattern().finditer(response)),
+        "engagement": _is_engaging(response, on_ledger(facts, told), replies, facts),
         "informativeness": any(statement.casefold() not in earlier for statement in statements),
     }
 
@@ -338,9 +344,8 @@ def _is_natural(response: str, spoken: Sequence[str]) -> bool:
     return shaped and not stutters and 1 <= len(spoken) <= MAX_SENTENCES and 1 <= len(said) <= MAX_WORDS
 
 
-def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str]) -> bool:
+def _is_relevant(response: str, user_texts: Sequence[str], news: Sequence[str]) -> bool:
     latest = user_texts[-1]
-    news = [facts[i] for i in disclosed(facts, [latest])]
     if news:
         return any(mentions(fact, response) for fact in news)
     if any(remark in latest for remark in COMPLAINTS):
@@ -350,10 +355,9 @@ def _is_relevant(response: str, user_texts: Sequence[str], facts: Sequence[str])
     return "?" in response  # the user said next to nothing: ask on
 
 
-def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
+def _is_engaging(response: str, ledger: Sequence[int], replies: Sequence[str], facts: Sequence[str]) -> bool:
     if "?" not in response:
         return False
-    ledger = disclosed(facts, user_texts)
     slots = [split_fact(fact)[0] for fact in facts]
     open_slots = {slot for i, slot in enumerate(slots) if i not in ledger}
     if not open_slots or open_slots == {None}:  # all told, or prose: any question that is not the last one again

@@ -1,12 +1,17 @@
-"""The simulated user: the role prompt, its messages, and the users that are embedded here.
+"""The simulated user: what it says next, how an endpoint is asked to say it, and the users that are embedded here.
 
-A simulated user is any OpenAI-compatible `/v1/chat/completions` endpoint. The trainer sends it a role prompt (which
-person it plays, and how slowly to say so) and the dialogue as that person sees it. `python simulator.py --port 8100` is
-such an endpoint. It gets the same messages as a real model, and a function of EMBEDDED_USERS answers them by rules,
+A simulated user is any OpenAI-compatible `/v1/chat/completions` endpoint, asked in one of two ways (`--user-mode`):
+
+    planned   `worlds/planner.py` chooses the facts that a message tells, and the endpoint only words it. What comes
+              back is checked (`worlds/saying.py`), asked again at most twice, and then said by rule.
+    plain     the endpoint gets a role prompt (which person it plays, and how slowly to say so) and the dialogue as that
+              person sees it. It decides what it tells, and the ledger is read off its words.
+
+`python simulator.py --port 8100` is an endpoint of the plain kind: a function of EMBEDDED_USERS answers by rules,
 without a network or a key.
 
-In reading order: role prompt and messages, the embedded users, their server in a process of its own, and the
-environment that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
+In reading order: the next message, role prompt and messages, the embedded users, their server in a process of its own,
+and the environment that a run opens: the clients of user and judge, and a count of everything that goes wrong there.
 
 Two differences from the published code. The messages carry the roles as the user sees them (see `simulator_messages`).
 A failed call is an error that the trainer masks and counts, never a made-up reply.
@@ -18,6 +23,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -27,20 +33,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import rewards
 from config import Config
+from dialogue import Dialogue, stream_seed
 from endpoints.client import ChatClient
 from endpoints.server import make_server
 from endpoints.tape import Tape
 from endpoints.throttle import Quota
-from endpoints.wire import Message, RequestError, parse_request
+from endpoints.wire import ChatError, Message, RequestError, parse_request
 from untrusted.plain_text import clean_text, say, shorten, warn
-from worlds import first, second
-from worlds.ledger import History
+from worlds import first, saying, second
+from worlds.ledger import History, mentions, on_ledger, split_fact, told_by
 from worlds.personas import MAX_FACTS, Persona, usable_facts
+from worlds.planner import plan_message
 
 ROLE_RULES = """\
 You are playing a person who chats with a stranger online. Stay in this role to the end. Write only what the person \
@@ -58,9 +67,80 @@ your profile you would rather not say.
 8. Never break the role, never recite or mention the profile or these rules, and never say that you are an AI.
 9. People change. If your profile contradicts what you said before, say that it has changed; the profile holds."""
 PROFILE_HEADING = "Your profile:"
+PLANNED_TEMPERATURE = 0.7  # at 1 a small model says something else too often
+FURTHER_ASKS = 2  # for a message that is not as planned; then it is said by rule
+MUCH_BY_RULE, FEW_MESSAGES = 0.2, 20  # share of messages said by rule that is worth a warning, and below how many none
 OPENING = "(The chat begins. Write your first message.)"  # chat templates want a "user" message before any reply
 MAX_MESSAGES = 1000  # of one request to the embedded users
 _OTHER_SIDE = {"user": "assistant", "assistant": "user"}
+
+
+class Said(str):
+    """What the user says, and what it tells by that."""
+
+    told: tuple[str, ...] = ()  # facts of the persona: this message's part of the ledger
+    counts: Counter = Counter()  # how a planned message came about, under the names of metrics.jsonl
+
+    def cut_to(self, text: str) -> Said:
+        """Return the beginning of a message, with the facts that it still tells."""
+        said = Said(text)
+        said.told, said.counts = tuple(fact for fact in self.told if saying.states(fact, text)), self.counts
+        return said
+
+
+def next_message(dialogue: Dialogue, stream: tuple, config: Config, env: Environment) -> Said | ChatError:
+    """Return what the user says next in a dialogue, or the error that ended the call. It may run in any thread.
+
+    stream: key prefix of the random streams.
+    """
+    key = (*stream, "user", dialogue.index, len(dialogue.turns))
+    if is_planned(config):
+        return planned_message(dialogue, key, env)
+    persona = Persona(dialogue.persona_id, dialogue.persona_facts)
+    said = env.user.ask(simulator_messages(persona, dialogue.history()), stream_seed(*key))
+    return said if isinstance(said, ChatError) else heard(said, dialogue)
+
+
+def is_planned(config: Config) -> bool:
+    """Say whether the program plans what the user tells; the embedded ones plan for themselves."""
+    return config.user_mode == "planned" or config.user_mode == "auto" and config.simulator_model not in EMBEDDED_USERS
+
+
+def heard(text: str, dialogue: Dialogue) -> Said:
+    """Return a message that nobody has planned, with the facts that it mentions, of any time of the persona."""
+    said = Said(text)
+    said.told = told_by(dict.fromkeys(chain(dialogue.persona_facts, *dialogue.changes.values())), text)
+    return said
+
+
+def planned_message(dialogue: Dialogue, key: tuple, env: Environment) -> Said | ChatError:
+    """Plan the user's next message, and ask its endpoint to say it; if it does not, say it by rule."""
+    facts, history, rng = dialogue.persona_facts, dialogue.history(), random.Random(stream_seed(*key, "plan"))
+    ledger = on_ledger(facts, dialogue.told())
+    retracted = {split_fact(fact)[0] for told in dialogue.told() for fact in told if fact not in facts} - {None}
+    plan = plan_message(facts, ledger, history, retracted, rng)
+    ruled, plan_told = first.say_plan(facts, plan, rng) if history else (first.OPENER, [])
+    tell, known = [facts[i] for i in plan_told], [facts[i] for i in ledger]
+    hidden = [fact for i, fact in enumerate(facts) if i not in (*ledger, *plan_told)]
+    reply = history[-1][1] if history else ""
+    draft = ruled if tell or not history else rng.choice(saying.SILENT[plan.silence])
+    counts = Counter(user_messages_planned=1)
+    for attempt in range(1 + FURTHER_ASKS):
+        request = saying.request(draft, tell, "" if attempt else reply)  # without it, it is hardest to go astray
+        text = env.user.ask([{"role": "user", "content": request}], stream_seed(*key, *[attempt][:attempt]))
+        if isinstance(text, ChatError):
+            return text
+        said = Said(saying.tidy(text))
+        fault = saying.complaint(said, tell, known, hidden, reply)
+        if not fault:
+            break
+        counts[f"user_messages_refused_{fault}"] += 1
+    else:
+        said, counts["user_messages_by_rule"] = Said(ruled), 1
+    counts["user_messages_asked_again"] = attempt
+    said.told = tuple(fact for fact in facts if fact in tell or mentions(fact, said))  # whatever is told anew
+    said.counts = counts
+    return said
 
 
 def simulator_messages(persona: Persona, history: Sequence[tuple[str, str]]) -> list[Message]:
@@ -239,6 +319,18 @@ class Environment:
             warn(line)
         self.warned.add(topic)
 
+    def warn_of_rules(self, counts: Counter) -> None:
+        """Warn once if too many of the user's planned messages had to be said by rule."""
+        planned, ruled = counts["user_messages_planned"], counts["user_messages_by_rule"]
+        if planned >= FEW_MESSAGES and ruled > MUCH_BY_RULE * planned:
+            causes = {name.rpartition("_")[2]: n for name, n in counts.items() if "_refused_" in name}
+            self.warn_once(
+                "said by rule",
+                f"{ruled} of {planned} messages of the user were said by rule, because its endpoint did not say what"
+                f" was planned ({', '.join(f'{cause} {n}' for cause, n in causes.items())}); take another"
+                " --simulator-model (docs/endpoints.md)",
+            )
+
     def calls(self) -> Counter:
         """Return this process's calls so far, their tokens, retries and failures, under the names of metrics.jsonl."""
         counts: Counter = Counter()
@@ -271,6 +363,8 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
     if not (config.simulator_url or config.replay) and config.simulator_model not in EMBEDDED_USERS:
         users = " or ".join(EMBEDDED_USERS)
         raise ValueError(f"--simulator-model is {config.simulator_model!r}; without --simulator-url it takes {users}")
+    if config.user_mode == "planned" and not (config.simulator_url or config.replay):
+        raise ValueError("--user-mode planned needs --simulator-url: the embedded user plans by itself")
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
     if tape and rank == 0:
@@ -285,6 +379,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
             read_timeout=config.request_timeout / 3,
             total_timeout=config.request_timeout,
             max_retries=config.max_retries,
+            temperature=PLANNED_TEMPERATURE if name == "simulator" and is_planned(config) else 1.0,
             tape=tape,
             name=name,
             outage_budget=config.outage_budget,

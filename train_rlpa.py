@@ -65,7 +65,7 @@ from records.state import State, go_on_after_restart, resume_point, save_checkpo
 from rewards import read_candidate, score_candidate
 from sampler import Draw, make_sampler
 from scheduler import Ask, Sample, Scheduler, Waits
-from simulator import Environment, open_environment, simulator_messages
+from simulator import Environment, Said, heard, next_message, open_environment
 from untrusted.plain_text import say
 from worlds.personas import Persona
 
@@ -252,14 +252,14 @@ def play_dialogue(dialogue: Dialogue, speaker: Speaker) -> Waits:
     while len(dialogue.turns) < config.max_turns:
         dialogue.persona_facts = dialogue.changes.get(len(dialogue.turns), dialogue.persona_facts)  # users may change
         # The user speaks. Only the user sees the persona; the policy sees what is said.
-        said = config.first_user_message
-        if dialogue.turns or not said:
-            messages = simulator_messages(Persona(dialogue.persona_id, dialogue.persona_facts), dialogue.history())
-            seed = stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns))
-            said = yield Ask(partial(env.user.ask, messages, seed))
+        if dialogue.turns or not config.first_user_message:
+            said = yield Ask(partial(next_message, dialogue, play.stream, config, env))
+        else:
+            said = heard(config.first_user_message, dialogue)
         if isinstance(said, ChatError):  # a lost dialogue is masked out and counted, never scored 0
             dialogue.dropped = f"simulator: {said.reason}"
             break
+        env.counts.update(said.counts)
         # The policy answers n times, and each answer is scored as soon as it ends.
         candidates = yield from speaker.answer(dialogue, said)
         if not candidates:
@@ -287,14 +287,14 @@ class Speaker:
         self.sampler = make_sampler(policy, chat, config, play.num_candidates, play.temperature, size)
         self.adopt, self.forget = self.sampler.adopt, self.sampler.forget
 
-    def answer(self, dialogue: Dialogue, said: str) -> Generator[Sample, None, list[Candidate]]:
+    def answer(self, dialogue: Dialogue, said: Said) -> Generator[Sample, None, list[Candidate]]:
         """Open a turn and sample its candidates; [] if the dialogue has outgrown the model or the KV cache."""
         config, env, stream = self.config, self.env, self.play.stream
         ids = self.chat.encode(said)
         if len(ids) > config.max_user_tokens:
             env.counts["user_messages_cut"] += 1
-            said = self.chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd")  # the cut may split a character
-        turn = open_turn(dialogue, said, self.chat, config.history_profile)
+            said = said.cut_to(self.chat.decode(ids[: config.max_user_tokens]).rstrip("\ufffd"))  # half a character
+        turn = open_turn(dialogue, said, self.chat, config.history_profile, said.told)
         if len(dialogue.turns) > 1 and not self.sampler.fits(len(turn.prompt_ids)):
             dialogue.turns.pop()  # the turns so far are trained on; if the first does not fit, sampler.start raises
             env.counts["dialogues_ended_early"] += 1

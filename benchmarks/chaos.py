@@ -29,6 +29,7 @@ from config import Config
 from dialogue import stream_seed
 from endpoints.server import Handler
 from worlds import first
+from worlds.ledger import disclosed
 from worlds.personas import Persona
 
 MALFORMED = (b"{", b"<html>Bad gateway</html>", b'{"choices": []}', b'{"choices": [{"message": "hi"}]}', b"\xff")
@@ -142,7 +143,7 @@ def check_turns(episode: dict, config: Config, check: Callable[[str, bool], None
         history.append(("user", turn["user_text"]))
         said = [text for role, text in history if role == "user"]
         for c in turn["candidates"]:
-            ledger = vars(rewards.score_profile(c["profile"], persona.facts, said))
+            ledger = vars(rewards.score_profile(c["profile"], persona.facts, disclosed(persona.facts, said)))
             check("profile scores", c["judged"] and c["ledger"] == ledger)
             earned = ledger[rewards.PROFILE_TARGETS[config.profile_target]] if c["failure"] is None else 0
             check("profile rewards", c["parts"]["profile"] == earned)

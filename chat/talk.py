@@ -13,7 +13,7 @@ from model import Qwen2ForCausalLM
 from rewards import read_candidate
 from sampler import Draw
 from scheduler import Sample
-from simulator import Environment
+from simulator import Environment, Said
 from train_rlpa import Play, Speaker, play_dialogue
 from worlds.ledger import contains_phrase
 
@@ -27,7 +27,7 @@ class ForgetfulSpeaker(Speaker):
         super().__init__(policy, chat, play, config, Environment(you, None), 1)
         self.forgotten: list[str] = []
 
-    def answer(self, dialogue: Dialogue, said: str) -> Generator[Sample, None, list[Candidate]]:
+    def answer(self, dialogue: Dialogue, said: Said) -> Generator[Sample, None, list[Candidate]]:
         """Open a turn and sample a reply; ValueError if the message or the dialogue is too long for the model.
 
         If it wrote a forgotten trait, the line is struck and the response is sampled again behind the profile without.
@@ -120,7 +120,7 @@ class Talk:
     def reply(self, text: str) -> Candidate:
         """Let the policy answer; ValueError if the message is, or the dialogue has become, too long for it."""
         try:
-            wanted = self.player.send(text)
+            wanted = self.player.send(Said(text))
             while isinstance(wanted, Sample):
                 self.sample(wanted)
                 wanted = self.player.send(None)

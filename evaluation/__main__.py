@@ -57,10 +57,10 @@ from worlds import second
 from worlds.personas import Persona
 
 PASSED = (  # flags that go to the rollout as they are; their help stands in config.py
-    "simulator_url", "simulator_model", "judge_url", "judge_model", "profile_judge", "api_key_env", "request_timeout",
-    "max_retries", "max_concurrency", "requests_per_minute", "tokens_per_minute", "outage_budget", "max_new_tokens",
-    "history_profile", "decode_batch_size", "kv_gib", "reply_steps", "record", "replay", "price_in", "price_out",
-    "dtype", "kernels", "threads", "seed",
+    "simulator_url", "simulator_model", "user_mode", "judge_url", "judge_model", "profile_judge", "api_key_env",
+    "request_timeout", "max_retries", "max_concurrency", "requests_per_minute", "tokens_per_minute", "outage_budget",
+    "max_new_tokens", "history_profile", "decode_batch_size", "kv_gib", "reply_steps", "record", "replay", "price_in",
+    "price_out", "dtype", "kernels", "threads", "seed",
 )  # fmt: skip
 OWN_FILES = ("results.json", "results.csv", "episodes.jsonl", "curves.png", "metrics.jsonl")  # not written over
 
@@ -114,6 +114,8 @@ def play(
     note = calls_note(calls, config)
     calls = {**calls, **cost(calls, config)}
     counts = counts_of(dialogues, args.turns)
+    counts |= {what: n for what, n in env.counts.items() if what.startswith("user_messages_")}  # docs/metrics.md
+    env.warn_of_rules(env.counts)
     seconds = time.perf_counter() - start
     clients = filter(None, (env.user, env.judge, env.subject))
     whose = {"simulator": "simulator: ", "judge": "judge: "}

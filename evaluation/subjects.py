@@ -34,8 +34,9 @@ from learners.weights import load_policy
 from model import Qwen2ForCausalLM
 from sampler import Draw, Sampler, make_sampler
 from scheduler import Ask, Sample, Scheduler
-from simulator import Environment
+from simulator import Environment, Said
 from train_rlpa import Play, play_dialogue, rollout
+from worlds.ledger import on_ledger
 
 RLPA = "rlpa"  # the method with a profile: the system prompt of training, and replies that are parsed
 METHODS: dict[str, prompting.Method] = {RLPA: partial(prompting.base, system=SYSTEM_PROMPT), **prompting.METHODS}
@@ -128,9 +129,9 @@ class AskedSpeaker:
     ) -> None:  # fmt: skip
         self.ask, self.method, self.play, self.config, self.env = ask, method, play, config, env
 
-    def answer(self, dialogue: Dialogue, said: str) -> Generator[Ask | Sample, Any, list[Candidate]]:
+    def answer(self, dialogue: Dialogue, said: Said) -> Generator[Ask | Sample, Any, list[Candidate]]:
         """Open a turn and let a method's calls make its only candidate; [] if one of them failed."""
-        dialogue.turns.append(Turn(said, []))
+        dialogue.turns.append(Turn(said, [], told=said.told))
         reply = yield from self.converse(dialogue)
         if isinstance(reply, ChatError):
             dialogue.turns.pop()
@@ -180,7 +181,7 @@ def written_history(dialogue: Dialogue, config: Config) -> list[tuple[str, str]]
 def read_reply(text: str, answers: Sequence[ChatReply], dialogue: Dialogue, native: bool) -> Reply:
     """Make a turn's record of its text: parsed if a profile was asked for, else a reply as it stands."""
     parsed = rewards.parse_turn(text) if native else rewards.ParsedTurn([], text)
-    told = all(answer.tokens is not None for answer in answers)
+    facts, metered = dialogue.persona_facts, all(answer.tokens is not None for answer in answers)
     return Reply(
         token_ids=[],
         logprobs=[],
@@ -190,9 +191,9 @@ def read_reply(text: str, answers: Sequence[ChatReply], dialogue: Dialogue, nati
         response=parsed.response,
         failure=parsed.failure,
         verdicts=dict.fromkeys(rewards.VERDICTS, False),
-        ledger=asdict(rewards.score_profile(parsed.profile, dialogue.persona_facts, dialogue.user_texts())),
-        tokens=sum(answer.tokens if told else len(answer.split()) for answer in answers),
-        counted_by="usage" if told else "words",
+        ledger=asdict(rewards.score_profile(parsed.profile, facts, on_ledger(facts, dialogue.told()))),
+        tokens=sum(answer.tokens if metered else len(answer.split()) for answer in answers),
+        counted_by="usage" if metered else "words",
     )
 
 

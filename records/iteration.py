@@ -54,6 +54,7 @@ class IterationMeter:
 def play_metrics(dialogues: list[Dialogue], env: Environment, before: Counter, config: Config) -> dict[str, float]:
     """Return the metrics of dialogues, with what was counted and the calls made since `before`, over all ranks."""
     calls, counts = sum_counters(gather(env.calls() - before)), +sum_counters(gather(env.counts))  # +: without zeros
+    env.warn_of_rules(counts)
     return rates(sum_counters(gather(tally(dialogues)))) | counts | calls | cost(calls, config)
 
 

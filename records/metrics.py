@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import rewards
 from dialogue import Candidate, Dialogue
 from worlds.first import unseen_values
-from worlds.ledger import asked_slots, content_words, disclosed, mentions, split_fact, words
+from worlds.ledger import asked_slots, content_words, mentions, on_ledger, split_fact, words
 
 # Guards against reward hacking: means over replies, then figures of all replies together. See docs/metrics.md.
 PROFILE_GUARDS = ("unsupported_lines", "duplicate_lines", "lines_recited")  # a reply without a profile has none of them
@@ -106,8 +106,8 @@ def unseen_sums(dialogue: Dialogue, t: int) -> Counter:
 
     Summed over the judged candidates of the turn; empty if there is no such fact.
     """
-    texts, sums = [turn.user_text for turn in dialogue.turns[: t + 1]], Counter()
-    facts = [dialogue.persona_facts[i] for i in disclosed(dialogue.persona_facts, texts)]
+    sums, ledger = Counter(), on_ledger(dialogue.persona_facts, dialogue.told()[: t + 1])
+    facts = [dialogue.persona_facts[i] for i in ledger]
     unseen = [fact for fact in facts if fact in unseen_values()]
     for candidate in dialogue.turns[t].candidates if unseen else ():
         if candidate.judged:

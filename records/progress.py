@@ -20,7 +20,7 @@ from records.log import FINISHED, RunLog, episode_record, show_transcripts
 from records.metrics import sum_counters
 from records.state import State
 from rewards import REWARD_PARTS
-from simulator import is_live
+from simulator import is_live, is_planned
 from untrusted.plain_text import clean_text, say
 
 
@@ -112,11 +112,12 @@ def announce(state: State) -> None:
         critic += f"; {trained:.2f} M are trained, in adapters of rank {config.lora_rank}"
     sets = ", ".join(f"{len(personas)} {name}" for name, personas in state.eval_sets.items())
     batch = f"{config.rollout_batch_size} dialogues x {config.max_turns} turns x {config.num_candidates} candidates"
+    mode = "planned" if is_planned(config) else "plain"
     lines = (
         f"RLPA: policy {config.ckpt} ({millions:.2f} M parameters, {critic})",
         f"{world_size()} process(es), {torch.get_num_threads()} thread(s) each",
         f"{len(state.personas)} training personas, {sets}",
-        f"user {shown_url(config.simulator_url) or 'embedded'} ({config.simulator_model}),"
+        f"user {shown_url(config.simulator_url) or 'embedded'} ({config.simulator_model}, {mode}),"
         f" judge {shown_url(config.judge_url) or 'by rule'}",
         f"{state.num_iterations} iterations x {batch} -> {config.run_dir}",
     )

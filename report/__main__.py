@@ -29,7 +29,7 @@ from command_line import exits
 from records.checkpoints import write_text
 from untrusted.files import check_value, parse_json, read_json, read_lines
 from untrusted.plain_text import clean_text, say, shorten
-from worlds.ledger import disclosed, split_fact
+from worlds.ledger import on_ledger, split_fact, told_by
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 200  # of a curve; a longer one is drawn as means of equal stretches with their extremes
@@ -220,7 +220,7 @@ def dialogue_view(record: Record) -> Record:
         version = max(i for i, start in enumerate(starts) if start <= t)
         texts = [earlier["user_text"] for earlier in record["turns"][: t + 1]]
         facts, past = versions[starts[version]], [fact for start in starts[:version] for fact in versions[start]]
-        told = disclosed(facts, texts)
+        told = on_ledger(facts, [told_in(earlier, facts) for earlier in record["turns"][: t + 1]])
         candidates = [candidate_view(c, facts, told, past, before) for c in turn["candidates"]]
         turns.append({"user": texts[-1], "persona": version, "told": told, "candidates": candidates})
         turns[-1]["chosen"] = turn["chosen"]
@@ -231,6 +231,14 @@ def dialogue_view(record: Record) -> Record:
     kept = {key: record.get(key) for key in ("iteration", "kind", "index", "persona_id", "dropped")}
     personas = [{"from": start + 1, "facts": list(versions[start])} for start in starts]
     return kept | {"personas": personas, "turns": turns}
+
+
+def told_in(turn: Record, facts: list) -> Sequence[str]:
+    """Return the facts that the user's message tells; of records older than that field, those that it mentions."""
+    if (told := turn.get("told")) is None:
+        return told_by(facts, turn["user_text"])
+    check_value(told, list[str], "told")
+    return told
 
 
 def candidate_view(candidate: Record, facts: list, told: list[int], past: list, before: list[str]) -> Record:

@@ -74,9 +74,9 @@ COLLECTED = (  # settings that decide what the dialogues are and earn; with --da
     "profile_judge", *WEIGHTS,
 )  # fmt: skip
 ENDPOINTS = (
-    "simulator_url", "simulator_model", "judge_url", "judge_model", "api_key_env", "request_timeout", "max_retries",
-    "max_concurrency", "requests_per_minute", "tokens_per_minute", "outage_budget", "record", "replay", "price_in",
-    "price_out", "reply_steps", "decode_batch_size", "kv_gib",
+    "simulator_url", "simulator_model", "user_mode", "judge_url", "judge_model", "api_key_env", "request_timeout",
+    "max_retries", "max_concurrency", "requests_per_minute", "tokens_per_minute", "outage_budget", "record", "replay",
+    "price_in", "price_out", "reply_steps", "decode_batch_size", "kv_gib",
 )  # fmt: skip
 LEARNING = (
     "method", "data", "run_dir", "seed", "num_epochs", "minibatch_size", "microbatch_tokens", "lr", "warmup_share",

@@ -129,7 +129,7 @@ def test_the_incremental_ids_equal_the_chat_template(chat, untouched, history_pr
             if history_profile == "latest" and said[:-1]:  # only the newest reply keeps its profile block
                 said[-2] = ("assistant", record.turns[-2].winner.response)
             said.append(("assistant", reply))
-        assert record.user_texts() == [text for who, text in said if who == "user"]
+        assert [turn.user_text for turn in record.turns] == [text for who, text in said if who == "user"]
         responses = [text for who, text in record.history() if who == "assistant"]
         assert responses == [rewards.parse_turn(reply).response for reply in REPLIES]
 

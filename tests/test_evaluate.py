@@ -272,7 +272,7 @@ def test_conflict_changes_user_and_ledger_at_its_turn(tmp_path, by_endpoint):
         for t, turn in enumerate(episode["turns"]):
             facts = before if t < 2 else after
             score = turn["candidates"][0]["ledger"]
-            assert score["max_f1"] == score_profile([], facts, texts[: t + 1]).max_f1
+            assert score["max_f1"] == score_profile([], facts, ledger.disclosed(facts, texts[: t + 1])).max_f1
         assert tuple(episode["persona_facts"]) == after
 
 

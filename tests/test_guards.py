@@ -30,6 +30,7 @@ from records.perplexity import encode_text, parse_texts, read_texts, text_scores
 from records.state import newest_checkpoint
 from rewards import VERDICTS, score_profile
 from tiny import make, scripts
+from worlds.ledger import disclosed, told_by
 
 TINY = TINY_CHECKPOINT
 FACTS = ("Occupation: nurse", "Location: Oslo", "Interests: chess", "Age: 34")
@@ -45,13 +46,13 @@ def dialogue(turns: list[tuple[list[str], str]], index: int = 0) -> Dialogue:
     """Return a judged dialogue with these profiles and replies."""
     played = Dialogue(index, str(index), FACTS)
     for t, (profile, reply) in enumerate(turns):
-        ledger = asdict(score_profile(profile, FACTS, USER[: t + 1]))
+        ledger = asdict(score_profile(profile, FACTS, disclosed(FACTS, USER[: t + 1])))
         verdicts = dict.fromkeys(VERDICTS, True)
         reply = Candidate(
             token_ids=[1], logprobs=[0.0], stop_reason="stop", profile=profile, response=reply, verdicts=verdicts,
             ledger=ledger, parts={"profile": ledger["f1"], "response": 1.0},
         )  # fmt: skip
-        played.turns.append(Turn(USER[t], [], [reply]))
+        played.turns.append(Turn(USER[t], [], [reply], told=told_by(FACTS, USER[t])))
     return played
 
 

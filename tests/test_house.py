@@ -29,7 +29,7 @@ ROOMS = {  # a room may import these rooms, all of which stand below it
     "scheduler": "sampler simulator config",
     "packing": "dialogue learners model kernels config",
     "sampler": "dialogue learners model kernels config",
-    "simulator": "rewards worlds endpoints config",
+    "simulator": "rewards dialogue worlds endpoints config",
     "rewards": "dialogue worlds config",
     "dialogue": "",
     "learners": "model worlds config",

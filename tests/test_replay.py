@@ -255,7 +255,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {f"{f.relative_to(folder)}:{k}": v for f in folder.rglob("*.safetensors") for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("steps", [[], ["--reply-steps", "3"]])
+@pytest.mark.parametrize("steps", [[], ["--reply-steps", "3"], ["--simulator-model", "planned"]])
 def test_a_training_run_is_replayed_to_the_bit(ckpt, tmp_path, capfd, all_parse, steps):
     """Guards the promise: a run against random, failing user and judge gives the same metrics and weights for free."""
     tape = tmp_path / "tape.jsonl"
@@ -279,6 +279,8 @@ def test_a_training_run_is_replayed_to_the_bit(ckpt, tmp_path, capfd, all_parse,
     asked = [sum(r.get(f"{name}_{side}", 0) for name in ("simulator", "judge"))
              for side in ("prompt_tokens", "completion_tokens") for r in [train]]  # fmt: skip
     assert train["cost_dollars"] == pytest.approx((2 * asked[0] + 8 * asked[1]) / 1e6, abs=1e-6)
+    planned, again = train.get("user_messages_planned", 0), train.get("user_messages_asked_again", 0)
+    assert bool(planned and again) == ("planned" in steps) and train["simulator_requests"] >= planned + again
 
 
 def test_a_killed_run_goes_on_with_its_recording_and_asks_nothing_twice(ckpt, tmp_path, all_parse):

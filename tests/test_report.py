@@ -19,7 +19,7 @@ from dialogue import Candidate, Dialogue, Turn
 from records.log import RunLog, episode_record
 from report import __main__ as report
 from worlds.first import generate_personas
-from worlds.ledger import disclosed
+from worlds.ledger import disclosed, told_by
 
 FACTS = ("Age: 34", "Location: Oslo", "Gender: man", "Interests: chess")
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"> <!--<script> \x1b[31mred \u202egnp.exe \u2028 \ud800"
@@ -29,7 +29,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (or 
 
 def candidate(profile: list[str], texts: list[str], response: str = "Hi there!", facts=FACTS, **changes) -> Candidate:
     """Make a scored candidate, as the trainer would leave it."""
-    ledger = vars(rewards.score_profile(profile, facts, texts))
+    ledger = vars(rewards.score_profile(profile, facts, disclosed(facts, texts)))
     verdicts = dict.fromkeys(rewards.VERDICTS, True)
     made = Candidate(
         token_ids=[1, 2], logprobs=[-0.1, -0.3], stop_reason="stop", profile=profile, response=response,
@@ -49,7 +49,7 @@ def played(index: int = 0, texts: tuple[str, ...] = ("Hello", "I moved to Oslo."
         profile = ["Location: Lima"] if t == 0 else ["Location: Oslo"]
         nothing = {"parts": {"profile": 0.0, "response": 0.0}, "reward": 0.0}
         broken = candidate([], said, "oops", failure="unclosed", text="<profile>\noops", **nothing)
-        dialogue.turns.append(Turn(texts[t], [7, 8], [broken, candidate(profile, said)], chosen=1))
+        dialogue.turns.append(Turn(texts[t], [7, 8], [broken, candidate(profile, said)], 1, told_by(FACTS, texts[t])))
     for name, value in changes.items():
         setattr(dialogue, name, value)
     return dialogue
@@ -118,6 +118,19 @@ def test_changed_preferences_are_seen_from_their_turn_on():
     assert report.mark_profile(["Location: Lima"], after, [1], FACTS, ["Location: Oslo"])[0][0][1] == "corrected"
 
 
+def test_the_ledger_is_what_a_record_says_and_of_older_ones_what_is_mentioned():
+    """Guards pages of older runs in which nobody has told anything, and planned facts that are looked for in words."""
+    new, old, other = ({"iteration": 1, "kind": "x", **as_json(played())} for _ in range(3))
+    for turn in old["turns"]:
+        del turn["told"]
+    assert report.dialogue_view(old) == report.dialogue_view(new)
+    other["turns"][1]["told"] = [FACTS[0]]
+    assert [turn["told"] for turn in report.dialogue_view(other)["turns"]] == [[], [0]]
+    other["turns"][1]["told"] = "Age: 34"
+    with pytest.raises(ValueError, match="told"):
+        report.dialogue_view(other)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_marks_agree_with_the_ledger(data):
@@ -128,7 +141,7 @@ def test_marks_agree_with_the_ledger(data):
     texts = data.draw(st.lists(st.sampled_from([f.split(": ")[1] for f in facts]), max_size=5))
     told = disclosed(facts, texts)
     marked, missing = report.mark_profile(lines, facts, told, [], before)
-    score = rewards.score_profile(lines, facts, texts)
+    score = rewards.score_profile(lines, facts, told)
     supported = sum(mark in ("new", "kept", "corrected") for _, mark in marked)
     assert (supported, len(marked) - supported) == (score.n_recalled, score.n_unsupported)
     assert len(missing) == score.n_disclosed - score.n_recalled

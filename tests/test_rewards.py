@@ -95,9 +95,9 @@ def test_a_perfect_profile_scores_one(n):
     """Guards: the published count is off by one: perfect profiles of 1, 3 and 10 lines score .667, .857 and .952."""
     block = "\n\n".join(f"- {fact}" for fact in FACTS[:n])  # a blank line between traits costs nothing
     lines = parse_turn(f"<profile>\n\n{block}\n\n</profile>\n<response>Hi.</response>").profile
-    score = score_profile(lines, FACTS[:n], [say_all(FACTS[:n])])
+    score = score_profile(lines, FACTS[:n], ledger.disclosed(FACTS[:n], [say_all(FACTS[:n])]))
     assert (score.f1, score.evidence_f1, score.max_f1, score.n_recalled, score.n_unsupported) == (1.0, 1.0, 1.0, n, 0)
-    assert score_profile(PROSE, PROSE, PROSE).evidence_f1 == 1.0
+    assert score_profile(PROSE, PROSE, range(len(PROSE))).evidence_f1 == 1.0
 
 
 def say_all(facts: list[str]) -> str:
@@ -111,7 +111,7 @@ def test_packing_all_facts_on_one_line_matches_at_most_one(facts):
     for line in (", ".join(facts), "; ".join(values), " ".join(values), f"Age: {' '.join(values)}"):
         for lines in ([line], [line, line, f"{line}!"]):
             assert sum(match is not None for match in match_lines(lines, facts)) <= 1
-            assert score_profile(lines, facts, [say_all(facts)] if facts != PROSE else PROSE).f1 <= 2 / (1 + len(facts))
+            assert score_profile(lines, facts, range(len(facts))).f1 <= 2 / (1 + len(facts))
 
 
 def test_lines_match_by_slot_and_value():
@@ -168,7 +168,8 @@ def test_the_matching_rearranges_earlier_lines():
 def test_a_line_pays_only_if_it_states_a_told_fact_not_yet_stated(lines, line, at, told):
     """Guards: padding with guesses, repetition and packing, all of which paid under the published reward."""
     texts = ["Hello", *(say_all([fact]) for fact in told)]
-    before, after = score_profile(lines, FACTS, texts), score_profile([*lines[:at], line, *lines[at:]], FACTS, texts)
+    before, after = (score_profile(profile, FACTS, ledger.disclosed(FACTS, texts))
+                     for profile in (lines, [*lines[:at], line, *lines[at:]]))
     for score in (before, after):
         assert 0 <= score.evidence_f1 <= score.f1 <= 1 and score.evidence_f1 <= score.max_f1 <= 1
         assert score.n_recalled + score.n_unsupported == score.n_lines
@@ -184,19 +185,19 @@ def test_a_line_pays_only_if_it_states_a_told_fact_not_yet_stated(lines, line, a
 
 def test_repeating_a_packed_line_gains_nothing():
     """Guards: "nurse, 34" written twice took two facts, one per copy."""
-    one, two = (score_profile(["nurse, 34"] * n, FACTS, ["I am 34.", "I work as a nurse."]) for n in (1, 2))
+    one, two = (score_profile(["nurse, 34"] * n, FACTS, ledger.disclosed(FACTS, ["I'm 34, a nurse."])) for n in (1, 2))
     assert two.n_recalled == one.n_recalled == 1 and two.evidence_f1 < one.evidence_f1
 
 
 def test_a_lucky_guess_raises_f1_and_never_the_evidence():
     """Guards: an evidence target that pays for what nobody said."""
     texts = ["Hello", "I'm 34."]
-    honest, lucky, unlucky = (score_profile(["Age: 34", *guess], FACTS, texts)
+    honest, lucky, unlucky = (score_profile(["Age: 34", *guess], FACTS, ledger.disclosed(FACTS, texts))
                               for guess in ([], ["Gender: woman"], ["Gender: man"]))
     assert honest.evidence_f1 == honest.f1 == honest.max_f1 == 2 / 11
     assert lucky.f1 == 4 / 12 > honest.f1 and lucky.evidence_f1 == unlucky.evidence_f1 == 2 / 12 < honest.evidence_f1
     assert (lucky.n_recalled, lucky.n_unsupported, unlucky.n_unsupported) == (1, 1, 1)
-    assert score_profile(["Age: 34"], FACTS, ["Hello"]).evidence_f1 == 0.0
+    assert score_profile(["Age: 34"], FACTS, []).evidence_f1 == 0.0
 
 
 @given(n_matched=st.integers(-5, 50), n_inferred=st.integers(0, 20), n_facts=st.integers(0, 20))

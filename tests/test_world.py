@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import hashlib
 import importlib
 import os
 import random
@@ -14,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from tiny import scripts
-from worlds import first, ledger
+from worlds import first, ledger, planner, second
 from worlds.personas import load_personas
 
 ROOT = Path(__file__).parents[1]
 ALOE = ROOT.parent / "shared" / "aloe" / "profile.jsonl"
-MODULES = ["worlds.ledger", "worlds.first", "worlds.personas", "untrusted.plain_text", "untrusted.files",
+MODULES = ["worlds.ledger", "worlds.planner", "worlds.saying", "worlds.first", "worlds.personas",
+           "untrusted.plain_text", "untrusted.files",
            "endpoints.wire", "rewards", "dialogue", "packing", "model", "endpoints.calls", "learners.loading",
            "report.__main__", "studies.summary"]  # fmt: skip
 VALUES = {slot: [value for part in parts for value in part] for slot, parts in first.VALUES.items()}
@@ -32,6 +34,7 @@ PERSONA = ["Age: 34", "Gender: woman", "Interests: chess", "Interests: yoga", "E
 PROSE = ["He is a 34-year-old optician from Oslo.", "He plays the guitar in a band.",
          "She enjoys long walks in the rain.",
          "His sister Maya has two cats.", "He has a fear of heights."]  # 5 facts: three in four turns
+GOLDEN = ["Where do you live?", "What is your job?", "How old are you? And your family?", "I see.", "Your hobbies?"]
 OPENED = [("user", "Hello"), ("assistant", "Hi!")]
 
 
@@ -207,11 +210,23 @@ def test_the_user_does_not_know_what_is_not_in_its_persona(slot):
         assert first.user_reply(facts, [*OPENED[:1], ("assistant", ask(slot))], seed) in first.UNKNOWN
 
 
+@pytest.mark.parametrize(("world", "digest"), [(first, "8ebab78ec6cc8523"), (second, "194e170dbe07f012")])
+def test_users_say_what_they_have_always_said(world, digest):
+    """Guards published runs: a user who draws from its random stream in another order says other things."""
+    said, rng = hashlib.sha256(), random.Random(0)
+    for number, facts in enumerate(first.generate_personas(40, 0, "heldout")):
+        history = []
+        for turn in range(6):
+            history += [("user", world.user_reply(facts, history, number + turn)), ("assistant", rng.choice(GOLDEN))]
+            said.update(history[-2][1].encode())
+    assert said.hexdigest()[:16] == digest
+
+
 def test_the_user_volunteers_at_times_and_never_without_a_budget():
     """Guards: a user who only answers (nothing to learn before asking), or who talks before its share allows it."""
     remarks = [first.user_reply(PERSONA, OPENED, seed) for seed in range(400)]
     share = sum(bool(ledger.disclosed(PERSONA, [text])) for text in remarks) / len(remarks)
-    assert abs(share - first.VOLUNTEER_PROB) < 0.08
+    assert abs(share - planner.VOLUNTEER_PROB) < 0.08
     assert all(first.user_reply(["Age: 34"], OPENED, seed) in first.FILLERS for seed in range(50))
 
 

@@ -4,7 +4,7 @@ Plain data and pure functions of text: no torch, no HTTP, no state. `simulator.p
 the demonstrations of the tiny checkpoint are written with the same phrases. `worlds/ledger.py` decides which facts a
 text gives away.
 
-The user follows the role prompt that a real model gets. It opens with "Hello" and answers what it is asked. It
+The user says what `worlds/planner.py` plans. It opens with "Hello" and answers what it is asked. It
 discloses at most 15 % of its facts per turn, or one fact where that is less than one. It complains when it is asked
 again, and it never says more than three sentences.
 """
@@ -19,16 +19,14 @@ from functools import lru_cache
 
 from worlds.ledger import (
     History,
-    allowance,
-    asked_slots,
     contains_phrase,
     disclosed,
     sentences,
     split_fact,
 )
+from worlds.planner import Plan, plan_message
 
 SPLITS = ("train", "heldout", "unseen")
-VOLUNTEER_PROB = 0.35  # how often a user who was not asked anything tells a fact of its own accord
 
 # slot → (values met in training, values met only in evaluation). No value is a word of another slot or of a phrase.
 VALUES: dict[str, tuple[list[str], list[str]]] = {
@@ -119,8 +117,10 @@ FILLERS = ["Oh.", "Okay.", "I see.", "Hm.", "Right."]
 REPEATED = ["I already told you that.", "You asked me that before.", "We talked about that already."]
 ECHO = "You said that before."  # to a reply that is the same as an earlier one
 COMPLAINTS = [*REPEATED, ECHO]
+OPENER = "Hello"
 CHANGED = "That has changed."  # before a fact that replaces what was said earlier
 UNKNOWN = ["I would rather not say.", "I don't know."]
+REMARKS = {"told": REPEATED, "unknown": UNKNOWN, "echo": [ECHO]}  # by the reason of a plan that tells nothing
 
 
 def with_article(value: str) -> str:
@@ -207,26 +207,27 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
     True
     """
     if not history:
-        return "Hello"
+        return OPENER
     rng = random.Random(f"{seed}|{len(history)}|{history[-1][1]}".encode("utf-8", "replace"))  # JSON allows surrogates
-    told = disclosed(facts, (text for who, text in history if who == "user"))
-    replies = [text for who, text in history if who == "assistant"]
-    budget = allowance(len(facts), len(told), sum(who == "user" for who, _ in history))
-    hidden = [i for i in range(len(facts)) if i not in told]
-    question = replies[-1] if replies else ""
-    wanted, remark = _what_to_tell(facts, hidden, question, rng)
-    retracted = retracted_slots(facts, [text for who, text in history if who == "user"])
-    changed = [i for i in hidden if split_fact(facts[i])[0] in retracted]
-    wanted = changed or wanted
-    if question and question in replies[:-1] and not wanted:
-        remark = ECHO
-    spoken = [say_fact(facts[i], rng) for i in wanted[:budget]]
-    if spoken:
-        parts = [CHANGED if changed else rng.choice(LEADS), *spoken[:2]]
-        if len(sentences(" ".join(parts))) > 3:  # some phrases are two sentences
-            parts = parts[:2]
-        return " ".join(part for part in parts if part)
-    return remark or rng.choice(FILLERS)
+    texts = [text for who, text in history if who == "user"]
+    plan = plan_message(facts, disclosed(facts, texts), history, retracted_slots(facts, texts), rng)
+    return say_plan(facts, plan, rng)[0]
+
+
+def say_plan(facts: Sequence[str], plan: Plan, rng: random.Random) -> tuple[str, list[int]]:
+    """Say what is planned, in at most three sentences; returns the text and the facts that it tells, two at most.
+
+    >>> say_plan(["Location: Oslo"], Plan([0]), random.Random(0))
+    ('Sure. I moved to Oslo.', [0])
+    """
+    remark = rng.choice(REMARKS[plan.silence]) if plan.silence in REMARKS else ""
+    spoken = [say_fact(facts[i], rng) for i in plan.tell]
+    if not spoken:
+        return remark or rng.choice(FILLERS), []
+    parts = [CHANGED if plan.changed else rng.choice(LEADS), *spoken[:2]]
+    if len(sentences(" ".join(parts))) > 3:  # some phrases are two sentences
+        parts = parts[:2]
+    return " ".join(part for part in parts if part), plan.tell[: len(parts) - 1]
 
 
 def retracted_slots(facts: Sequence[str], user_texts: Iterable[str]) -> set[str]:
@@ -240,19 +241,6 @@ def retracted_slots(facts: Sequence[str], user_texts: Iterable[str]) -> set[str]
     said = {match[0].casefold() for text in user_texts for match in value_pattern().finditer(text)}
     gone = {value for value in said if not any(contains_phrase(fact, value) for fact in facts)}
     return {slot for slot, parts in VALUES.items() if any(value.casefold() in gone for part in parts for value in part)}
-
-
-def _what_to_tell(facts: Sequence[str], hidden: list[int], question: str, rng: random.Random) -> tuple[list[int], str]:
-    """Choose the hidden facts to tell now, most fitting first, and what to say if there is none."""
-    asked = asked_slots(question)
-    has_slots = any(split_fact(fact)[0] for fact in facts)
-    if "?" in question and (asked or not has_slots):
-        fitting = [i for i in hidden if split_fact(facts[i])[0] in (*asked, None)]
-        known = any(split_fact(fact)[0] in asked for fact in facts)
-        return fitting, "" if fitting else rng.choice(REPEATED if known else UNKNOWN)
-    if hidden and rng.random() < VOLUNTEER_PROB:
-        return [rng.choice(hidden)], ""
-    return [], ""
 
 
 @lru_cache(maxsize=1)

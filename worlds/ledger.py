@@ -7,7 +7,7 @@ Pure functions of text, shared by both worlds, the rewards and the metrics. A pe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 SLOTS = (
@@ -16,6 +16,7 @@ SLOTS = (
 )  # fmt: skip
 DISCLOSURE_BUDGET = 0.15  # share of the persona's facts that may be disclosed per turn (RLPA, appendix C.4)
 History = Sequence[tuple[str, str]]  # ("user" | "assistant", text), oldest first; "user" is the simulated human
+Told = Sequence[Collection[str]]  # the facts that each of the user's messages tells, oldest first
 
 # A question is about the slots whose pattern it matches.
 QUESTION_PATTERNS: dict[str, re.Pattern[str]] = {
@@ -108,16 +109,32 @@ def mentions(fact: str, text: str) -> bool:
     return bool(wanted) and len(wanted & content_words(text)) >= max(1, len(wanted) / 2)
 
 
+def told_by(facts: Iterable[str], text: str) -> tuple[str, ...]:
+    """Return those of the facts that a text gives away."""
+    return tuple(fact for fact in facts if mentions(fact, text))
+
+
+def on_ledger(facts: Sequence[str], told: Told) -> list[int]:
+    """Keep the ledger: the indices of the facts that messages have told, in order of disclosure.
+
+    A persona may have changed since; what is no fact of it any more is left out.
+
+    >>> on_ledger(["Age: 34", "Location: Oslo"], [["Location: Oslo", "Others: parrot"], [], ["Age: 34"]])
+    [1, 0]
+    """
+    ledger: list[int] = []
+    for message in told:
+        ledger += [i for i, fact in enumerate(facts) if i not in ledger and fact in message]
+    return ledger
+
+
 def disclosed(facts: Sequence[str], user_texts: Iterable[str]) -> list[int]:
-    """Keep the ledger: the indices of the facts that the user's own messages have given away, in order of disclosure.
+    """Keep the ledger of messages by what they mention.
 
     >>> disclosed(["Age: 34", "Location: Oslo"], ["Hello", "I moved to Oslo.", "I'm 34."])
     [1, 0]
     """
-    ledger: list[int] = []
-    for text in user_texts:
-        ledger += [i for i, fact in enumerate(facts) if i not in ledger and mentions(fact, text)]
-    return ledger
+    return on_ledger(facts, [told_by(facts, text) for text in user_texts])
 
 
 def allowance(n_facts: int, n_disclosed: int, n_turns: int) -> int:

@@ -19,16 +19,20 @@ from collections.abc import Collection, Sequence
 from worlds.first import fill, first_person, retracted_slots, value_pattern
 from worlds.ledger import (
     History,
+    Told,
     allowance,
     asked_slots,
     contains_phrase,
     content_words,
     disclosed,
     mentions,
+    on_ledger,
     sentences,
     split_fact,
+    told_by,
     words,
 )
+from worlds.planner import answers, is_asked, replacing
 
 VOLUNTEER_PROB = 0.5  # it tells a fact though nobody asked for one
 REFUSE_PROB, LATE_PROB, DEFLECT_PROB = 0.1, 0.15, 0.15  # when asked: it refuses (once), is late, tells another fact
@@ -123,8 +127,7 @@ def user_reply(facts: Sequence[str], history: History, seed: int) -> str:
     told = disclosed(facts, texts)
     hidden = [i for i in range(len(facts)) if i not in told]
     wanted, remarks = _what_to_tell(facts, hidden, history, rng)
-    retracted = retracted_slots(facts, texts)
-    changed = [i for i in hidden if split_fact(facts[i])[0] in retracted]
+    changed = replacing(facts, hidden, retracted_slots(facts, texts))
     chosen = (changed or wanted)[: min(2, allowance(len(facts), len(told), len(texts)))]
     if not chosen:
         return pick(remarks or SMALL_TALK, facts, told, rng)
@@ -147,13 +150,13 @@ def _what_to_tell(
     if reply and reply in replies[:-1]:
         return [], [ECHO]
     stalled = bool(texts) and texts[-1] in STALLS
-    owed = _answers(facts, hidden, replies[-2]) if stalled and len(replies) > 1 else []
-    answers = _answers(facts, hidden, reply)
+    owed = answers(facts, hidden, replies[-2]) if stalled and len(replies) > 1 else []
+    fitting = answers(facts, hidden, reply)
     if owed:
-        return list(dict.fromkeys([*owed, *answers])), []
-    if not _is_asked(facts, reply):
+        return list(dict.fromkeys([*owed, *fitting])), []
+    if not is_asked(facts, reply):
         return ([rng.choice(hidden)] if hidden and rng.random() < VOLUNTEER_PROB else []), NUDGES + SMALL_TALK
-    if not answers:
+    if not fitting:
         known = any(split_fact(fact)[0] in asked_slots(reply) for fact in facts)
         return [], REPEATED if known else UNKNOWN
     mood = rng.random()
@@ -161,19 +164,8 @@ def _what_to_tell(
         return [], REFUSALS
     if REFUSE_PROB <= mood < REFUSE_PROB + LATE_PROB and not stalled:
         return [], STALLS
-    others = [i for i in hidden if i not in answers]
-    return ([rng.choice(others)] if others and mood > 1 - DEFLECT_PROB else answers), []
-
-
-def _is_asked(facts: Sequence[str], reply: str) -> bool:
-    """Tell whether a reply asks for facts: for a slot, or a persona of prose for anything."""
-    return "?" in reply and bool(asked_slots(reply) or not any(split_fact(fact)[0] for fact in facts))
-
-
-def _answers(facts: Sequence[str], hidden: list[int], reply: str) -> list[int]:
-    """Return the hidden facts that answer a reply's questions, if it asks any."""
-    slots = (*asked_slots(reply), None)
-    return [i for i in hidden if split_fact(facts[i])[0] in slots] if _is_asked(facts, reply) else []
+    others = [i for i in hidden if i not in fitting]
+    return ([rng.choice(others)] if others and mood > 1 - DEFLECT_PROB else fitting), []
 
 
 def pick(phrases: Sequence[str], facts: Sequence[str], may_tell: Collection[int], rng: random.Random) -> str:
@@ -202,8 +194,12 @@ def say_fact(facts: Sequence[str], i: int, told: Sequence[int], rng: random.Rand
 # The second judge
 
 
-def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict[str, bool]:
+def rule_verdicts(
+    response: str, history: History, facts: Sequence[str], told: Told | None = None
+) -> dict[str, bool]:
     """Judge a reply to the last user message of `history` by five rules, stricter than those of `rewards.py`.
+
+    told: the facts that each user message tells; None: those that it mentions.
 
     naturalness          1–3 sentences, at most 35 words, capitalised and ended, at most one question and one "!", and
                          its first two words are not those of the reply before
@@ -224,11 +220,15 @@ def rule_verdicts(response: str, history: History, facts: Sequence[str]) -> dict
     """
     user_texts = [text for who, text in history if who == "user"]
     replies = [text for who, text in history if who == "assistant"]
+    told = [told_by(facts, text) for text in user_texts] if told is None else told
+    ledger = on_ledger(facts, told)
+    known = {split_fact(facts[i])[0] for i in ledger}
+    open_slots = {split_fact(fact)[0] for i, fact in enumerate(facts) if i not in ledger}  # None: prose
     return {
         "naturalness": _is_natural(response, replies),
-        "relevance": _is_relevant(response, user_texts, replies, facts),
-        "logical_consistency": _is_consistent(response, user_texts, facts),
-        "engagement": _is_engaging(response, user_texts, replies, facts),
+        "relevance": _is_relevant(response, user_texts, replies, [fact for fact in facts if fact in told[-1]]),
+        "logical_consistency": _is_consistent(response, user_texts, known - open_slots),
+        "engagement": _is_engaging(response, open_slots, replies),
         "informativeness": _is_informative(response, user_texts, replies),
     }
 
@@ -245,11 +245,10 @@ def _is_natural(response: str, replies: Sequence[str]) -> bool:
     return short and shaped and calm and not (replies and said[:2] == words(replies[-1])[:2])
 
 
-def _is_relevant(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
+def _is_relevant(response: str, user_texts: Sequence[str], replies: Sequence[str], news: Sequence[str]) -> bool:
     latest, first = user_texts[-1], (sentences(response) or [""])[0]
-    news = disclosed(facts, [latest])
     if news:
-        return any(mentions(facts[i], first) for i in news)
+        return any(mentions(fact, first) for fact in news)
     if any(remark in latest for remark in COMPLAINTS):
         return bool(re.search(r"\b(?:sorry|apolog\w+|my mistake|forgive)\b", first, re.IGNORECASE))
     if len(user_texts) == 1:
@@ -259,30 +258,22 @@ def _is_relevant(response: str, user_texts: Sequence[str], replies: Sequence[str
     return bool(_questions(response))
 
 
-def _is_consistent(response: str, user_texts: Sequence[str], facts: Sequence[str]) -> bool:
-    told = "\n".join(user_texts)
+def _is_consistent(response: str, user_texts: Sequence[str], all_told: Collection[str | None]) -> bool:
+    heard = "\n".join(user_texts)
     claims = (match[0] for match in value_pattern().finditer(response))
-    known = {split_fact(facts[i])[0] for i in disclosed(facts, user_texts)}
-    asked_in_vain = set(asked_slots(response)) & (known - _open_slots(facts, user_texts))
-    return not asked_in_vain and all(contains_phrase(told, claim) for claim in claims)
+    asked_in_vain = set(asked_slots(response)) & set(all_told)
+    return not asked_in_vain and all(contains_phrase(heard, claim) for claim in claims)
 
 
-def _is_engaging(response: str, user_texts: Sequence[str], replies: Sequence[str], facts: Sequence[str]) -> bool:
+def _is_engaging(response: str, open_slots: set[str | None], replies: Sequence[str]) -> bool:
     questions = _questions(response)
     if len(questions) != 1 or any(questions[0] in _questions(reply) for reply in replies):
         return False
-    open_slots = _open_slots(facts, user_texts)
     if open_slots <= {None}:  # all told, or prose: any question that is new
         return True
     asked = set(asked_slots(response))
     lately = {slot for reply in replies[-2:] for slot in asked_slots(reply)}
     return bool(asked) and asked <= open_slots and not asked & lately
-
-
-def _open_slots(facts: Sequence[str], user_texts: Sequence[str]) -> set[str | None]:
-    """Return the slots (None: prose) of the facts that the user has not told yet."""
-    told = disclosed(facts, user_texts)
-    return {split_fact(fact)[0] for i, fact in enumerate(facts) if i not in told}
 
 
 def _is_informative(response: str, user_texts: Sequence[str], replies: Sequence[str]) -> bool:
