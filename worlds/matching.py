@@ -9,6 +9,7 @@ the same slot with another value.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from worlds.ledger import FUNCTION_WORDS, SLOTS, split_fact
 
 Similarity = Callable[[str, str], float]  # of two words or short phrases
+MAY_MISS = 4  # of so many words of a fact one may be missing, if the line has no other in its place
 CLOSE = 0.7  # similarity from which on two words mean the same (docs/evaluation.md has the table)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,13 +60,18 @@ PHRASES = {  # pattern → what stands for it; applied in this order to the lowe
     r"\bsteady\b": "long-term",
     r"\bha(?:s|s had|d) an? (?:([\w-]+) )?(?:partner|girlfriend|boyfriend)\b": r"\1 relationship",
 }
-SYNONYMS = """
-woman female|man male|father dad|mother mom mum|child kid|grandfather granddad|grandmother grandma|son boy|daughter girl
-lawyer attorney|cook chef|house home|small little tiny|large big|like enjoy love fan passion|hobby pastime
-own owner keep|job work employ profession occupation|run operate|speak fluent|study learn|poem poetry|food dish meal
-math maths mathematics|raise grow bring|year yr|day daily
-reside live settle locate base|fear afraid scare|sociable outgoing|parent folk|travel tour|trucker truck
-"""  # the words of a group have one stem from here on
+SYNONYMS = """woman female|man male|father dad daddy|mother mom mum|child kid|grandfather granddad grandpa|son boy|daughter girl
+grandmother grandma|parent folk|marry wed|house home|small little tiny|large big huge|movie film|food dish meal cuisine|own owner keep
+like enjoy love fan enthusiast lover aficionado avid passion adore|hobby pastime|job work employ profession occupation|run operate
+speak fluent|study learn|train educate|poem poetry|math maths mathematics|raise grow bring upbringing|year yr|day daily|near outside
+reside live settle locate base dwell|fear afraid scare phobia|car automobile|begin start|buy purchase|help assist|sick ill
+move relocate|travel tour|bicycle bike|photo photograph|picture photo|pain ache|lawyer attorney|cook chef|doctor physician
+firefighter fireman|police policeman cop|programmer developer coder|teacher instructor|journalist reporter|veterinarian vet
+trucker truck|sociable outgoing extroverted gregarious|shy timid bashful|cheerful happy|stubborn headstrong|calm easygoing relaxed
+funny humorous witty|smart intelligent clever|inquisitive curious|honest truthful|generous giving|anxious nervous worried
+ambitious driven|brave fearless courageous|organized tidy neat|modest humble|talkative chatty|hardworking diligent industrious
+kind caring compassionate|creative imaginative|lazy idle|reliable dependable|frugal thrifty|moody temperamental
+"""  # the words of a group have one stem from here on: the commonest words of the ten slots
 IRREGULAR = """taught teach|wrote write|grew grow|grown grow|brought bring|broke break|broken break|drove drive|spoke speak
 ran run|left leave|kept keep|made make|bought buy|sold sell|built build|children child|women woman|men man|wives wife
 went go|gone go|learnt learn|swam swim|sang sing|slept sleep|does do|going go|got get|yrs year|knives knife"""
@@ -90,9 +97,11 @@ summer winter|indoor outdoor|calm anxious|tidy messy|small big|married divorced 
 Monday Tuesday Wednesday Thursday Friday Saturday Sunday"""  # what an encoder takes for the same
 KIN = """brother sister father mother parent wife husband friend boyfriend girlfriend uncle aunt cousin grandfather
 grandmother son daughter boss ancestor"""
-LIGHT = """user person people currently now very really quite often always also up out self own like job year yet just say
-s t re ve d ll m one lot while each every another go do use play get become feel make want dream hope plan wish prefer rather over than
-more instead degree him himself herself themselves themself someone"""
+LIGHT = """user person people someone individual currently now today very really quite often usually regularly always also even still
+already just only ever up out off away self own like job year yet say s t re ve d ll m one lot much many more most such way while each
+every all any during before after when because since though another both other etc go do get become feel make take put use play try
+need start want dream hope plan wish prefer rather over than instead degree consider identify describe him himself herself themselves
+themself myself name call able good great well kind type thing sort part regular"""  # words that need not be found, and add nothing
 CUES = {  # slot → words that may stand around its value, and words that by themselves speak of that slot
     "Age": ("age old turn birthday yr y o early late twenties thirties sixties", "birthday"),
     "Gender": ("gender identify pronoun", ""),
@@ -172,17 +181,29 @@ def _strays(said: Statement, wanted: Statement, found: set[str]) -> bool:
 def _find(said: dict[str, str], wanted: dict[str, str], similarity: Similarity | None) -> set[str] | None:
     """Return the stems of the line that say what the fact says, None if a word of the fact is not there."""
     needed = {stem: word for stem, word in wanted.items() if stem not in _stems(LIGHT)} or wanted
-    found = set(needed) & set(said)
+    found = set(needed) & set(said) | _compounds(said, needed)
     missing = [word for stem, word in needed.items() if stem not in found]
+    left = {stem: word for stem, word in said.items() if stem not in found and stem not in _stems(LIGHT)}
+    if missing and not left and len(missing) <= len(needed) // MAY_MISS and not any(map(str.isdigit, missing)):
+        return found | (set(wanted) & set(said))  # a long fact, told in fewer words, and nothing else in their place
     if missing and (similarity is None or len(missing) > max(1, len(needed) // 2)):
         return None
-    left = {stem: word for stem, word in said.items() if stem not in found and stem not in _stems(LIGHT)}
     for word in missing:
         likely = [(similarity(word.casefold(), other.casefold()), stem) for stem, other in left.items() if _may_mean(word, other)]
         if not likely or max(likely)[0] < CLOSE:
             return None
         found.add(max(likely)[1])
     return found | (set(wanted) & set(said))
+
+
+def _compounds(said: dict[str, str], needed: dict[str, str]) -> set[str]:
+    """Return the stems of both that are one word here and two words there ("easy-going", "birdwatching")."""
+    found = set()
+    for one, two in ((said, needed), (needed, said)):
+        for (first, a), (second, b) in itertools.pairwise(two.items()):
+            if (whole := stem((a + b).casefold())) in one:
+                found |= {whole, first, second}
+    return found
 
 
 def _may_mean(word: str, other: str) -> bool:
