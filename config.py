@@ -20,6 +20,7 @@ OrMinusOne, Threads = Annotated[int, (-1, MANY)], Annotated[int, (0, 1024)]
 Amount, Positive, Share = Annotated[float, (0, MANY)], Annotated[float, (1e-6, MANY)], Annotated[float, (0, 1)]
 Rank = Annotated[int, (0, 4096)]
 Patience = Annotated[float, (1, 10**7)]
+ProfileJudge = Literal["auto", "rule", "words", "encoder", "http"]  # auto: rule, or words if an LLM plays the user
 ProfileTarget = Literal["persona", "evidence", "ledger"]
 
 
@@ -46,7 +47,7 @@ class Config:
     simulator_model: str = "rule-user"  # model name to ask it for; without a URL: rule-user or rule-user-2
     judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
-    profile_judge: Literal["rule", "http"] = "rule"  # who counts matching profile lines: a rule, or the judge endpoint
+    profile_judge: ProfileJudge = "auto"  # matches profile lines: exact rule, words, encoder, or http: judge endpoint
     first_user_message: str = "Hello"  # fixed opener (published); empty: ask the simulator
 
     # --- calls to endpoints

