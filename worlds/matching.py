@@ -92,6 +92,8 @@ def _strays(said: Statement, wanted: Statement, found: set[str]) -> bool:
     if kin and not (slot == "Family Background" or wanted.words.keys() & _stems(KIN) and slot is None):
         if slot != "Marital Status" or kin - _stems("wife husband girlfriend boyfriend"):
             return True
+    if slot == "Occupation" and re.search(r"\b(?:(?:to|with|by) (?:an?|the)|from an?) (?!.* as )", said.text.casefold()):
+        return True  # whom the person goes to, is married to, works for
     if slot is None:
         extra = words - found - _stems(LIGHT)
         return len(extra) > 2 + len(wanted.words) // 4 or any(word.isdigit() for word in extra)
@@ -112,13 +114,18 @@ def _find(line: Statement, fact: Statement, similarity: Similarity | None) -> se
     missing = [word for stem, word in needed.items() if stem not in found]
     left = {stem: word for stem, word in said.items() if stem not in found and stem not in light}
     both = found | set(wanted) & set(said)
-    if not missing or not left and len(missing) <= len(needed) // MAY_MISS and not any(map(str.isdigit, missing)):
-        return both  # a long fact may be told in fewer words, if no others stand in their place
-    if similarity is None or any(not _may_mean(word, other) for word in missing for other in (word, *left.values())):
+    if not missing:
+        return both
+    verb = fact.slot is None and missing == list(wanted.values())[:1] and line.past == fact.past  # the first word of "He runs a bakery …"
+    if any(not _may_mean(word, other) for word in missing for other in (word, *left.values())):
+        return None
+    if len(missing) <= len(needed) // MAY_MISS and (verb or not left):
+        return both  # a long fact may be told with another verb, or in fewer words if no others stand in their place
+    if similarity is None:
         return None
     close = {word: stem for word in missing for stem, other in left.items() if similarity(word, other) >= CLOSE}
     rest = [word for word in missing if word not in close]
-    alike = ALIKE_BUT_VERB if fact.slot or rest == [next(iter(needed.values()))] else ALIKE
+    alike = ALIKE_BUT_VERB if fact.slot or verb else ALIKE
     if rest and (2 * len(rest) > len(needed) or similarity(line.text, fact.text) < alike):
         return None
     return both | (set(left) if rest else set(close.values()))
@@ -129,8 +136,7 @@ def _compounds(said: dict[str, str], needed: dict[str, str]) -> set[str]:
     found = set()
     for one, two in ((said, needed), (needed, said)):
         for (first, a), (second, b) in itertools.pairwise(two.items()):
-            if (whole := stem((a + b).casefold())) in one:
-                found |= {whole, first, second}
+            found |= {x for whole, word in one.items() if word.casefold().rstrip("s") == (a + b).casefold().rstrip("s") for x in (whole, first, second)}
     return found
 
 
@@ -192,7 +198,7 @@ def _number(word: str) -> int:
 
 _SUFFIX = re.compile(
     r"(?:(?<=\w{3})(?:ers?|est|ings?|ed|es|s|ly|e|y|i)"
-    r"|(?<=\w{4})(?:istry|ists?|ors?|ity|ions?|at|[ae]nce|[ae]nts?|ments?|ous|i?ans?|isms?|(?:it)?ive|[ae]tic|ics?|al|ful))$"
+    r"|(?<=\w{4})(?:istry|ists?|ors?|ity|ions?|at|[ae]nce|[ae]nts?|ments?|ness|ous|i?ans?|isms?|(?:it)?ive|[ae]tic|ics?|al|ful))$"
 )
 
 
