@@ -92,7 +92,9 @@ def _strays(said: Statement, wanted: Statement, found: set[str]) -> bool:
     if kin and not (slot == "Family Background" or wanted.words.keys() & _stems(KIN) and slot is None):
         if slot != "Marital Status" or kin - _stems("wife husband girlfriend boyfriend"):
             return True
-    if slot == "Occupation" and re.search(r"\b(?:(?:to|with|by) (?:an?|the)|from an?) (?!.* as )", said.text.casefold()):
+    if slot == "Occupation" and re.search(
+        r"\b(?:(?:to|with|by) (?:an?|the)|from an?) (?!.* as )", said.text.casefold()
+    ):
         return True  # whom the person goes to, is married to, works for
     if slot is None:
         extra = words - found - _stems(LIGHT)
@@ -116,7 +118,9 @@ def _find(line: Statement, fact: Statement, similarity: Similarity | None) -> se
     both = found | set(wanted) & set(said)
     if not missing:
         return both
-    verb = fact.slot is None and missing == list(wanted.values())[:1] and line.past == fact.past  # the first word of "He runs a bakery …"
+    verb = (
+        fact.slot is None and missing == list(wanted.values())[:1] and line.past == fact.past
+    )  # the first word of "He runs a bakery …"
     if any(not _may_mean(word, other) for word in missing for other in (word, *left.values())):
         return None
     if len(missing) <= len(needed) // MAY_MISS and (verb or not left):
@@ -136,7 +140,12 @@ def _compounds(said: dict[str, str], needed: dict[str, str]) -> set[str]:
     found = set()
     for one, two in ((said, needed), (needed, said)):
         for (first, a), (second, b) in itertools.pairwise(two.items()):
-            found |= {x for whole, word in one.items() if word.casefold().rstrip("s") == (a + b).casefold().rstrip("s") for x in (whole, first, second)}
+            found |= {
+                x
+                for whole, word in one.items()
+                if word.casefold().rstrip("s") == (a + b).casefold().rstrip("s")
+                for x in (whole, first, second)
+            }
     return found
 
 

@@ -60,15 +60,15 @@ like enjoy love fan enthusiast lover aficionado avid passion adore fascinated | 
 job work employ profession occupation | run operate | speak fluent | study learn | train educate | poem poetry
 math maths mathematics | raise grow bring upbringing | year yr | day daily | near outside
 reside live settle locate base dwell stay | fear afraid scare phobia | car automobile | begin start | buy purchase
-help assist | sick ill | rural countryside | tv television | talk chat | move relocate | travel tour | bicycle bike | photo photograph picture | pain ache
-lawyer attorney | cook chef | doctor physician | firefighter fireman | police policeman cop
-programmer developer coder | teacher instructor | journalist reporter | veterinarian vet | trucker truck
-sociable outgoing extroverted gregarious | shy timid bashful | cheerful happy | stubborn headstrong
+help assist | sick ill | rural countryside | tv television | talk chat | move relocate | travel tour | bicycle bike
+photo photograph picture | pain ache | lawyer attorney | cook chef | doctor physician | firefighter fireman
+police policeman cop | programmer developer coder | teacher instructor | journalist reporter | veterinarian vet
+trucker truck | sociable outgoing extroverted gregarious | shy timid bashful | cheerful happy | stubborn headstrong
 calm easygoing relaxed | funny humorous witty | smart intelligent clever | inquisitive curious | honest truthful
-anxious nervous worried | ambitious driven | brave fearless courageous | organized tidy neat
-date relationship | hard difficult | youth young | quiet silent | modest humble | talkative chatty
-hardworking diligent industrious | compassionate empathetic | creative imaginative | lazy idle | reliable dependable
-frugal thrifty | moody temperamental
+anxious nervous worried | ambitious driven | brave fearless courageous | organized tidy neat | date relationship
+hard difficult | youth young | quiet silent | modest humble | talkative chatty | hardworking diligent industrious
+compassionate empathetic | creative imaginative | lazy idle | reliable dependable | frugal thrifty
+moody temperamental
 """  # the words of a group have one stem from here on: the commonest words of the ten slots
 IRREGULAR = """
 taught teach | wrote write | grew grow | grown grow | brought bring | broke break | broken break | drove drive
@@ -84,12 +84,13 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 # What makes another statement of the same words
 
 NEGATION = (
-    r"\b(?:not?|never|nor|neither|without|nothing|hates?|dislikes?|unable|lacks?|avoids?|detests?|loathes?|despises?|far from"
-    r"|far away from|waste|bored|boring|tired of|ashamed|issues|problems with|hard to|struggles? to|difficulty|terrible|awful)\b"
+    r"\b(?:not?|never|nor|neither|without|nothing|hates?|dislikes?|unable|lacks?|avoids?|detests?|loathes?|despises?"
+    r"|far (?:away )?from|waste|bored|boring|tired of|ashamed|issues|problems with|hard to|struggles? to|difficulty"
+    r"|terrible|awful)\b"
 )
 ENDED = (
-    r"\b(?:former(?:ly)?|ex|was an?|used to|no longer|once|retired|retiring|retirement|gave up|quit|stopped|sold|ended|broke off"
-    r"|moved away|dropped out|left(?!.hand)|in the past|in (?:his|her|their) youth)\b"
+    r"\b(?:former(?:ly)?|ex|was an?|used to|no longer|once|retire(?:d|ment)|retiring|gave up|quit|stopped|sold|ended"
+    r"|broke off|moved away|dropped out|left(?!.hand)|in the past|in (?:his|her|their) youth)\b"
 )
 WISHED = r"\b(?:wants?|would like to|dreams?|plan(?:s|ning) to|hopes?|wish(?:es)?|some ?day|will)\b"
 PAST = r"\b(?:was|were|had|worked|lived|taught|grew up|(?:as|in) (?:a child|childhood))\b"
@@ -99,21 +100,22 @@ LESS = re.compile(
 FROM = re.compile(r"\bfrom (?:(?:the|an?|his|her|their) )?(\w+)")
 OPPOSITES = """
 introverted extroverted | shy outgoing | old young | older younger | oldest youngest | left right | early late
-hard easy | landlord tenant | lend borrow | teach learn | teacher student | buy sell | employer employee | deaf hearing | proud ashamed | give receive | good bad | quiet loud | tall short | religious atheist | rich poor | strong weak | employed unemployed
-urban rural | full part | liberal conservative | optimistic pessimistic | morning evening | daytime night
-rural urban | vegan vegetarian | lazy hardworking | spring summer autumn winter | indoor outdoor | calm anxious
-tidy messy | small big | married divorced single widowed separated engaged | full-time part-time
-Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+hard easy | landlord tenant | lend borrow | teach learn | teacher student | buy sell | employer employee
+deaf hearing | proud ashamed | give receive | good bad | quiet loud | tall short | religious atheist | rich poor
+strong weak | employed unemployed | urban rural | full part | liberal conservative | optimistic pessimistic
+morning evening | daytime night | rural urban | vegan vegetarian | lazy hardworking | spring summer autumn winter
+indoor outdoor | calm anxious | tidy messy | small big | married divorced single widowed separated engaged
+full-time part-time | Monday Tuesday Wednesday Thursday Friday Saturday Sunday
 """  # what an encoder takes for the same
 KIN = """brother sister father mother parent wife husband boyfriend girlfriend uncle aunt cousin grandfather
 grandmother son daughter boss ancestor"""
-LIGHT = """user person people someone individual currently now today very really quite often usually regularly always
-also even still already just only ever up out off away self own like job yet say s t re ve d ll m one lot much many
-more most such way while each every all any during before after because since though another both other etc go do get
-become feel make take put use play try need start want dream hope plan wish prefer rather over than instead degree
-consider identify describe him himself herself themselves themself myself name call able kind type thing sort part
-regular else everybody everyone
-anybody anyone people other habit tend area order time former retired quit stop no not never without often"""  # words that need not be found, and add nothing
+LIGHT = """user person people someone individual currently now today very really quite often usually regularly
+always also even still already just only ever up out off away self own like job yet say s t re ve d ll m one lot
+much many more most such way while each every all any during before after because since though another both other
+etc go do get become feel make take put use play try need start want dream hope plan wish prefer rather over than
+instead degree consider identify describe him himself herself themselves themself myself name call able kind type
+thing sort part regular else everybody everyone anybody anyone habit tend area order time former retired quit stop
+no not never without"""  # words that need not be found, and add nothing
 CUES = {  # slot → words that may stand around its value, and words that by themselves speak of that slot
     "Age": ("age year old turn birthday yr y o early late twenties thirties sixties", "birthday"),
     "Gender": ("gender identify pronoun", ""),
@@ -125,7 +127,10 @@ CUES = {  # slot → words that may stand around its value, and words that by th
     ),
     "Personality Traits": ("personality trait describe see nature show value tend consider", ""),
     "Occupation": ("practice", "job retire teach sell"),
-    "Marital Status": ("marital status relationship spouse husband wife last recent happy year month ago", "marry divorce"),
+    "Marital Status": (
+        "marital status relationship spouse husband wife last recent happy year month ago",
+        "marry divorce",
+    ),
     "Family Background": ("family background relative grow home sibling child come", ""),
     "Location": ("location reside home city country town current move", "reside"),
     "Others": ("suffer follow diet pet around condition use need", ""),
