@@ -171,9 +171,10 @@ def read(text: str) -> Statement:
     plain = value.casefold()
     for pattern, stands_for in PHRASES.items():
         plain = re.sub(pattern, stands_for, plain)
+    plain = " ".join(_tokens(plain))
     named = value if slot == "Location" else value[:1].lower() + value[1:]  # a text's first capital says nothing
     capitals = {word.casefold(): word for word in re.findall(r"\w+", named)}
-    words = {stem(word): capitals.get(word, word) for word in _tokens(plain) if word not in FUNCTION_WORDS}
+    words = {stem(word): capitals.get(word, word) for word in plain.split() if word not in FUNCTION_WORDS}
     turns = tuple(bool(re.search(pattern, plain)) for pattern in (NEGATION, ENDED, WISHED))
     less, origin = (
         frozenset(map(stem, _tokens(found[1]))) if (found := x.search(plain)) else frozenset() for x in (LESS, FROM)
