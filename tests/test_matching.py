@@ -43,7 +43,9 @@ def test_the_pairs_are_what_the_figures_say():
     assert len({(pair["fact"], pair["line"]) for pair in PAIRS}) == len(PAIRS)
 
 
-@pytest.mark.parametrize("split, bars", [("blind", (0.95, 0.7)), ("blind development", (0.95, 0.75)), ("model", (0.8, 0.7))])
+@pytest.mark.parametrize(
+    "split, bars", [("blind", (0.95, 0.7)), ("blind development", (0.95, 0.75)), ("model", (0.8, 0.7))]
+)
 def test_lines_in_other_words(split, bars):
     """Guards a table of words that grows at the price of precision: a wrong value must not be paid."""
     precision, recall = measure(split, None)
@@ -52,7 +54,9 @@ def test_lines_in_other_words(split, bars):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ENCODER, reason=f"{matching.ENCODER_PACKAGE} is not installed")
-@pytest.mark.parametrize("split, bars", [("blind", (0.95, 0.79)), ("blind development", (0.95, 0.84)), ("model", (0.77, 0.84))])
+@pytest.mark.parametrize(
+    "split, bars", [("blind", (0.95, 0.79)), ("blind development", (0.95, 0.84)), ("model", (0.77, 0.84))]
+)
 def test_lines_in_other_words_with_an_encoder(split, bars):
     """Guards an encoder that decides alone: it accepts about half of the lines with another value."""
     precision, recall = measure(split, matching.load_encoder())

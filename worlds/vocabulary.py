@@ -135,4 +135,5 @@ CUES = {  # slot → words that may stand around its value, and words that by th
     "Location": ("location reside home city country town current move", "reside"),
     "Others": ("suffer follow diet pet around condition use need", ""),
 }
-MOST_EXTRA = {"Personality Traits": 1, "Age": 0, "Gender": 0, "Marital Status": 1}  # words of a line that are neither the value nor around it
+# slot → words of a line that are neither the value nor around it; 2 elsewhere
+MOST_EXTRA = {"Personality Traits": 1, "Age": 0, "Gender": 0, "Marital Status": 1}
