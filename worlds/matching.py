@@ -57,6 +57,7 @@ class Statement(NamedTuple):
     origin: frozenset[str]  # where something comes from
 
 
+@lru_cache(maxsize=1 << 16)  # the ledger and the whole persona are asked for the same pairs
 def states(line: str, fact: str, similarity: Similarity | None = None) -> bool:
     """Decide whether one profile line states one fact, in whatever words.
 
