@@ -21,6 +21,7 @@ Amount, Positive, Share = Annotated[float, (0, MANY)], Annotated[float, (1e-6, M
 Rank = Annotated[int, (0, 4096)]
 Patience = Annotated[float, (1, 10**7)]
 UserMode = Literal["auto", "planned", "plain"]
+ProfileJudge = Literal["auto", "rule", "words", "encoder", "http"]  # auto: rule, or words if an LLM plays the user
 ProfileTarget = Literal["persona", "evidence", "ledger"]
 
 
@@ -48,7 +49,7 @@ class Config:
     user_mode: UserMode = "auto"  # planned: the program chooses what an LLM user tells; plain: the LLM; auto: planned
     judge_url: str = ""  # OpenAI-compatible endpoint that gives the five verdicts, or several; empty: by rule
     judge_model: str = "judge"  # model name to ask it for
-    profile_judge: Literal["rule", "http"] = "rule"  # who counts matching profile lines: a rule, or the judge endpoint
+    profile_judge: ProfileJudge = "auto"  # matches profile lines: exact rule, words, encoder, or http: judge endpoint
     first_user_message: str = "Hello"  # fixed opener (published); empty: ask the simulator
 
     # --- calls to endpoints

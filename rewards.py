@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 from config import Config
@@ -39,6 +40,7 @@ from worlds.ledger import (
     told_by,
     words,
 )
+from worlds.matching import load_encoder, states
 
 VERDICTS = ("naturalness", "relevance", "logical_consistency", "engagement", "informativeness")
 PARSE_FAILURES = (  # the most telling one first
@@ -55,6 +57,7 @@ PROFILE_TARGETS = {"persona": "f1", "evidence": "evidence_f1", "ledger": "ledger
 MAX_SENTENCES, MAX_WORDS = 4, 60  # what still counts as a natural chat reply for the rule judge
 ARTICLES = {"a", "an", "the"}
 Ask = Callable[[list[dict], int], str | Exception]
+Matcher = Callable[[str, str], bool]  # (line, fact)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reward of a candidate
@@ -70,11 +73,13 @@ class Judge(NamedTuple):
 
 
 def read_candidate(
-    token_ids: list[int], logprobs: list[float], stop_reason: str, dialogue: Dialogue, chat: ChatTokenizer
-) -> Candidate:
-    """Decode and parse a sampled turn, and score its profile."""
+    token_ids: list[int], logprobs: list[float], stop_reason: str, dialogue: Dialogue, chat: ChatTokenizer,
+    matches: Matcher | None = None,
+) -> Candidate:  # fmt: skip
+    """Decode and parse a sampled turn, and score its profile; by the exact rule, if no matcher is given."""
     text = chat.visible(token_ids)
     parsed, facts = parse_turn(text, stop_reason), dialogue.persona_facts
+    ledger = on_ledger(facts, dialogue.told())
     return Candidate(
         token_ids=token_ids,
         logprobs=logprobs,
@@ -85,13 +90,13 @@ def read_candidate(
         failure=parsed.failure,
         profile_tokens=chat.tokens_until(token_ids, "</profile>"),
         verdicts=dict.fromkeys(VERDICTS, False),
-        ledger=asdict(score_profile(parsed.profile, facts, on_ledger(facts, dialogue.told()))),
+        ledger=asdict(score_profile(parsed.profile, facts, ledger, matches or line_matches_fact)),
     )
 
 
 def profile_reward(candidate: Candidate, dialogue: Dialogue, config: Config, judge: Judge) -> float | None:
     """Return the Profile Reward in [0, 1] (RLPA eq. 2–3), by the matcher or by an LLM's count of covered facts."""
-    if config.profile_judge == "rule":
+    if config.profile_judge != "http":
         return candidate.ledger[PROFILE_TARGETS[config.profile_target]]
     request = profile_judge_messages(candidate.profile, dialogue.persona_facts)
     count = ask_judge(judge.ask, request, parse_covered, judge.seed, note=judge.note)
@@ -214,17 +219,32 @@ def line_matches_fact(line: str, fact: str) -> bool:
     return bool(common) and 2 * common / (len(said) + len(wanted)) >= 0.5
 
 
-def match_lines(lines: Sequence[str], facts: Sequence[str]) -> list[int | None]:
+def choose_matcher(profile_judge: str, user_model: str) -> Matcher:
+    """Return what decides whether a line states a fact, by --profile-judge; ValueError if its encoder is not there.
+
+    auto: the exact rule for the embedded users, whose phrases it was made for, and words for a language model. So it is
+    with http, too: an LLM's count does not say which lines match, and the ledger needs that.
+    """
+    by = profile_judge
+    if by in ("auto", "http"):
+        by = "rule" if user_model.startswith("rule-user") else "words"
+    similarity = load_encoder() if by == "encoder" else None
+    return line_matches_fact if by == "rule" else partial(states, similarity=similarity)
+
+
+def match_lines(
+    lines: Sequence[str], facts: Sequence[str], matches: Matcher = line_matches_fact
+) -> list[int | None]:
     """Pair each line with at most one fact, and each fact with at most one line, so that most lines are paired.
 
-    Maximum bipartite matching by augmenting paths: the result does not depend on the order of the lines.
+    Maximum bipartite matching by augmenting paths: how many are paired does not depend on the order of the lines.
 
     >>> match_lines(["Age: 34", "Age: 34", "Location: Oslo"], ["Location: Oslo", "Age: 34"])
     [1, None, 0]
     """
     said = [words(line) for line in lines]
     fits = [
-        [f for f, fact in enumerate(facts) if said[i] not in said[:i] and line_matches_fact(line, fact)]
+        [f for f, fact in enumerate(facts) if said[i] not in said[:i] and matches(line, fact)]
         for i, line in enumerate(lines)
     ]  # a repeated line states nothing new, even if it packs two facts
     owner: dict[int, int] = {}
@@ -270,7 +290,9 @@ class ProfileScore:
     n_unsupported: int  # lines that match nothing the user has disclosed
 
 
-def score_profile(lines: Sequence[str], facts: Sequence[str], ledger: Sequence[int]) -> ProfileScore:
+def score_profile(
+    lines: Sequence[str], facts: Sequence[str], ledger: Sequence[int], matches: Matcher = line_matches_fact
+) -> ProfileScore:
     """Score a profile by the deterministic matcher. ledger: the indices of the facts that the user has disclosed.
 
     Under the published F1 a guess pays as soon as it is right with a probability above half the current F1 (gender:
@@ -283,9 +305,9 @@ def score_profile(lines: Sequence[str], facts: Sequence[str], ledger: Sequence[i
     >>> (score.f1, score.evidence_f1, round(score.ledger_f1, 3), round(score.max_f1, 3), score.n_unsupported)
     (1.0, 0.5, 0.667, 0.667, 1)
     """
-    supported = match_lines(lines, [facts[i] for i in ledger])
+    supported = match_lines(lines, [facts[i] for i in ledger], matches)
     n_recalled = sum(match is not None for match in supported)
-    n_matched = sum(match is not None for match in match_lines(lines, facts))
+    n_matched = sum(match is not None for match in match_lines(lines, facts, matches))
     return ProfileScore(
         f1=f1_score(n_matched, len(lines), len(facts)),
         evidence_f1=f1_score(n_recalled, len(lines), len(facts)),

@@ -299,6 +299,7 @@ class Environment:
     user: ChatClient
     judge: ChatClient | None  # None: by rule
     rule_verdicts: Callable[..., dict[str, bool]] = rewards.rule_verdicts  # the rule judge
+    matches: rewards.Matcher = rewards.line_matches_fact  # whether a profile line states a fact
     subject: ChatClient | None = None  # an endpoint that is evaluated
     tape: Tape | None = None  # of --record or --replay
     counts: Counter = field(default_factory=Counter)
@@ -365,6 +366,7 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
         raise ValueError(f"--simulator-model is {config.simulator_model!r}; without --simulator-url it takes {users}")
     if config.user_mode == "planned" and not (config.simulator_url or config.replay):
         raise ValueError("--user-mode planned needs --simulator-url: the embedded user plans by itself")
+    matches = rewards.choose_matcher(config.profile_judge, config.simulator_model)
     path = config.record or config.replay
     tape = Tape(path, recording=bool(config.record)) if path else None
     if tape and rank == 0:
@@ -393,7 +395,8 @@ def open_environment(config: Config, rank: int = 0, processes: int = 1) -> Itera
         judge = client(config.judge_url, config.judge_model, "judge") if config.judge_url else None
         server = None if config.simulator_url or config.replay else start_embedded_server()
         url = config.simulator_url or (server.url if server else REPLAYED)
-        env = Environment(client(url, config.simulator_model, "simulator"), judge, tape=tape, rank=rank)
+        user = client(url, config.simulator_model, "simulator")
+        env = Environment(user, judge, matches=matches, tape=tape, rank=rank)
         try:
             yield env
         finally:

@@ -304,7 +304,8 @@ class Speaker:
         candidates: list[Candidate | None] = [None] * n
 
         def score(draw: Draw) -> Ask | None:
-            candidate = read_candidate(draw.token_ids, draw.logprobs, draw.stop_reason, dialogue, self.chat)
+            sampled = (draw.token_ids, draw.logprobs, draw.stop_reason)
+            candidate = read_candidate(*sampled, dialogue, self.chat, env.matches)
             candidates[draw.candidate] = candidate
             judge = env.judge_with(stream_seed(*stream, "judge", *place, draw.candidate))
             scoring = partial(score_candidate, candidate, dialogue, config, judge)

@@ -158,7 +158,7 @@ class AskedSpeaker:
             try:
                 messages = steps.send(answer)
             except StopIteration as end:
-                return read_reply(end.value, answers, dialogue, native)
+                return read_reply(end.value, answers, dialogue, native, self.env.matches)
 
     def adopt(self, key: int, candidate: int) -> None:
         """Keep nothing: the next messages are sent whole."""
@@ -178,7 +178,9 @@ def written_history(dialogue: Dialogue, config: Config) -> list[tuple[str, str]]
     return said
 
 
-def read_reply(text: str, answers: Sequence[ChatReply], dialogue: Dialogue, native: bool) -> Reply:
+def read_reply(
+    text: str, answers: Sequence[ChatReply], dialogue: Dialogue, native: bool, matches: rewards.Matcher
+) -> Reply:
     """Make a turn's record of its text: parsed if a profile was asked for, else a reply as it stands."""
     parsed = rewards.parse_turn(text) if native else rewards.ParsedTurn([], text)
     facts, metered = dialogue.persona_facts, all(answer.tokens is not None for answer in answers)
@@ -191,7 +193,7 @@ def read_reply(text: str, answers: Sequence[ChatReply], dialogue: Dialogue, nati
         response=parsed.response,
         failure=parsed.failure,
         verdicts=dict.fromkeys(rewards.VERDICTS, False),
-        ledger=asdict(rewards.score_profile(parsed.profile, facts, on_ledger(facts, dialogue.told()))),
+        ledger=asdict(rewards.score_profile(parsed.profile, facts, on_ledger(facts, dialogue.told()), matches)),
         tokens=sum(answer.tokens if metered else len(answer.split()) for answer in answers),
         counted_by="usage" if metered else "words",
     )

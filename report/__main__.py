@@ -22,11 +22,13 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import rewards
 from command_line import exits
+from config import ProfileJudge
 from records.checkpoints import write_text
+from rewards import Matcher
 from untrusted.files import check_value, parse_json, read_json, read_lines
 from untrusted.plain_text import clean_text, say, shorten
 from worlds.ledger import on_ledger, split_fact, told_by
@@ -54,7 +56,9 @@ def read_source(folder: Path, name: str, max_dialogues: int) -> tuple[Record, li
         source = read_evaluation(folder)
     else:
         raise ValueError(f"{folder} holds neither metrics.jsonl (of train_rlpa.py) nor results.json (of evaluation)")
-    recorded, shown = read_episodes(folder / "episodes.jsonl", max_dialogues, source["notes"])
+    judge, user = (str(source["config"].get(name)) for name in ("profile_judge", "simulator_model"))
+    matches = rewards.choose_matcher(judge, user) if judge in get_args(ProfileJudge) else rewards.line_matches_fact
+    recorded, shown = read_episodes(folder / "episodes.jsonl", max_dialogues, source["notes"], matches)
     if source["type"] == "evaluation":
         recorded.pop("turns")  # results.json has those means, with intervals
     return source | recorded | {"name": name}, shown
@@ -149,7 +153,9 @@ def decimate(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> 
 # Dialogues
 
 
-def read_episodes(path: Path, max_dialogues: int, notes: list[str]) -> tuple[Record, list[Record]]:
+def read_episodes(
+    path: Path, max_dialogues: int, notes: list[str], matches: Matcher = rewards.line_matches_fact
+) -> tuple[Record, list[Record]]:
     """Read episodes.jsonl: counts and means per turn of all dialogues, and views of at most `max_dialogues`.
 
     Every (iteration, kind) is a group, the dropped dialogues of each are another; groups take turns, so that all are
@@ -165,7 +171,7 @@ def read_episodes(path: Path, max_dialogues: int, notes: list[str]) -> tuple[Rec
             key = group_of(record)
             sums = turn_sums(record)
             if counts[key] < max_dialogues:  # more of one group are never shown
-                groups[key].append(dialogue_view(record))
+                groups[key].append(dialogue_view(record, matches))
         except DAMAGED:
             damaged += 1
             continue
@@ -210,7 +216,7 @@ def turn_means(iteration: int, kind: str, sums: Counter) -> Record:
     return {"iteration": iteration, "kind": kind, "dialogues": sums["n", 0], **curves}
 
 
-def dialogue_view(record: Record) -> Record:
+def dialogue_view(record: Record, matches: Matcher = rewards.line_matches_fact) -> Record:
     """Return what the page shows of one record of episodes.jsonl."""
     versions = {int(turn): facts for turn, facts in (record.get("changes") or {}).items()}
     versions = versions or {0: record["persona_facts"]}
@@ -221,7 +227,7 @@ def dialogue_view(record: Record) -> Record:
         texts = [earlier["user_text"] for earlier in record["turns"][: t + 1]]
         facts, past = versions[starts[version]], [fact for start in starts[:version] for fact in versions[start]]
         told = on_ledger(facts, [told_in(earlier, facts) for earlier in record["turns"][: t + 1]])
-        candidates = [candidate_view(c, facts, told, past, before) for c in turn["candidates"]]
+        candidates = [candidate_view(c, facts, told, past, before, matches) for c in turn["candidates"]]
         turns.append({"user": texts[-1], "persona": version, "told": told, "candidates": candidates})
         turns[-1]["chosen"] = turn["chosen"]
         if candidates:
@@ -241,9 +247,11 @@ def told_in(turn: Record, facts: list) -> Sequence[str]:
     return told
 
 
-def candidate_view(candidate: Record, facts: list, told: list[int], past: list, before: list[str]) -> Record:
+def candidate_view(
+    candidate: Record, facts: list, told: list[int], past: list, before: list[str], matches: Matcher
+) -> Record:
     """Return what the page shows of one candidate; its text as sampled only where it could not be parsed."""
-    lines, missing = mark_profile(candidate["profile"], facts, told, past, before)
+    lines, missing = mark_profile(candidate["profile"], facts, told, past, before, matches)
     names = ("response", "failure", "reward", "ledger", "tokens", "mean_logprob")
     view = {name: candidate.get(name) for name in (*names, "stop_reason")}
     view |= {"lines": lines, "missing": missing, "judged": candidate.get("judged", True)}
@@ -253,7 +261,8 @@ def candidate_view(candidate: Record, facts: list, told: list[int], past: list, 
 
 
 def mark_profile(
-    lines: Sequence[str], facts: Sequence[str], told: Sequence[int], past: Sequence[str], before: Sequence[str]
+    lines: Sequence[str], facts: Sequence[str], told: Sequence[int], past: Sequence[str], before: Sequence[str],
+    matches: Matcher = rewards.line_matches_fact,
 ) -> tuple[list[list[str]], list[list[str]]]:
     """Mark each profile line, and each fact that was told and is not in the profile.
 
@@ -273,35 +282,37 @@ def mark_profile(
     [['Age: 34', 'forgotten']]
     """
     open_facts = [facts[i] for i in told]
-    evidence = rewards.match_lines(lines, open_facts)  # as in the ledger of rewards.score_profile
-    gone = [line for line in before if line not in lines and not states_any(line, facts)]
+    evidence = rewards.match_lines(lines, open_facts, matches)  # as in the ledger of rewards.score_profile
+    gone = [line for line in before if line not in lines and not states_any(line, facts, matches)]
     corrected_slots = {split_fact(line)[0] for line in gone} - {None}
     marked = []
     for line, i in zip(lines, evidence, strict=True):
         if i is None:
-            mark = unsupported_mark(line, open_facts, facts, past)
-        elif any(rewards.line_matches_fact(earlier, open_facts[i]) for earlier in before):
+            mark = unsupported_mark(line, open_facts, facts, past, matches)
+        elif any(matches(earlier, open_facts[i]) for earlier in before):
             mark = "kept"
         else:
             mark = "corrected" if split_fact(line)[0] in corrected_slots else "new"
         marked.append([line, mark])
     missing = [fact for i, fact in enumerate(open_facts) if i not in evidence]
-    known = {fact: any(rewards.line_matches_fact(line, fact) for line in before) for fact in missing}
+    known = {fact: any(matches(line, fact) for line in before) for fact in missing}
     return marked, [[fact, "forgotten" if known[fact] else "missed"] for fact in missing]
 
 
-def unsupported_mark(line: str, open_facts: Sequence[str], facts: Sequence[str], past: Sequence[str]) -> str:
+def unsupported_mark(
+    line: str, open_facts: Sequence[str], facts: Sequence[str], past: Sequence[str], matches: Matcher
+) -> str:
     """Say what is wrong with a line that is paired with no disclosed fact."""
-    if states_any(line, open_facts):
+    if states_any(line, open_facts, matches):
         return "repeat"
-    if states_any(line, facts):
+    if states_any(line, facts, matches):
         return "guess"
-    return "outdated" if states_any(line, past) else "wrong"
+    return "outdated" if states_any(line, past, matches) else "wrong"
 
 
-def states_any(line: str, facts: Sequence[str]) -> bool:
+def states_any(line: str, facts: Sequence[str], matches: Matcher) -> bool:
     """Tell whether a line states any of the facts."""
-    return any(rewards.line_matches_fact(line, fact) for fact in facts)
+    return any(matches(line, fact) for fact in facts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
