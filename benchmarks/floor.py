@@ -1,12 +1,13 @@
-"""Statistics and update of a real shape against their products alone: python -m benchmarks.floor smol|qwen05|FOLDER
+"""Sampling, statistics and update of a real shape against their products: python -m benchmarks.floor smol|qwen05|FOLDER
 
     python -m benchmarks.floor smol --dialogues 16 --turns 4 --reply-tokens 96 --advantage grpo --dtype bfloat16
     python -m benchmarks.floor FOLDER --dialogues 8 --turns 3 --reply-tokens 80 --minibatch-size 8 --dtype float32
 
-It records a rollout: random ids in trees of the given shape, whose log-probs are the policy's own. Then it runs what
-`train_rlpa.run_iteration` runs behind a rollout, and times this machine's bare products in the same run, at every shape
-that occurs. The floor is the time of those products, and of the attention's at their mean rate; norms, gates, casts,
-AdamW and the optimizer's passes are not in it. All other flags are the trainer's. On a busy machine `--clock cpu` with
+It records a rollout: random ids in trees of the given shape, whose log-probs are the policy's own. It samples as many
+tokens, runs what `train_rlpa.run_iteration` runs behind a rollout, and times this machine's bare products in the same
+run, at every shape that occurs. The floor is the time of torch's products, and of the attention's at their mean rate;
+norms, gates, casts, AdamW and the optimizer's passes are not in it, and nor is attention while sampling. All other
+flags are the trainer's. On a busy machine `--clock cpu` with
 `--threads 1` compares CPU seconds, which other programs hardly touch.
 """
 
@@ -32,6 +33,7 @@ from learners.learner import Learner, make_learner
 from learners.loading import adapt, compute_dtype, keep_freed_memory, load_models, load_or_make_critic, set_threads
 from model import Qwen2Config, Qwen2ForCausalLM, random_policy
 from packing import Batch, make_batches, pack
+from sampler import Sampler
 
 SHAPES = {
     "smol": Qwen2Config(49_152, 576, 1536, 30, 9, 3, 8192, 1e5, 1e-5, tie_word_embeddings=True),
@@ -87,7 +89,9 @@ class Rollout:
         self.policy, self.critic, self.ref_policy = load(name, config)
         set_threads(self.policy.model, config)
         keep_freed_memory()
-        self.packed = [pack(d, config) for d in recorded_rollout(self.shape.vocab_size, config, reply)]
+        self.reply, dialogues = reply, recorded_rollout(self.shape.vocab_size, config, reply)
+        self.prompts = [[turn.prompt_ids for turn in dialogue.turns] for dialogue in dialogues]
+        self.packed = [pack(dialogue, config) for dialogue in dialogues]
         self.batches = make_batches(self.packed, config)
         self.statistics(replace(config, old_logprobs="trainer"))  # a warm-up, too
         for p in self.packed:
@@ -96,6 +100,22 @@ class Rollout:
     @property
     def shape(self) -> Qwen2Config:
         return self.policy.model.config
+
+    def sampling(self) -> None:
+        """Sample as many candidates of as many tokens, turn by turn; the first one of each turn goes on."""
+        n, size = self.config.num_candidates, len(self.prompts)
+        sampler = Sampler(self.policy.sampled, n=n, max_new_tokens=self.reply, stop_ids=[], batch_size=size,
+                          max_rows=size)  # fmt: skip
+        told = [list(prompts[0]) for prompts in self.prompts]
+        for turn in range(self.config.max_turns):
+            for key, ids in enumerate(told):
+                sampler.start(key, ids, range(n * key, n * key + n))
+            draws = []
+            while sampler.running:
+                draws += sampler.step()
+            for draw in (draw for draw in draws if draw.candidate == 0):
+                sampler.adopt(draw.key, 0)
+                told[draw.key] += draw.token_ids + self.prompts[draw.key][turn][:MESSAGE]
 
     def statistics(self, config: Config) -> None:
         """Do what `run_iteration` does before the update."""
@@ -159,10 +179,28 @@ class Products:
         return seconds + 3.5 * self.attention_flop / self.rate, flop
 
 
+def sampling_floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> tuple[float, float]:
+    """Return seconds and FLOP of the products of sampling: each new token of a prompt once, and every decode step."""
+    shape, config, size = rollout.shape, rollout.config, len(rollout.prompts)
+    rows, head = size * config.num_candidates, (shape.hidden_size, shape.vocab_size)
+    new = [size * len(rollout.prompts[0][0])] + [size * (MESSAGE + 1)] * (config.max_turns - 1)  # tokens to prefill
+    seconds = flop = 0.0
+    for T, often in [*((T, 1) for T in new), (rows, (rollout.reply - 1) * config.max_turns)]:
+        for inputs, outputs, each in trunk_products(shape):
+            each *= shape.num_hidden_layers * often
+            seconds += each * bare_products(T, inputs, outputs, dtype, "cpu", clock)[0]
+            flop += 2 * T * inputs * outputs * each
+        logits = size if often == 1 else rows  # of a prompt's last token
+        seconds += often * bare_products(logits, *head, dtype, "cpu", clock)[0]
+        flop += 2 * logits * head[0] * head[1] * often
+    return seconds, flop
+
+
 def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple[float, float]]:
-    """Return seconds and FLOP of statistics, of the update and of both, if all products were in `dtype`."""
+    """Return seconds and FLOP of sampling, statistics, the update and all three, if all products were in `dtype`."""
     config, critic = rollout.config, rollout.critic and rollout.critic.model
-    found, total = {"statistics": [0.0, 0.0], "update": [0.0, 0.0]}, [0.0, 0.0]
+    sampling = sampling_floor(rollout, dtype, clock)
+    found, total = {"sampling": sampling, "statistics": [0.0, 0.0], "update": [0.0, 0.0]}, list(sampling)
     separate, shared = has_own_trunk(config), bool(critic) and not has_own_trunk(config)
     by_sampler = train_rlpa.sampler_is_exact(rollout.policy.sampled, config)
     left = train_rlpa.is_left_to_update(critic, config)
@@ -176,7 +214,7 @@ def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple
             for i in range(2):
                 found[name][i] += part[i]
                 total[i] += part[i]
-    return {name: tuple(part) for name, part in found.items()} | {"both": tuple(total)}
+    return {name: tuple(part) for name, part in found.items()} | {"all": tuple(total)}
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -184,14 +222,15 @@ def floor(rollout: Rollout, dtype: torch.dtype, clock: Clock) -> dict[str, tuple
 
 def report(rollout: Rollout, repeats: int, clock: Clock) -> str:
     """Measure, and lay the figures out in Markdown."""
-    parts = {"statistics": lambda: rollout.statistics(rollout.config), "update": rollout.update}
+    parts = {"sampling": rollout.sampling, "statistics": lambda: rollout.statistics(rollout.config)}
+    parts["update"] = rollout.update
     measured = {}
     for name, work in parts.items():
         timer = measure.Clock("cpu", clock)
         for _ in range(repeats):
             timer.time(work)
         measured[name] = timer.median()
-    measured["both"] = sum(measured.values())
+    measured["all"] = sum(measured.values())
     own, floors = rollout.policy.sampled.head_weight.dtype, {}
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == own or 2 * 512**3 / bare_products(512, 512, 512, dtype, "cpu", clock)[0] > 1e10:  # else: hours
