@@ -24,12 +24,11 @@ from transformers import AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 import train_rlpa
 from config import Config
-from dialogue import Dialogue, Turn, open_turn, stream_seed
+from dialogue import Dialogue, Turn, open_turn
 from learners.learner import make_learner
 from records.state import State
 from rewards import read_candidate, score_candidate
-from simulator import simulator_messages
-from worlds.personas import Persona
+from simulator import Said, heard, next_message
 
 
 @dataclass
@@ -149,7 +148,8 @@ class Published:
         for t in range(self.config.max_turns):
             clock = time.perf_counter()
             for dialogue in played:
-                open_turn(dialogue, self.user_message(dialogue, play), self.chat)
+                said = self.user_message(dialogue, play)
+                open_turn(dialogue, said, self.chat, told=said.told)
             self.seconds["waiting"] += time.perf_counter() - clock
             clock = time.perf_counter()
             drawn = self.sample([d.turns[-1].prompt_ids for d in played], [d.turns[t] for d in recorded])
@@ -170,12 +170,11 @@ class Published:
         rewards = [candidate.reward for candidate in candidates]
         dialogue.turns[-1].candidates, dialogue.turns[-1].chosen = candidates, rewards.index(max(rewards))
 
-    def user_message(self, dialogue: Dialogue, play: train_rlpa.Play) -> str:
+    def user_message(self, dialogue: Dialogue, play: train_rlpa.Play) -> Said:
         """Ask the user for the next message of one dialogue, and wait for it."""
         if not dialogue.turns:
-            return self.config.first_user_message
-        messages = simulator_messages(Persona(dialogue.persona_id, dialogue.persona_facts), dialogue.history())
-        reply = self.env.user.ask(messages, stream_seed(*play.stream, "user", dialogue.index, len(dialogue.turns)))
+            return heard(self.config.first_user_message, dialogue)
+        reply = next_message(dialogue, play.stream, self.config, self.env)
         if isinstance(reply, Exception):
             raise reply
         return reply

@@ -114,6 +114,7 @@ def sample_kernel(
     z = tl.where((ids < V)[None, :], z * inv_temperature, float("-inf"))
     m = tl.max(z, 1)
     s = tl.sum(tl.exp(z - m[:, None]), 1)
+    keys, key = z, m  # a greedy key is the maximum that is known: to search for it again costs registers
     if SAMPLED:
         seed = tl.load(seeds + row, mask=row < R, other=0)
         step = tl.load(steps + row, mask=row < R, other=0).to(tl.uint32)
@@ -122,10 +123,9 @@ def sample_kernel(
         a, b, c, e = tl.philox(seed[:, None], c0, c0 * 0 + step[:, None], c0 * 0, c0 * 0)
         bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, e))  # a b c e: lanes 0 to 3 of each counter
         keys = z - tl.log(exponential(bits))
-        best, key = tl.argmax(keys, 1), tl.max(keys, 1)
-        z_best = tl.max(tl.where(tl.arange(0, BLOCK_V)[None, :] == best[:, None], z, float("-inf")), 1)
-    else:  # one maximum is all three: to search for them again would take 20 registers more
-        best, key, z_best = tl.argmax(z, 1), m, m
+        key = tl.max(keys, 1)
+    best = tl.argmax(keys, 1)
+    z_best = tl.max(tl.where(tl.arange(0, BLOCK_V)[None, :] == best[:, None], z, float("-inf")), 1)
     blocks = tl.num_programs(1)
     at = row.to(tl.int64) * blocks + tl.program_id(1)
     numbers = R.to(tl.int64) * blocks

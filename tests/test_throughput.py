@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import published, throughput
 from model import Qwen2Config
+from simulator import heard
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +65,11 @@ def test_iteration():
 def test_iteration_of_other_dialogues_is_refused(monkeypatch):
     """Guards the guard: a baseline that hears other users."""
     user_message = published.Published.user_message
-    monkeypatch.setattr(
-        published.Published, "user_message", lambda *arguments: user_message(*arguments) + " Good to know."
-    )
+
+    def another(self, dialogue, play):
+        return heard(user_message(self, dialogue, play) + " Good to know.", dialogue)
+
+    monkeypatch.setattr(published.Published, "user_message", another)
     with pytest.raises(AssertionError, match="not the same dialogues"):
         throughput.iteration(dialogues=1, turns=2, n=1)
 
