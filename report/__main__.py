@@ -224,11 +224,10 @@ def dialogue_view(record: Record, matches: Matcher = rewards.line_matches_fact) 
     turns, before = [], []
     for t, turn in enumerate(record["turns"]):
         version = max(i for i, start in enumerate(starts) if start <= t)
-        texts = [earlier["user_text"] for earlier in record["turns"][: t + 1]]
         facts, past = versions[starts[version]], [fact for start in starts[:version] for fact in versions[start]]
         told = on_ledger(facts, [told_in(earlier, facts) for earlier in record["turns"][: t + 1]])
         candidates = [candidate_view(c, facts, told, past, before, matches) for c in turn["candidates"]]
-        turns.append({"user": texts[-1], "persona": version, "told": told, "candidates": candidates})
+        turns.append({"user": turn["user_text"], "persona": version, "told": told, "candidates": candidates})
         turns[-1]["chosen"] = turn["chosen"]
         if candidates:
             if turn["chosen"] not in range(len(candidates)):

@@ -77,9 +77,8 @@ def plan_message(
 def _wanted(facts: Sequence[str], hidden: Sequence[int], reply: str, rng: random.Random) -> tuple[list[int], str]:
     """Return the hidden facts that fit a reply, most fitting first, and why there are none."""
     if is_asked(facts, reply):
-        known = any(split_fact(fact)[0] in asked_slots(reply) for fact in facts)
         fitting = answers(facts, hidden, reply)
-        return fitting, "" if fitting else "told" if known else "unknown"
+        return fitting, "" if fitting else "told" if has_answer(facts, reply) else "unknown"
     if hidden and rng.random() < VOLUNTEER_PROB:
         return [rng.choice(hidden)], ""
     return [], ""
@@ -88,6 +87,12 @@ def _wanted(facts: Sequence[str], hidden: Sequence[int], reply: str, rng: random
 def is_asked(facts: Sequence[str], reply: str) -> bool:
     """Tell whether a reply asks for facts: for a slot, or a persona of prose for anything."""
     return "?" in reply and bool(asked_slots(reply) or not any(split_fact(fact)[0] for fact in facts))
+
+
+def has_answer(facts: Sequence[str], reply: str) -> bool:
+    """Tell whether the persona has a fact, told or not, in a slot that a reply asks for."""
+    slots = asked_slots(reply)
+    return any(split_fact(fact)[0] in slots for fact in facts)
 
 
 def answers(facts: Sequence[str], hidden: Sequence[int], reply: str) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from worlds.ledger import FUNCTION_WORDS, sentences, split_fact, words
+from worlds.vocabulary import NUMBERS, TENS
 
 REQUEST = """\
 Rewrite a chat message in other words, as one short, natural sentence in the first person. Keep its meaning, add \
@@ -54,10 +55,8 @@ CLAIM = re.compile(
     re.IGNORECASE,
 )
 DENIAL = {"not", "no", "never", "neither", "nor", "without", "cannot"}
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen""".split()
 UNITS = {word: i for i, word in enumerate(NUMBERS)}
-TENS = {word: 10 * i for i, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+TEN_TIMES = {word: 10 * i for i, word in enumerate(TENS, start=2)}
 
 
 def request(draft: str, tell: Sequence[str], reply: str) -> str:
@@ -170,7 +169,7 @@ def _plain(text: str) -> tuple[str, ...]:
         if tens and 0 < UNITS.get(word, 0) < 10:
             found[-1], tens = str(tens + UNITS[word]), 0
             continue
-        tens = TENS.get(word, 0)
+        tens = TEN_TIMES.get(word, 0)
         number = UNITS.get(word, tens or None)
         if word not in ("a", "an", "the"):
             found.append(_stem(word) if number is None else str(number))

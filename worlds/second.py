@@ -32,7 +32,7 @@ from worlds.ledger import (
     told_by,
     words,
 )
-from worlds.planner import answers, is_asked, replacing
+from worlds.planner import answers, has_answer, is_asked, replacing
 
 VOLUNTEER_PROB = 0.5  # it tells a fact though nobody asked for one
 REFUSE_PROB, LATE_PROB, DEFLECT_PROB = 0.1, 0.15, 0.15  # when asked: it refuses (once), is late, tells another fact
@@ -157,8 +157,7 @@ def _what_to_tell(
     if not is_asked(facts, reply):
         return ([rng.choice(hidden)] if hidden and rng.random() < VOLUNTEER_PROB else []), NUDGES + SMALL_TALK
     if not fitting:
-        known = any(split_fact(fact)[0] in asked_slots(reply) for fact in facts)
-        return [], REPEATED if known else UNKNOWN
+        return [], REPEATED if has_answer(facts, reply) else UNKNOWN
     mood = rng.random()
     if mood < REFUSE_PROB and not any(text in REFUSALS for text in texts):
         return [], REFUSALS
